@@ -1,0 +1,11 @@
+"""Backends: ways to run an encoder layer by layer on texts that leave at different depths."""
+
+from typing import Any
+
+from geep.backends.packed import PackedBackend
+from geep.backends.padded import PaddedBackend
+from geep.backends.protocol import Backend, TokenBatch
+
+BACKENDS: dict[str, type[Any]] = {"packed": PackedBackend, "padded": PaddedBackend}
+
+__all__ = ["BACKENDS", "Backend", "PackedBackend", "PaddedBackend", "TokenBatch"]

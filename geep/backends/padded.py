@@ -1,0 +1,101 @@
+"""Padded backend: Hugging Face's own layers, for every family it has; layer l runs on a prefix of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geep.backends.protocol import Integers, TokenBatch
+from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCalls, layer_calls
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedTexts:
+    """Live texts of the padded backend.
+
+    Attributes:
+        hidden: Hidden states, (rows, seq_len, hidden).
+        batch: The tokens of the rows.
+        mask: 1 for tokens, 0 for padding, (rows, seq_len).
+        calls: The encoder's layer loop for these rows.
+    """
+
+    hidden: Tensor
+    batch: TokenBatch
+    mask: Tensor
+    calls: LayerCalls
+
+    @property
+    def lengths(self) -> Integers:
+        """Tokens of each text, shape (num_texts,)."""
+        return self.batch.lengths
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBackend:
+    """The padded backend; see the module's docstring and `Backend`."""
+
+    model: GeepForSequenceClassification
+
+    @classmethod
+    def supports(cls, model_type: str) -> bool:
+        """Every family of `FAMILIES`."""
+        return model_type in FAMILIES
+
+    @classmethod
+    def build(cls, model: GeepForSequenceClassification) -> Self:
+        """Take a model that is on its device, in its dtype, in eval mode."""
+        return cls(model)
+
+    def start(self, batch: TokenBatch) -> PaddedTexts:
+        """Pad and embed texts, and let the encoder prepare its masks."""
+        model = self.model
+        lengths = torch.from_numpy(batch.lengths)
+        # A batch of empty texts still gets one column: attention over no positions at all is undefined.
+        mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]
+        pad = model.encoder.config.pad_token_id or 0
+        ids = torch.full(mask.shape, pad, dtype=torch.int64)
+        ids[mask] = torch.from_numpy(batch.input_ids)
+        types = torch.zeros_like(ids)
+        if batch.token_type_ids is not None:
+            types[mask] = torch.from_numpy(batch.token_type_ids)
+        mask = mask.to(model.device)
+        inputs = model.encoder_inputs(ids.to(model.device), mask.to(torch.int64), types.to(model.device))
+        calls = layer_calls(model.encoder, inputs)
+        return PaddedTexts(calls.embedding_output, batch, mask, calls)
+
+    def advance(self, live: PaddedTexts, layer: int, num_texts: int) -> PaddedTexts:
+        """Run a layer on a prefix of the rows; the prefix is a view."""
+        batch = live.batch
+        if num_texts < len(batch):
+            batch = batch.select(np.arange(num_texts))
+        hidden = live.calls.layers[layer - 1](live.hidden[:num_texts])
+        return PaddedTexts(hidden, batch, live.mask[:num_texts], live.calls)
+
+    def exit_logits(self, live: PaddedTexts, layer: int, start: int, stop: int) -> Tensor:
+        """Run the classifier of a layer on a range of rows; the range is a view."""
+        hidden = self.model.finish(live.hidden[start:stop])
+        return self.model.head_at(layer)(hidden, live.mask[start:stop])
+
+    def select(self, live: PaddedTexts, rows: Integers) -> PaddedTexts:
+        """Keep some rows; masks are prepared anew for their longest text."""
+        fresh = self.start(live.batch.select(rows))
+        index = torch.from_numpy(rows).to(live.hidden.device)
+        hidden = live.hidden.index_select(0, index)[:, : fresh.mask.shape[1]]
+        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.calls)
+
+    def concat(self, lives: Sequence[PaddedTexts]) -> PaddedTexts:
+        """Put rows of several batches together, padded to the longest of all."""
+        fresh = self.start(TokenBatch.concat([live.batch for live in lives]))
+        hidden = torch.zeros_like(fresh.hidden)
+        row = 0
+        for live in lives:
+            rows, seq_len = live.hidden.shape[:2]
+            hidden[row : row + rows, :seq_len] = live.hidden
+            row += rows
+        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.calls)

@@ -1,0 +1,105 @@
+"""What every backend offers, and the records that pass between it and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Token ids of several texts, one after another, without padding; on the host.
+
+    Attributes:
+        input_ids: Shape (num_tokens,).
+        token_type_ids: Segment ids, shape (num_tokens,); None where every token has segment 0.
+        lengths: Tokens of each text, shape (num_texts,); they sum to num_tokens.
+    """
+
+    input_ids: Integers
+    token_type_ids: Integers | None
+    lengths: Integers
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, rows: Integers) -> TokenBatch:
+        """Return the texts at `rows`, in that order."""
+        tokens = token_positions(self.lengths, rows)
+        types = self.token_type_ids
+        return TokenBatch(self.input_ids[tokens], None if types is None else types[tokens], self.lengths[rows])
+
+    @classmethod
+    def concat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Put texts one after another; batches without segment ids count as segment 0."""
+        types = [batch.token_type_ids for batch in batches]
+        return cls(
+            np.concatenate([batch.input_ids for batch in batches]),
+            None
+            if all(part is None for part in types)
+            else np.concatenate(
+                [
+                    np.zeros_like(batch.input_ids) if part is None else part
+                    for batch, part in zip(batches, types, strict=True)
+                ]
+            ),
+            np.concatenate([batch.lengths for batch in batches]),
+        )
+
+
+def token_positions(lengths: Integers, rows: Integers) -> Integers:
+    """Positions, in a packed batch of texts of these lengths, of the tokens of the texts at `rows`, in order."""
+    starts = (np.cumsum(lengths) - lengths)[rows]
+    counts = lengths[rows]
+    first = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - first, counts)
+
+
+class LiveTexts(Protocol):
+    """Texts on their way through the encoder; what else it holds is the backend's business. Never changed in place."""
+
+    @property
+    def lengths(self) -> Integers:
+        """Tokens of each text, shape (num_texts,)."""
+
+
+Live = TypeVar("Live", bound=LiveTexts)
+
+
+class Backend(Protocol[Live]):
+    """Runs an encoder layer by layer on a shrinking prefix of texts.
+
+    Invariant, tested for every row of `BACKENDS`: whatever the batch, the prefix lengths, the selections and the
+    mergers on the way, the logits of a text at a layer equal those of the Hugging Face model run on that text alone,
+    within the tolerance of the dtype (docs/design.md).
+    """
+
+    @classmethod
+    def supports(cls, model_type: str) -> bool:
+        """Whether the backend runs encoders of this family."""
+
+    @classmethod
+    def build(cls, model: object) -> Self:
+        """Take a model that is on its device, in its dtype, in eval mode."""
+
+    def start(self, batch: TokenBatch) -> Live:
+        """Embed texts."""
+
+    def advance(self, live: Live, layer: int, num_texts: int) -> Live:
+        """Run layer `layer` (counted from 1) on the first `num_texts` texts; the others are let go."""
+
+    def exit_logits(self, live: Live, layer: int, start: int, stop: int) -> Tensor:
+        """Run the classifier of `layer` on texts start … stop - 1: logits (stop - start, num_labels), on the device."""
+
+    def select(self, live: Live, rows: Integers) -> Live:
+        """Keep the texts at `rows`, in that order."""
+
+    def concat(self, lives: Sequence[Live]) -> Live:
+        """Put texts that have run the same layers together into one batch."""

@@ -1,0 +1,349 @@
+"""Teach a trained model when it may stop: profile its exits, fill the exit table, keep a promise.
+
+Everything here is measured on the engine as deployed (backend, dtype, table, rule on a miss), on texts that the model
+was not trained on. `profile` comes first and makes the table; `keep_promise` then finds the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from geep.backends import TokenBatch
+from geep.data import Split
+from geep.engine import Engine, ExitSettings
+from geep.exits import (
+    CRITERIA,
+    Calibration,
+    ExitProfile,
+    OnMiss,
+    Promise,
+    answer_of,
+    calibrate,
+    fit_temperature,
+    follow,
+    profile_exits,
+)
+from geep.predictor import PREDICTORS, ExitPredictor
+
+Integers = NDArray[np.int64]
+Notify = Callable[[str], None]
+
+# Speeds for which the table holds counts; a run takes the nearest.
+TABLE_SPEEDS: tuple[float, ...] = (0.02, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+
+# Speeds that `keep_promise` walks, fixed before any text is seen: dense where well-trained exits live, near 0.
+TRIAL_SPEEDS: tuple[float, ...] = tuple(
+    round(float(speed), 4) for speed in (*np.geomspace(0.001, 0.1, 15), *np.linspace(0.14, 1.0, 44))
+)
+
+# Quantiles tried for the predicted layer. Asking early costs a check, asking late costs layers.
+TRIAL_QUANTILES: tuple[float, ...] = (0.05, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorQuality:
+    """How well exit layers are foretold, at one speed, on texts that filled no table.
+
+    Attributes:
+        kind: Row of `PREDICTORS`, or "constant" or "length".
+        speed: The speed at which the true exit layers were taken.
+        rank_correlation: Spearman's, of the score with the true exit layer; 0 for a constant.
+        mean_absolute_error: Of the predicted (median) layer, in layers.
+        early_share: Share of texts predicted above (before) their true exit.
+    """
+
+    kind: str
+    speed: float
+    rank_correlation: float
+    mean_absolute_error: float
+    early_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileResult:
+    """What `profile` found.
+
+    Attributes:
+        engine: The engine with its table, criterion and temperatures; its speed is still 0.
+        quality: Of the predictors that were tried, on the held-out texts.
+        mean_exit_layers: Mean exit layer at each of `TABLE_SPEEDS`, on training and on held-out texts: exits of
+            training texts are too early, which is why levels and promises come from held-out ones.
+    """
+
+    engine: Engine
+    quality: tuple[PredictorQuality, ...]
+    mean_exit_layers: tuple[tuple[float, float, float], ...]
+
+
+def profile(
+    engine: Engine,
+    train: Split,
+    heldout: Split,
+    *,
+    kind: str | None = None,
+    criterion: str | None = None,
+    ngram_order: int = 2,
+    notify: Notify = lambda _: None,
+) -> ProfileResult:
+    """Run all exits over texts and learn temperatures, criterion, exit table and lexical exit from them.
+
+    Args:
+        engine: Engine of a trained model; its table and settings are replaced.
+        train: Texts that fill the table and teach the lexical exit (its labels, if there).
+        heldout: Texts the model was not trained on: temperatures, criterion and levels come from them.
+        kind: Row of `PREDICTORS`; None: the one whose scores rank the held-out texts best.
+        criterion: Row of `CRITERIA`; None: the one that saves most layers at equal agreement.
+        ngram_order: Longest n-gram of the table's keys.
+        notify: Told what is being done.
+
+    Raises:
+        ValueError: If either split is empty.
+    """
+    for name, split in (("training", train), ("held-out", heldout)):
+        if not len(split):
+            raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
+    train_batch, held_batch = (engine.tokenize(split.inputs).batch for split in (train, heldout))
+    notify(f"running all exits over {len(heldout):,} held-out texts")
+    held_logits = engine.exit_logits(held_batch)
+    notify(f"running all exits over {len(train):,} training texts")
+    train_logits = engine.exit_logits(train_batch)
+    depths, many = engine.depths, engine.multi_label
+
+    notify("fitting temperatures, criterion and exit table")
+    held_labels = _labels(heldout)
+    target = answer_of(held_logits[-1], multi_label=many) if held_labels is None else held_labels
+    temperatures = [fit_temperature(logits, target, multi_label=many) for logits in held_logits]
+
+    def profiles(logits: Tensor, name: str) -> ExitProfile:
+        return profile_exits(logits, depths, criterion=name, temperatures=temperatures, multi_label=many)
+
+    if criterion is None:
+        criterion = min(CRITERIA, key=lambda name: _layers_at_equal_agreement(profiles(held_logits, name)))
+    held_profile, train_profile = profiles(held_logits, criterion), profiles(train_logits, criterion)
+    held_exits, train_exits = _exit_grid(held_profile), _exit_grid(train_profile)
+
+    tried = [kind] if kind is not None else list(PREDICTORS)
+    config = engine.model.encoder.config
+    fitted = {
+        name: ExitPredictor.fit(
+            name,
+            torch.from_numpy(train_batch.input_ids),
+            torch.from_numpy(train_batch.lengths),
+            train_exits,
+            _labels(train),
+            torch.from_numpy(held_batch.input_ids),
+            torch.from_numpy(held_batch.lengths),
+            held_exits,
+            depths=depths,
+            speeds=TABLE_SPEEDS,
+            num_labels=len(engine.label_names),
+            vocab_size=config.vocab_size,
+            special_ids=sorted(set(engine.tokenizer.all_special_ids)),
+            multi_label=many,
+            ngram_order=ngram_order,
+        )
+        for name in tried
+    }
+    quality = {
+        name: [predictor_quality(held_profile, held_batch, predictor, speed) for speed in TABLE_SPEEDS]
+        for name, predictor in fitted.items()
+    }
+    best = max(fitted, key=lambda name: float(np.mean([row.rank_correlation for row in quality[name]])))
+    predictor = fitted[best]
+    by_depth = dict(zip(depths, temperatures, strict=True))
+    lexical = predictor.predict(
+        torch.from_numpy(held_batch.input_ids), torch.from_numpy(held_batch.lengths), speed=0.5
+    ).lexical_logits
+    if lexical is not None:
+        by_depth[0] = fit_temperature(lexical, target, multi_label=many)
+    table_layers = np.asarray(depths)
+    return ProfileResult(
+        engine=engine.replace(
+            predictor=predictor, settings=ExitSettings(criterion=criterion, temperatures=by_depth, speed=0.0)
+        ),
+        quality=tuple(row for rows in quality.values() for row in rows),
+        mean_exit_layers=tuple(
+            (speed, float(table_layers[seen].mean()), float(table_layers[fresh].mean()))
+            for speed, seen, fresh in zip(TABLE_SPEEDS, train_exits.T.numpy(), held_exits.T.numpy(), strict=True)
+        ),
+    )
+
+
+def predictor_quality(
+    profile: ExitProfile, batch: TokenBatch, predictor: ExitPredictor, speed: float
+) -> PredictorQuality:
+    """Compare predicted exit layers with those that the exits themselves choose at a speed."""
+    actual = profile.from_depth(1).exit_layers(speed)
+    found = predictor.predict(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths), speed=speed)
+    return layer_quality(predictor.kind, speed, found.scores.numpy(), found.exit_layers.numpy(), actual)
+
+
+def layer_quality(
+    kind: str, speed: float, scores: NDArray[Any], predicted: Integers, actual: Integers
+) -> PredictorQuality:
+    """Score predicted layers (num_texts,) and the scores behind them against the true ones."""
+    varies = len(np.unique(scores)) > 1 and len(np.unique(actual)) > 1
+    return PredictorQuality(
+        kind=kind,
+        speed=speed,
+        rank_correlation=float(spearmanr(scores, actual).statistic) if varies else 0.0,
+        mean_absolute_error=float(np.abs(predicted - actual).mean()),
+        early_share=float((predicted < actual).mean()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PromiseResult:
+    """What `keep_promise` found: the engine at the calibrated speed, the trials, and the settings that were weighed."""
+
+    engine: Engine
+    calibration: Calibration
+    promise: Promise
+
+
+def keep_promise(
+    engine: Engine,
+    tuning: Split,
+    fresh: Split,
+    promise: Promise,
+    *,
+    on_miss: OnMiss = "continue",
+    lexical_exit: bool | None = None,
+    notify: Notify = lambda _: None,
+) -> PromiseResult:
+    """Set the engine to the highest speed that keeps a promise.
+
+    The lexical exit and the quantile are chosen on the `tuning` texts (the profile's held-out ones will do); the speed
+    is certified on the `fresh` ones, which nothing was fitted or chosen on.
+
+    Args:
+        engine: Engine with a table (see `profile`), or without: then every exit is asked.
+        tuning: Texts to choose settings on.
+        fresh: Texts to certify on.
+        promise: What must be kept.
+        on_miss: The rule to calibrate for.
+        lexical_exit: Allow or forbid answers without the encoder; None: choose.
+        notify: Told what is being done.
+
+    Raises:
+        TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
+        ValueError: If the promise is about accuracy and labels are missing.
+    """
+    notify(f"running all exits over {len(tuning):,} texts to choose settings and {len(fresh):,} to certify the promise")
+    chosen_on, certified_on = _Run.of(engine, tuning), _Run.of(engine, fresh)
+    base = replace(engine.settings, on_miss=on_miss, lexical_exit=False)
+    settings = [base]
+    if engine.predictor is not None:
+        has_lexical = engine.predictor.num_labels is not None and lexical_exit is not False
+        switches = [True] if has_lexical and lexical_exit else [False, True] if has_lexical else [False]
+        settings = [
+            replace(base, quantile=quantile, lexical_exit=lexical)
+            for quantile in TRIAL_QUANTILES
+            for lexical in switches
+        ]
+    best = min(settings, key=lambda each: chosen_on.layers_at_risk(each, promise))
+    notify(f"certifying: quantile {best.quantile}, lexical exit {'on' if best.lexical_exit else 'off'}")
+    result = calibrate(
+        certified_on.profile(best),
+        lambda speed: certified_on.columns(replace(best, speed=speed)),
+        promise,
+        on_miss=on_miss,
+        speeds=TRIAL_SPEEDS,
+    )
+    return PromiseResult(engine.replace(settings=replace(best, speed=result.speed)), result, promise)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """All exits of some texts, run once; any setting's outcome can be read off without running the model again."""
+
+    engine: Engine
+    batch: TokenBatch
+    exit_logits: Tensor
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, engine: Engine, split: Split) -> _Run:
+        batch = engine.tokenize(split.inputs).batch
+        return cls(engine, batch, engine.exit_logits(batch), _labels(split))
+
+    def profile(self, settings: ExitSettings) -> ExitProfile:
+        return full_profile(self.engine, self.batch, self.exit_logits, settings, labels=self.labels)
+
+    def columns(self, settings: ExitSettings) -> Integers:
+        return planned_columns(self.engine, self.batch, settings)
+
+    def layers_at_risk(self, settings: ExitSettings, promise: Promise) -> float:
+        """Fewest mean layers whose observed risk stays within the promise, over the trial speeds."""
+        profile = self.profile(settings)
+        rows, depths = np.arange(len(profile)), np.asarray(profile.depths)
+        fewest = float(depths[-1])
+        for speed in TRIAL_SPEEDS:
+            column = follow(
+                profile, self.columns(replace(settings, speed=speed)), speed=speed, on_miss=settings.on_miss
+            )
+            if promise.min_agreement is not None:
+                risk = 1 - float(profile.agrees[rows, column].mean())
+            elif profile.correct is not None:
+                risk = float(profile.correct[:, -1].mean() - profile.correct[rows, column].mean())
+            else:
+                raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement.")
+            if risk <= promise.allowed:
+                fewest = min(fewest, float(depths[column].mean()))
+        return fewest
+
+
+def full_profile(
+    engine: Engine, batch: TokenBatch, exit_logits: Tensor, settings: ExitSettings, *, labels: Tensor | None
+) -> ExitProfile:
+    """Profile of all exits, with the lexical exit as column 0 where there is one."""
+    depths, logits = engine.depths, exit_logits
+    lexical = None
+    if engine.predictor is not None:
+        lexical = engine.predictor.predict(
+            torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths), speed=0.5
+        ).lexical_logits
+    if lexical is not None:
+        depths, logits = (0, *depths), torch.cat([lexical[None].float(), exit_logits])
+    return profile_exits(
+        logits,
+        depths,
+        criterion=settings.criterion,
+        temperatures=[settings.temperature(depth) for depth in depths],
+        labels=labels,
+        multi_label=engine.multi_label,
+    )
+
+
+def planned_columns(engine: Engine, batch: TokenBatch, settings: ExitSettings) -> Integers:
+    """Column of `full_profile` at which the engine would ask each text first."""
+    has_lexical = engine.predictor is not None and engine.predictor.num_labels is not None
+    depths = (0, *engine.depths) if has_lexical else engine.depths
+    return np.searchsorted(depths, engine.plan(batch, settings=settings).predicted_layers)
+
+
+def _labels(split: Split) -> Tensor | None:
+    return None if split.labels is None else torch.from_numpy(split.labels)
+
+
+def _exit_grid(profile: ExitProfile) -> Tensor:
+    """Column of each text's exit at each of `TABLE_SPEEDS`, (num_texts, num_speeds)."""
+    return torch.from_numpy(np.stack([profile.exit_indices(speed) for speed in TABLE_SPEEDS], axis=1))
+
+
+def _layers_at_equal_agreement(profile: ExitProfile, levels: Sequence[float] = (0.98, 0.99, 0.995)) -> float:
+    """Mean exit layer at the highest speeds that still agree with the full model this often; lower is better."""
+    speeds = np.unique(np.quantile(profile.uncertainty[:, :-1], np.linspace(0, 1, 200)))
+    rows, depths = np.arange(len(profile)), np.asarray(profile.depths)
+    columns = [profile.exit_indices(float(speed)) for speed in speeds]
+    agreement = np.array([profile.agrees[rows, column].mean() for column in columns])
+    layers = np.array([depths[column].mean() for column in columns])
+    return float(np.mean([layers[agreement >= level].min(initial=depths[-1]) for level in levels]))

@@ -1,0 +1,649 @@
+"""The engine: texts in, predictions out, in the caller's order.
+
+Life of a text: token ids → lexical exit, or predicted exit layer → staircase → exit → prediction. There is one way
+through, `Engine.run_tokens`; Python callers, files and evaluation all take it.
+
+Read in this order: `EngineConfig`, `Prediction`, `Engine.predict`, `Engine.run_tokens`, `_Run`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from geep.backends import BACKENDS, Backend, TokenBatch
+from geep.exits import CRITERIA, OnMiss, uncertainty
+from geep.modeling import GeepForSequenceClassification, family_of
+from geep.predictor import ExitPredictor
+from geep.scheduler import budget_cuts, schedule
+
+logger = logging.getLogger(__name__)
+
+Integers = NDArray[np.int64]
+TextInput = str | tuple[str, str]
+
+TABLE_FILE = "exit_table.safetensors"
+SETTINGS_FILE = "calibration.json"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExitSettings:
+    """How certain is certain enough; learned by `geep profile` and `geep calibrate`, kept in `calibration.json`.
+
+    Attributes:
+        speed: FastBERT's knob in [0, 1]: an exit answers once its uncertainty is below it; 0 is the full model.
+        criterion: Row of `CRITERIA`.
+        temperatures: Divides the logits at each depth (0 is the lexical exit), so that scores mean the same everywhere.
+        on_miss: "continue": an answer at the predicted exit that is not certain enough goes on and is asked again.
+            "stop" (the paper): it is final.
+        quantile: Of a text's distribution over exits, the quantile that is its predicted layer. Low quantiles ask
+            early and often (a check is cheap), high ones late (a stop is final).
+        lexical_exit: Whether texts may be answered by the table alone, without the encoder.
+    """
+
+    speed: float = 0.0
+    criterion: str = "entropy"
+    temperatures: dict[int, float] = field(default_factory=dict)
+    on_miss: OnMiss = "continue"
+    quantile: float = 0.5
+    lexical_exit: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.speed <= 1:
+            raise ValueError(f"speed must lie in [0, 1], got {self.speed}.")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"Unknown criterion {self.criterion!r}; known: {sorted(CRITERIA)}.")
+        if self.on_miss not in ("stop", "continue"):
+            raise ValueError(f"on_miss must be 'stop' or 'continue', got {self.on_miss!r}.")
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must lie between 0 and 1, got {self.quantile}.")
+        if any(not value > 0 for value in self.temperatures.values()):
+            raise ValueError(f"temperatures must be positive, got {self.temperatures}.")
+
+    def temperature(self, depth: int) -> float:
+        """Temperature at a depth; 1 where none was fitted."""
+        return self.temperatures.get(depth, 1.0)
+
+    def save(self, folder: str | Path, record: dict[str, Any] | None = None) -> None:
+        """Write `calibration.json`, with what else is worth keeping of how the settings were found."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        values["temperatures"] = {str(depth): value for depth, value in self.temperatures.items()}
+        text = json.dumps({"settings": values, "record": record or {}}, indent=2, ensure_ascii=False)
+        path = Path(folder) / SETTINGS_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExitSettings:
+        """Read `calibration.json`; defaults (the full model) where there is none.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.exists():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            values["temperatures"] = {int(depth): float(value) for depth, value in values["temperatures"].items()}
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); run `geep calibrate` again, or delete it.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs. What it decides is in `ExitSettings`.
+
+    Attributes:
+        backend: Row of `BACKENDS`; None: packed where the encoder's family allows it, else padded.
+        device: "cpu", "cuda", …; None: a GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; None: float32 on a CPU, bfloat16 on a GPU.
+        max_batch_tokens: Tokens of a staircase.
+        window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
+        max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
+    """
+
+    backend: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    max_batch_tokens: int = 2048
+    window_tokens: int = 2**17
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"Unknown backend {self.backend!r}; known: {sorted(BACKENDS)}.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+        for name in ("max_batch_tokens", "window_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_length is not None and self.max_length < 3:
+            raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one text.
+
+    Attributes:
+        label: Name of the most likely label.
+        score: Its probability.
+        scores: Probability of every label; for multi-label models each on its own.
+        exit_layer: Encoder layers that were run; 0: the table alone answered.
+        predicted_layer: Layer at which the engine meant to ask first; None where nothing was predicted.
+        truncated: Whether the text was cut at the longest length.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    exit_layer: int
+    predicted_layer: int | None
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """Token ids of texts and which texts were cut, (num_texts,)."""
+
+    batch: TokenBatch
+    truncated: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Columns of a run, one row a text, in the caller's order.
+
+    Attributes:
+        logits: Logits over the temperature of the exit that answered, (num_texts, num_labels) float32, on the host.
+        exit_layers: Encoder layers run, (num_texts,).
+        predicted_layers: Layer at which each text was first asked, (num_texts,).
+    """
+
+    logits: Tensor
+    exit_layers: Integers
+    predicted_layers: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of texts before any encoder layer runs.
+
+    Attributes:
+        predicted_layers: Layer at which each text is asked first; 0: answered by the table, (num_texts,).
+        lexical_logits: The table's guess at the label, (num_texts, num_labels); None without a lexical exit.
+    """
+
+    predicted_layers: Integers
+    lexical_logits: Tensor | None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Engine
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Classifies texts; see the module's docstring.
+
+    Invariants: the result has one prediction for each text, in order; a text's answer does not depend on the texts
+    beside it beyond the rounding of its dtype; an engine holds no state that a call could change, so calls may come
+    from several threads.
+    """
+
+    def __init__(
+        self,
+        model: GeepForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        predictor: ExitPredictor | None = None,
+        settings: ExitSettings | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        """Make an engine of parts in memory; `from_pretrained` makes one of a folder.
+
+        Raises:
+            ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
+                run the encoder, or the settings need a table that is not there.
+        """
+        self.config = EngineConfig() if config is None else config
+        self.settings = ExitSettings() if settings is None else settings
+        self.tokenizer = tokenizer
+        self.predictor = predictor
+        self.depths: tuple[int, ...] = model.config.depths
+        self.multi_label: bool = model.config.problem_type == "multi_label_classification"
+        names: dict[Any, str] = dict(model.config.id2label or {})
+        self.label_names = tuple(names[i] for i in range(len(names)))
+        self._check_table()
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again."
+                )
+        device = _device(self.config.device)
+        self.model = nn.Module.to(model, device=device, dtype=_dtype(self.config.dtype, device)).train(mode=False)
+        self.max_length = _max_length(self.config.max_length, model, tokenizer)
+        name = self.config.backend or _default_backend(model.encoder.config.model_type)
+        self.backend: Backend[Any] = BACKENDS[name].build(self.model)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, speed: float | None = None, **config: Any) -> Engine:
+        """Load a folder written by `geep train` (or `Engine.save_pretrained`), or such a model of the hub.
+
+        Args:
+            path: Folder or model id.
+            speed: Overrides the calibrated speed.
+            **config: Fields of `EngineConfig`.
+
+        Raises:
+            ValueError: If files of the folder are damaged or do not belong together.
+            TypeError: If a keyword is no field of `EngineConfig`.
+        """
+        engine_config = EngineConfig(**config)
+        folder = Path(path)
+        model = GeepForSequenceClassification.from_pretrained(str(path), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        settings = ExitSettings.load(folder)
+        predictor = None
+        if (folder / TABLE_FILE).exists():
+            predictor = ExitPredictor.load(folder / TABLE_FILE, fingerprint=fingerprint(model, tokenizer))
+        if speed is not None:
+            settings = replace(settings, speed=speed)
+        return cls(model, tokenizer, predictor=predictor, settings=settings, config=engine_config)
+
+    def save_pretrained(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
+        """Write model, tokenizer, table and settings; `record` is kept in `calibration.json` beside the settings."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.save_exits(folder, record=record)
+
+    def save_exits(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
+        """Write table and settings beside a model that is already in the folder."""
+        if self.predictor is not None:
+            self.predictor.save(Path(folder) / TABLE_FILE, fingerprint=fingerprint(self.model, self.tokenizer))
+        self.settings.save(folder, record)
+
+    def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
+        """Return an engine on the same weights with another table or other settings."""
+        other = object.__new__(Engine)
+        other.__dict__.update(self.__dict__)
+        other.predictor = self.predictor if predictor is None else predictor
+        other.settings = self.settings if settings is None else settings
+        other._check_table()
+        return other
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Texts in, predictions out
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def predict(self, texts: Sequence[TextInput], *, speed: float | None = None) -> list[Prediction]:
+        """Classify texts, or pairs of texts.
+
+        Args:
+            texts: Strings, or tuples of two strings. An empty list gives an empty list.
+            speed: Overrides the engine's speed for this call.
+
+        Returns:
+            One prediction for each text, in the order of the texts.
+
+        Raises:
+            TypeError: If `texts` is one string, or an item is neither a string nor a pair of strings.
+            FloatingPointError: If a text's logits are not finite; the message names it.
+        """
+        settings = self.settings if speed is None else replace(self.settings, speed=speed)
+        predictions: list[Prediction] = []
+        # Tokenised and run window by window: memory does not grow with the number of texts.
+        for start in range(0, len(_checked(texts)), _TEXTS_PER_CALL):
+            tokens = self.tokenize(texts[start : start + _TEXTS_PER_CALL])
+            result = self.run_tokens(tokens.batch, settings=settings)
+            predictions += self._predictions(result, tokens.truncated, first=start)
+        return predictions
+
+    def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
+        """Turn texts into token ids, cut at the longest length; memory grows with the number of texts.
+
+        Raises:
+            TypeError: As `predict`.
+        """
+        texts = _checked(texts)
+        if not len(texts):
+            return TokenizedTexts(TokenBatch(_ints([]), None, _ints([])), np.zeros(0, dtype=bool))
+        # Rust's tokenizer takes texts and pairs mixed, but not through Hugging Face's call: pairs go beside.
+        is_pair = np.fromiter((not isinstance(text, str) for text in texts), dtype=bool, count=len(texts))
+        if is_pair.all() or not is_pair.any():
+            return self._tokenize_alike(texts, pairs=bool(is_pair[0]))
+        order = np.concatenate([np.flatnonzero(~is_pair), np.flatnonzero(is_pair)])
+        parts = [
+            self._tokenize_alike([texts[i] for i in np.flatnonzero(chosen).tolist()], pairs=pairs)
+            for chosen, pairs in ((~is_pair, False), (is_pair, True))
+        ]
+        back = np.argsort(order)
+        return TokenizedTexts(
+            TokenBatch.concat([part.batch for part in parts]).select(back),
+            np.concatenate([part.truncated for part in parts])[back],
+        )
+
+    def _tokenize_alike(self, texts: Sequence[Any], *, pairs: bool) -> TokenizedTexts:
+        has_types = pairs and family_of(self.model.encoder.config).has_token_type_ids
+        encoded = self.tokenizer(
+            [text[0] for text in texts] if pairs else list(texts),
+            [text[1] for text in texts] if pairs else None,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=has_types,
+        )
+        ids = encoded["input_ids"]
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        types = encoded["token_type_ids"] if has_types else None
+        truncated = lengths >= self.max_length
+        if encoded.encodings is not None:
+            for row in np.flatnonzero(truncated):
+                truncated[row] = bool(encoded.encodings[row].overflowing)
+        return TokenizedTexts(
+            TokenBatch(_flat(ids, lengths), None if types is None else _flat(types, lengths), lengths), truncated
+        )
+
+    def _predictions(self, result: RunResult, truncated: NDArray[np.bool_], *, first: int) -> list[Prediction]:
+        logits = result.logits
+        broken = (~torch.isfinite(logits).all(-1)).nonzero()
+        if len(broken):
+            raise FloatingPointError(
+                f"Text {first + int(broken[0])} has logits that are not finite; nothing can be said of it. "
+                f"If the dtype is {self.model.dtype}, try float32."
+            )
+        probabilities = torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-1)
+        best = probabilities.argmax(-1).tolist()
+        known_layers = self.predictor is not None
+        return [
+            Prediction(
+                label=self.label_names[label],
+                score=row[label],
+                scores=dict(zip(self.label_names, row, strict=True)),
+                exit_layer=exit_layer,
+                predicted_layer=predicted if known_layers else None,
+                truncated=cut,
+            )
+            for label, row, exit_layer, predicted, cut in zip(
+                best,
+                probabilities.tolist(),
+                result.exit_layers.tolist(),
+                result.predicted_layers.tolist(),
+                truncated.tolist(),
+                strict=True,
+            )
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Tokens in, logits out
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def plan(self, batch: TokenBatch, *, settings: ExitSettings | None = None) -> Plan:
+        """Say, before the run, at which layer each text is to be asked first.
+
+        Without a table every text is asked at the first exit ("continue"), and speed 0 always runs all layers.
+        """
+        settings = self.settings if settings is None else settings
+        count, full = len(batch), self.depths[-1]
+        if settings.speed == 0:
+            return Plan(np.full(count, full), None)
+        if self.predictor is None:
+            return Plan(np.full(count, self.depths[0]), None)
+        found = self.predictor.predict(
+            torch.from_numpy(batch.input_ids),
+            torch.from_numpy(batch.lengths),
+            speed=settings.speed,
+            quantile=settings.quantile,
+        )
+        layers = found.exit_layers.numpy().copy()
+        if not settings.lexical_exit or found.lexical_logits is None:
+            return Plan(layers, None)
+        unsure = self.uncertainty(found.lexical_logits, 0, settings)
+        # Empty texts have no token to guess from.
+        layers[(unsure < settings.speed).numpy() & (batch.lengths > 0)] = 0
+        return Plan(layers, found.lexical_logits)
+
+    def run_tokens(
+        self, batch: TokenBatch, *, settings: ExitSettings | None = None, exit_layers: Integers | None = None
+    ) -> RunResult:
+        """Run tokenised texts: plan, schedule, staircases, pooled survivors.
+
+        Args:
+            batch: The texts.
+            settings: Overrides the engine's settings.
+            exit_layers: Layers that take the place of the prediction, each an exit or the full model, (num_texts,);
+                the lexical exit is then left out.
+
+        Raises:
+            ValueError: If an exit layer has no exit.
+        """
+        settings = self.settings if settings is None else settings
+        if exit_layers is None:
+            plan = self.plan(batch, settings=settings)
+        else:
+            unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
+            if unknown:
+                raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
+            plan = Plan(np.asarray(exit_layers, dtype=np.int64), None)
+        run = _Run(self, settings, plan, len(batch))
+        with torch.inference_mode():
+            for start, stop in budget_cuts(batch.lengths, max_tokens=self.config.window_tokens):
+                run.window(batch, np.arange(start, stop))
+            return run.result()
+
+    def exit_logits(self, batch: TokenBatch) -> Tensor:
+        """Logits of every exit and of the full model, on the backend as deployed: (num_depths, num_texts, num_labels).
+
+        What profiles, tables and calibrations are made of, so that they speak of the exits that will answer.
+        """
+        out = torch.empty(len(self.depths), len(batch), len(self.label_names))
+        full = np.full(len(batch), self.depths[-1])
+        with torch.inference_mode():
+            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.config.max_batch_tokens):
+                live = self.backend.start(batch.select(staircase.indices))
+                index = torch.from_numpy(staircase.indices)
+                for layer in range(1, self.depths[-1] + 1):
+                    live = self.backend.advance(live, layer, len(staircase.indices))
+                    if layer in self.depths:
+                        logits = self.backend.exit_logits(live, layer, 0, len(staircase.indices))
+                        out[self.depths.index(layer), index] = logits.float().cpu()
+        return out
+
+    def uncertainty(self, logits: Tensor, depth: int, settings: ExitSettings) -> Tensor:
+        """Uncertainty of logits (num_texts, num_labels) of the exit at a depth, (num_texts,)."""
+        return uncertainty(
+            logits, settings.criterion, temperature=settings.temperature(depth), multi_label=self.multi_label
+        )
+
+    def _check_table(self) -> None:
+        needs = [
+            name
+            for name, needed in (
+                ("on_miss='stop'", self.settings.on_miss == "stop" and self.settings.speed > 0),
+                ("lexical_exit=True", self.settings.lexical_exit),
+            )
+            if needed
+        ]
+        if self.predictor is None and needs:
+            raise ValueError(f"{' and '.join(needs)} needs an exit table, found none; run `geep profile` first.")
+        if self.predictor is not None and tuple(self.predictor.depths) != self.depths:
+            raise ValueError(
+                f"The exit table predicts layers {list(self.predictor.depths)}, the model has exits at "
+                f"{list(self.depths)}; run `geep profile` again for this model."
+            )
+
+
+# Texts tokenised at once by `predict`. Large enough that sorting finds texts alike, small enough to bound memory.
+_TEXTS_PER_CALL = 16_384
+
+
+class _Run:
+    """One run of texts through the engine: its columns, and the pools in which survivors wait."""
+
+    def __init__(self, engine: Engine, settings: ExitSettings, plan: Plan, num_texts: int) -> None:
+        self.engine, self.settings, self.plan = engine, settings, plan
+        self.backend = engine.backend
+        device = engine.model.device
+        self.logits = torch.full((num_texts, len(engine.label_names)), torch.nan, device=device)
+        self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
+        self.pools: dict[int, list[tuple[Any, Integers]]] = {}
+
+    def window(self, batch: TokenBatch, rows: Integers) -> None:
+        """Run the texts at `rows`; afterwards no pool holds any."""
+        layers = self.plan.predicted_layers[rows]
+        if self.plan.lexical_logits is not None:
+            known = rows[layers == 0]
+            self._answer(known, self.plan.lexical_logits[torch.from_numpy(known)], 0)
+            rows, layers = rows[layers > 0], layers[layers > 0]
+        budget = self.engine.config.max_batch_tokens
+        for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
+            texts = rows[staircase.indices]
+            live = self.backend.start(batch.select(texts))
+            for layer in range(1, int(staircase.exit_layers[0]) + 1):
+                live = self.backend.advance(live, layer, staircase.texts_at(layer))
+                due = staircase.texts_at(layer + 1)
+                if due < len(live.lengths):
+                    self._ask(live, layer, due, texts)
+        # Survivors of all staircases wait at the layer they have run. From the shallowest pool upwards they are packed
+        # into full batches again and run to the next exit, so no batch shrinks as its texts leave.
+        for layer, following in zip(self.engine.depths, self.engine.depths[1:], strict=False):
+            for live, texts in self._merged(self.pools.pop(layer, []), budget):
+                for step in range(layer + 1, following + 1):
+                    live = self.backend.advance(live, step, len(texts))
+                self._ask(live, following, 0, texts)
+
+    def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
+        """Let the exit at `layer` answer the live texts from `start` on; those not certain enough go to the pool."""
+        stop = len(live.lengths)
+        asked = texts[start:stop]
+        logits = self.backend.exit_logits(live, layer, start, stop).float()
+        if self.settings.on_miss == "stop" or layer == self.engine.depths[-1]:
+            self._answer(asked, logits, layer)
+            return
+        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).cpu()
+        self._answer(asked[sure.numpy()], logits[sure.to(logits.device)], layer)
+        missed = np.flatnonzero(~sure.numpy())
+        if len(missed):
+            everyone = start == 0 and len(missed) == stop
+            survivors = live if everyone else self.backend.select(live, start + missed)
+            self.pools.setdefault(layer, []).append((survivors, asked[missed]))
+
+    def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
+        if len(texts):
+            index = torch.from_numpy(texts).to(self.logits.device)
+            scaled = logits.to(self.logits.device) / self.settings.temperature(depth)
+            self.logits.index_copy_(0, index, scaled)
+            self.exit_layers[texts] = depth
+
+    def _merged(self, pool: list[tuple[Any, Integers]], budget: int) -> list[tuple[Any, Integers]]:
+        """Pack the pieces of a pool into as few batches as the budget allows."""
+        if not pool:
+            return []
+        sizes = np.array([int(live.lengths.sum()) for live, _ in pool], dtype=np.int64)
+        merged = []
+        for start, stop in budget_cuts(sizes, max_tokens=budget):
+            pieces = pool[start:stop]
+            if len(pieces) == 1:
+                merged.append(pieces[0])
+                continue
+            live = self.backend.concat([piece for piece, _ in pieces])
+            texts = np.concatenate([texts for _, texts in pieces])
+            by_length = np.argsort(live.lengths, kind="stable")
+            merged.append((self.backend.select(live, by_length), texts[by_length]))
+        return merged
+
+    def result(self) -> RunResult:
+        """Copy the columns to the host."""
+        return RunResult(self.logits.cpu(), self.exit_layers, self.plan.predicted_layers)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Set-up
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digest model and tokenizer, so that a table made with others is refused.
+
+    The model's digest covers every parameter's name, shape and float32 bytes; so it does not depend on how the
+    weights were stored, but a table made for bfloat16 exits differs from one for float32 exits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return {"model": digest.hexdigest(), "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
+
+
+def _default_backend(model_type: str) -> str:
+    return next(name for name, backend in BACKENDS.items() if backend.supports(model_type))
+
+
+def _device(asked: str | None) -> torch.device:
+    if asked is None:
+        found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("Running on %s.", found)
+        return found
+    device = torch.device(asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={asked!r} was asked for, but torch finds no CUDA device; use device='cpu'.")
+    return device
+
+
+def _dtype(asked: str | None, device: torch.device) -> torch.dtype:
+    if asked is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and asked == "float16":
+        raise ValueError("float16 is not run on CPUs (no fast kernels); use float32, or bfloat16 where supported.")
+    if device.type == "cpu" and asked == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
+    return torch.float32 if asked == "float32" else getattr(torch, asked)
+
+
+def _max_length(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text in tokens: the least of the user's, the tokenizer's and the position table's limits."""
+    config = model.encoder.config
+    positions = config.max_position_embeddings
+    if family_of(config).positions_after_pad:
+        positions -= config.pad_token_id + 1
+    limits = [positions, tokenizer.model_max_length, *([] if asked is None else [asked])]
+    return int(min(limits))
+
+
+def _checked(texts: Sequence[TextInput]) -> Sequence[TextInput]:
+    if isinstance(texts, str):
+        raise TypeError("Expected a list of texts, got one string; write predict([text]).")
+    for index, text in enumerate(texts):
+        if isinstance(text, str):
+            continue
+        if not (isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)):
+            raise TypeError(f"Text {index} is {type(text).__name__}; expected a string or a pair of strings.")
+    return texts
+
+
+def _ints(values: Sequence[int]) -> Integers:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _flat(rows: Sequence[Sequence[int]], lengths: Integers) -> Integers:
+    return np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))

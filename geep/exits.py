@@ -1,0 +1,372 @@
+"""When an exit's answer is certain enough: criteria, profiles of what every exit would say, and calibrated promises.
+
+Read in this order: `CRITERIA` (logits -> uncertainty), `ExitProfile` (texts x exits), `follow` (which exit answers),
+`calibrate` (which threshold keeps a promise). All of it is arithmetic on logits that were computed elsewhere; the room
+knows nothing of batches, tokens or backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import beta
+from torch import Tensor
+from torch.nn import functional as F
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+OnMiss = Literal["stop", "continue"]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Criteria
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy over its largest possible value (FastBERT's uncertainty): 0 for certain, 1 for uniform."""
+    return torch.special.entr(probabilities).sum(-1) / math.log(max(probabilities.shape[-1], 2))
+
+
+def confidence(probabilities: Tensor) -> Tensor:
+    """One minus the largest probability, scaled so that the uniform distribution gives 1."""
+    num_labels = max(probabilities.shape[-1], 2)
+    return (1 - probabilities.amax(-1)) * (num_labels / (num_labels - 1))
+
+
+def margin(probabilities: Tensor) -> Tensor:
+    """One minus the gap between the two largest probabilities: 1 where they are equal."""
+    top = probabilities.topk(2, dim=-1).values
+    return 1 - (top[..., 0] - top[..., 1])
+
+
+CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"entropy": entropy, "confidence": confidence, "margin": margin}
+
+
+def uncertainty(logits: Tensor, criterion: str, *, temperature: float = 1.0, multi_label: bool = False) -> Tensor:
+    """Turn logits (…, num_labels) into uncertainties (…,) in [0, 1].
+
+    With several labels at once, each label is a two-way distribution and the least certain label decides.
+
+    Raises:
+        ValueError: If the criterion is not in `CRITERIA`.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"Unknown criterion {criterion!r}; known: {sorted(CRITERIA)}.")
+    scaled = logits.float() / temperature
+    if multi_label:
+        on = torch.sigmoid(scaled)
+        return CRITERIA[criterion](torch.stack([on, 1 - on], dim=-1)).amax(-1).clamp(0, 1)
+    return CRITERIA[criterion](torch.softmax(scaled, dim=-1)).clamp(0, 1)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False) -> float:
+    """Temperature that minimises the log-loss of logits (num_texts, num_labels) on labels (Guo et al. 2017).
+
+    The loss is convex in the inverse temperature, so a golden-section search over [1/20, 20] finds the one minimum.
+    """
+    logits = logits.float()
+
+    def loss(inverse: float) -> float:
+        if multi_label:
+            return float(F.binary_cross_entropy_with_logits(logits * inverse, labels.float()))
+        return float(F.cross_entropy(logits * inverse, labels))
+
+    low, high = 1 / 20, 20.0
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(left) <= loss(right):
+            high = right
+        else:
+            low = left
+    return 2 / (low + high)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Profiles
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExitProfile:
+    """What every exit would answer on texts, and how sure it would be.
+
+    The last column is the full model. Column 0 may be the lexical exit, at depth 0.
+
+    Attributes:
+        depths: Encoder layers run at each column, ascending, (num_depths,).
+        uncertainty: Uncertainty in [0, 1], (num_texts, num_depths).
+        agrees: Whether the answer equals the full model's, (num_texts, num_depths).
+        correct: Whether the answer equals the label, (num_texts, num_depths); None without labels.
+    """
+
+    depths: tuple[int, ...]
+    uncertainty: Floats
+    agrees: Flags
+    correct: Flags | None
+
+    def __len__(self) -> int:
+        return len(self.uncertainty)
+
+    def exit_indices(self, speed: float) -> Integers:
+        """Column of the first exit with an uncertainty below `speed`, else of the full model, (num_texts,)."""
+        return follow(self, np.zeros(len(self), dtype=np.int64), speed=speed, on_miss="continue")
+
+    def exit_layers(self, speed: float) -> Integers:
+        """Encoder layers each text runs until the first exit below `speed` (FastBERT's rule), (num_texts,)."""
+        return np.asarray(self.depths, dtype=np.int64)[self.exit_indices(speed)]
+
+    def select(self, rows: Integers) -> ExitProfile:
+        """Return the profile of some texts."""
+        return ExitProfile(
+            self.depths,
+            self.uncertainty[rows],
+            self.agrees[rows],
+            None if self.correct is None else self.correct[rows],
+        )
+
+    def from_depth(self, depth: int) -> ExitProfile:
+        """Return the profile of the exits at `depth` and deeper."""
+        first = next(i for i, d in enumerate(self.depths) if d >= depth)
+        return ExitProfile(
+            self.depths[first:],
+            self.uncertainty[:, first:],
+            self.agrees[:, first:],
+            None if self.correct is None else self.correct[:, first:],
+        )
+
+
+def profile_exits(
+    exit_logits: Tensor,
+    depths: Sequence[int],
+    *,
+    criterion: str = "entropy",
+    temperatures: Sequence[float] | None = None,
+    labels: Tensor | None = None,
+    multi_label: bool = False,
+) -> ExitProfile:
+    """Describe texts by the logits of all their exits.
+
+    Profile texts that the model was not trained on: exits are over-confident on training texts (docs/method.md).
+
+    Args:
+        exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
+        depths: Encoder layers run at each, ascending.
+        criterion: Row of `CRITERIA`.
+        temperatures: One for each depth; None: 1.
+        labels: Label ids (num_texts,), or 0/1 (num_texts, num_labels) for multi-label; None where unknown.
+        multi_label: Whether several labels may hold at once.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if len(depths) != len(exit_logits):
+        raise ValueError(f"Got logits of {len(exit_logits)} exits and {len(depths)} depths; they must be as many.")
+    scales = [1.0] * len(depths) if temperatures is None else list(temperatures)
+    unsure = torch.stack(
+        [
+            uncertainty(logits, criterion, temperature=t, multi_label=multi_label)
+            for logits, t in zip(exit_logits, scales, strict=True)
+        ],
+        dim=1,
+    )
+    answers = answer_of(exit_logits, multi_label=multi_label)  # (num_depths, num_texts[, num_labels])
+    full = answers[-1]
+    same = (answers == full).flatten(2).all(-1) if multi_label else answers == full
+    right = None
+    if labels is not None:
+        truth = labels.bool() if multi_label else labels
+        hits = (answers == truth).flatten(2).all(-1) if multi_label else answers == truth
+        right = hits.T.numpy()
+    return ExitProfile(tuple(depths), unsure.float().numpy(), same.T.numpy(), right)
+
+
+def answer_of(logits: Tensor, *, multi_label: bool) -> Tensor:
+    """The answer that logits (…, num_labels) stand for: a label id (…,), or flags (…, num_labels) for multi-label."""
+    return logits > 0 if multi_label else logits.argmax(-1)
+
+
+def follow(profile: ExitProfile, predicted: Integers, *, speed: float, on_miss: OnMiss) -> Integers:
+    """Column at which each text is answered, given the column predicted for it: the engine's rule on a profile.
+
+    "stop": the predicted exit answers. "continue": the predicted exit and all deeper ones are asked in turn, and the
+    first with an uncertainty below `speed` answers; the full model answers whatever its uncertainty.
+
+    Args:
+        profile: Profile of the texts.
+        predicted: Predicted column of each text, (num_texts,).
+        speed: Threshold in [0, 1]; 0 is the full model under "continue".
+        on_miss: What happens where the answer at the predicted exit is not certain enough.
+    """
+    if on_miss == "stop":
+        return predicted
+    sure = profile.uncertainty < speed
+    sure[:, -1] = True
+    sure &= np.arange(len(profile.depths)) >= predicted[:, None]
+    return sure.argmax(1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Promises
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the user asks to be kept; exactly one of the two is given.
+
+    Attributes:
+        max_accuracy_drop: Accuracy of the full model less accuracy of the pipeline, at most (0.005 = half a point).
+        min_agreement: Share of texts answered as the full model answers them, at least; needs no labels.
+        confidence: Probability, over the draw of the calibration texts, with which the promise holds.
+    """
+
+    max_accuracy_drop: float | None = None
+    min_agreement: float | None = None
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if (self.max_accuracy_drop is None) == (self.min_agreement is None):
+            raise ValueError(
+                "A promise names one of max_accuracy_drop and min_agreement, "
+                f"got {self.max_accuracy_drop} and {self.min_agreement}."
+            )
+        for name in ("max_accuracy_drop", "min_agreement"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1 (0.005 is half a point), got {value}.")
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"confidence must lie in [0.5, 1), got {self.confidence}.")
+
+    @property
+    def allowed(self) -> float:
+        """The risk that may not be exceeded."""
+        return self.max_accuracy_drop if self.max_accuracy_drop is not None else 1 - (self.min_agreement or 0.0)
+
+    @property
+    def texts_needed(self) -> int:
+        """Fewest texts that can certify the promise at all: those on which even a faultless run just suffices."""
+        tail = (1 - self.confidence) * (1 if self.max_accuracy_drop is None else _DISCORDANT_SHARE)
+        return math.ceil(math.log(tail) / math.log1p(-self.allowed))
+
+
+@dataclass(frozen=True, slots=True)
+class TrialPoint:
+    """One threshold of a calibration: its speed, mean layers, observed risk and the bound on the true risk."""
+
+    speed: float
+    mean_exit_layer: float
+    risk: float
+    bound: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Outcome of `calibrate`: the speed to run at, and every threshold that was tried on the way."""
+
+    speed: float
+    trials: tuple[TrialPoint, ...]
+    num_texts: int
+
+
+class TooFewTextsError(ValueError):
+    """There are too few calibration texts for the promise; the message says how many are needed."""
+
+
+def clopper_pearson_upper(successes: int, trials: int, tail: float) -> float:
+    """Upper end of the exact one-sided binomial interval at confidence 1 - tail (Clopper and Pearson 1934)."""
+    return 1.0 if trials == 0 or successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
+
+
+# Share of the error probability spent on the number of texts whose correctness changes; the rest goes to the
+# direction of the change, which is the wider interval of the two.
+_DISCORDANT_SHARE = 0.2
+
+
+def risk_bound(full: Flags, deployed: Flags, tail: float) -> float:
+    """Upper bound, at confidence 1 - tail, on accuracy(full) - accuracy(deployed), from paired outcomes.
+
+    A pair matters only if exactly one of the two is right. With d the probability of that and q the probability that
+    it is then the full model, the drop is d (2 q - 1). Each of d and q gets an exact Clopper-Pearson bound, and the
+    two error probabilities add up to `tail`. Bounding only the texts spoilt, without those repaired, needs no q but
+    charges every changed answer as a loss: on tasks where exits err differently but equally often nothing would pass.
+    """
+    spoilt = int((full & ~deployed).sum())
+    repaired = int((~full & deployed).sum())
+    changed = clopper_pearson_upper(spoilt + repaired, len(full), tail * _DISCORDANT_SHARE)
+    direction = clopper_pearson_upper(spoilt, spoilt + repaired, tail * (1 - _DISCORDANT_SHARE))
+    return changed * max(2 * direction - 1, 0.0)
+
+
+def calibrate(
+    profile: ExitProfile,
+    predicted: Callable[[float], Integers],
+    promise: Promise,
+    *,
+    on_miss: OnMiss = "continue",
+    speeds: Sequence[float],
+) -> Calibration:
+    """Find the highest speed that keeps a promise: fixed-sequence testing (Learn then Test, Angelopoulos et al. 2021).
+
+    Speeds are walked from low to high and tested with an exact bound at the full confidence; the walk ends at the
+    first that fails, and the last that passed is kept. Since nothing is tested after a failure, the probability of
+    ever keeping a speed that breaks the promise is at most 1 - confidence. The texts must be fresh: neither trained
+    on nor used to choose criterion, table or temperatures.
+
+    Args:
+        profile: Profile of the calibration texts.
+        predicted: Column predicted for each text at a given speed.
+        promise: What must be kept.
+        on_miss: The engine's rule, see `follow`.
+        speeds: Speeds to try, ascending, chosen before looking at these texts.
+
+    Returns:
+        The calibration; its speed is 0 (the full model) if not even the lowest speed passed.
+
+    Raises:
+        TooFewTextsError: If even a faultless run on so few texts could not certify the promise.
+        ValueError: If the promise is about accuracy and the profile has no labels.
+    """
+    if promise.max_accuracy_drop is not None and profile.correct is None:
+        raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement instead.")
+    if len(profile) < promise.texts_needed:
+        raise TooFewTextsError(
+            f"{len(profile)} calibration texts cannot certify {_describe(promise)}: at least {promise.texts_needed} "
+            "are needed. Give more held-out texts, or ask for less. Until then the full model answers (speed 0)."
+        )
+    tail = 1 - promise.confidence
+    rows = np.arange(len(profile))
+    depths = np.asarray(profile.depths)
+    trials: list[TrialPoint] = []
+    kept = 0.0
+    for speed in speeds:
+        column = follow(profile, predicted(speed), speed=speed, on_miss=on_miss)
+        if promise.min_agreement is not None:
+            differs = int((~profile.agrees[rows, column]).sum())
+            risk, bound = differs / len(rows), clopper_pearson_upper(differs, len(rows), tail)
+        else:
+            correct = profile.correct
+            if correct is None:
+                raise ValueError("max_accuracy_drop needs labelled texts.")
+            full, deployed = correct[:, -1], correct[rows, column]
+            risk, bound = float(full.mean() - deployed.mean()), risk_bound(full, deployed, tail)
+        passed = bound <= promise.allowed
+        trials.append(TrialPoint(float(speed), float(depths[column].mean()), risk, bound, passed))
+        if not passed:
+            break
+        kept = float(speed)
+    return Calibration(kept, tuple(trials), len(rows))
+
+
+def _describe(promise: Promise) -> str:
+    if promise.max_accuracy_drop is not None:
+        return f"a drop of at most {promise.max_accuracy_drop * 100:g} points at {promise.confidence:.0%} confidence"
+    return f"an agreement of at least {promise.min_agreement} at {promise.confidence:.0%} confidence"
