@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,17 @@ from geep.exits import (
     ExitProfile,
     OnMiss,
     Promise,
+    TrialPoint,
     answer_of,
     calibrate,
     fit_temperature,
-    follow,
     profile_exits,
+    try_speed,
 )
 from geep.predictor import PREDICTORS, ExitPredictor
 
 Integers = NDArray[np.int64]
-Notify = Callable[[str], None]
+Report = Callable[[str, float], None]
 
 # Speeds for which the table holds counts; a run takes the nearest.
 TABLE_SPEEDS: tuple[float, ...] = (0.02, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
@@ -91,7 +93,7 @@ def profile(
     kind: str | None = None,
     criterion: str | None = None,
     ngram_order: int = 2,
-    notify: Notify = lambda _: None,
+    report: Report = lambda _what, _share: None,
 ) -> ProfileResult:
     """Run all exits over texts and learn temperatures, criterion, exit table and lexical exit from them.
 
@@ -102,7 +104,7 @@ def profile(
         kind: Row of `PREDICTORS`; None: the one whose scores rank the held-out texts best.
         criterion: Row of `CRITERIA`; None: the one that saves most layers at equal agreement.
         ngram_order: Longest n-gram of the table's keys.
-        notify: Told what is being done.
+        report: Told what is being done, and the share of it that is done.
 
     Raises:
         ValueError: If either split is empty.
@@ -111,13 +113,11 @@ def profile(
         if not len(split):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
     train_batch, held_batch = (engine.tokenize(split.inputs).batch for split in (train, heldout))
-    notify(f"running all exits over {len(heldout):,} held-out texts")
-    held_logits = engine.exit_logits(held_batch)
-    notify(f"running all exits over {len(train):,} training texts")
-    train_logits = engine.exit_logits(train_batch)
+    held_logits = engine.exit_logits(held_batch, report=partial(report, "all exits, held-out texts"))
+    train_logits = engine.exit_logits(train_batch, report=partial(report, "all exits, training texts"))
     depths, many = engine.depths, engine.multi_label
 
-    notify("fitting temperatures, criterion and exit table")
+    report("temperatures, criterion, exit table", 0.0)
     held_labels = _labels(heldout)
     target = answer_of(held_logits[-1], multi_label=many) if held_labels is None else held_labels
     temperatures = [fit_temperature(logits, target, multi_label=many) for logits in held_logits]
@@ -165,6 +165,7 @@ def profile(
     if lexical is not None:
         by_depth[0] = fit_temperature(lexical, target, multi_label=many)
     table_layers = np.asarray(depths)
+    report("temperatures, criterion, exit table", 1.0)
     return ProfileResult(
         engine=engine.replace(
             predictor=predictor, settings=ExitSettings(criterion=criterion, temperatures=by_depth, speed=0.0)
@@ -217,12 +218,12 @@ def keep_promise(
     *,
     on_miss: OnMiss = "continue",
     lexical_exit: bool | None = None,
-    notify: Notify = lambda _: None,
+    report: Report = lambda _what, _share: None,
 ) -> PromiseResult:
     """Set the engine to the highest speed that keeps a promise.
 
-    The lexical exit and the quantile are chosen on the `tuning` texts (the profile's held-out ones will do); the speed
-    is certified on the `fresh` ones, which nothing was fitted or chosen on.
+    The lexical exit, the quantile and the order of the speeds are chosen on the `tuning` texts (the profile's held-out
+    ones will do); the speed is certified on the `fresh` ones, which nothing was fitted or chosen on.
 
     Args:
         engine: Engine with a table (see `profile`), or without: then every exit is asked.
@@ -231,14 +232,14 @@ def keep_promise(
         promise: What must be kept.
         on_miss: The rule to calibrate for.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
-        notify: Told what is being done.
+        report: Told what is being done, and the share of it that is done.
 
     Raises:
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
         ValueError: If the promise is about accuracy and labels are missing.
     """
-    notify(f"running all exits over {len(tuning):,} texts to choose settings and {len(fresh):,} to certify the promise")
-    chosen_on, certified_on = _Run.of(engine, tuning), _Run.of(engine, fresh)
+    chosen_on = _Run.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))
+    certified_on = _Run.of(engine, fresh, partial(report, "all exits, texts to certify the promise on"))
     base = replace(engine.settings, on_miss=on_miss, lexical_exit=False)
     settings = [base]
     if engine.predictor is not None:
@@ -249,16 +250,33 @@ def keep_promise(
             for quantile in TRIAL_QUANTILES
             for lexical in switches
         ]
-    best = min(settings, key=lambda each: chosen_on.layers_at_risk(each, promise))
-    notify(f"certifying: quantile {best.quantile}, lexical exit {'on' if best.lexical_exit else 'off'}")
+    trials = {number: chosen_on.trials(each, promise) for number, each in enumerate(settings)}
+    best = min(trials, key=lambda number: _fewest_layers(trials[number], promise))
+    chosen = settings[best]
+    profile = certified_on.profile(chosen)
     result = calibrate(
-        certified_on.profile(best),
-        lambda speed: certified_on.columns(replace(best, speed=speed)),
+        profile,
+        lambda speed: certified_on.columns(replace(chosen, speed=speed)),
         promise,
         on_miss=on_miss,
-        speeds=TRIAL_SPEEDS,
+        speeds=_from_safest(trials[best]),
     )
-    return PromiseResult(engine.replace(settings=replace(best, speed=result.speed)), result, promise)
+    return PromiseResult(engine.replace(settings=replace(chosen, speed=result.speed)), result, promise)
+
+
+def _fewest_layers(trials: Sequence[TrialPoint], promise: Promise) -> float:
+    """Fewest mean layers whose observed risk stays within the promise."""
+    return min((trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed), default=float("inf"))
+
+
+def _from_safest(trials: Sequence[TrialPoint]) -> list[float]:
+    """Order in which speeds are certified: from the one that looks safest on the tuning texts upwards.
+
+    A walk from speed 0 would have to pass where a handful of answers change: there the bound is wide and one text of
+    bad luck ends the walk, long before speeds at which as many answers are repaired as spoilt.
+    """
+    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
+    return [trial.speed for trial in trials[safest:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +289,9 @@ class _Run:
     labels: Tensor | None
 
     @classmethod
-    def of(cls, engine: Engine, split: Split) -> _Run:
+    def of(cls, engine: Engine, split: Split, report: Callable[[float], None]) -> _Run:
         batch = engine.tokenize(split.inputs).batch
-        return cls(engine, batch, engine.exit_logits(batch), _labels(split))
+        return cls(engine, batch, engine.exit_logits(batch, report=report), _labels(split))
 
     def profile(self, settings: ExitSettings) -> ExitProfile:
         return full_profile(self.engine, self.batch, self.exit_logits, settings, labels=self.labels)
@@ -281,24 +299,18 @@ class _Run:
     def columns(self, settings: ExitSettings) -> Integers:
         return planned_columns(self.engine, self.batch, settings)
 
-    def layers_at_risk(self, settings: ExitSettings, promise: Promise) -> float:
-        """Fewest mean layers whose observed risk stays within the promise, over the trial speeds."""
+    def trials(self, settings: ExitSettings, promise: Promise) -> list[TrialPoint]:
         profile = self.profile(settings)
-        rows, depths = np.arange(len(profile)), np.asarray(profile.depths)
-        fewest = float(depths[-1])
-        for speed in TRIAL_SPEEDS:
-            column = follow(
-                profile, self.columns(replace(settings, speed=speed)), speed=speed, on_miss=settings.on_miss
+        return [
+            try_speed(
+                profile,
+                self.columns(replace(settings, speed=speed)),
+                promise,
+                speed=speed,
+                on_miss=settings.on_miss,
             )
-            if promise.min_agreement is not None:
-                risk = 1 - float(profile.agrees[rows, column].mean())
-            elif profile.correct is not None:
-                risk = float(profile.correct[:, -1].mean() - profile.correct[rows, column].mean())
-            else:
-                raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement.")
-            if risk <= promise.allowed:
-                fewest = min(fewest, float(depths[column].mean()))
-        return fewest
+            for speed in TRIAL_SPEEDS
+        ]
 
 
 def full_profile(

@@ -1008,6 +1008,45 @@ def _shares(sizes: NDArray[np.int64], target: int) -> NDArray[np.int64]:
     return counts
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What training rows and development rows are for.
+
+    Attributes:
+        train: Rows that the model learns from; they also fill the exit table.
+        profile: Rows that nothing was trained on: temperatures, criterion and the table's levels come from them.
+        calibration: Rows that nothing was trained or chosen on: promises are certified on them.
+    """
+
+    train: Split
+    profile: Split
+    calibration: Split
+
+
+def divide(
+    dataset: Dataset, *, fraction: float = 0.2, max_heldout: int = 4000, max_train: int | None = None, seed: int = 0
+) -> Parts:
+    """Decide which rows of a data set are learned from, profiled and calibrated on; the test rows are not touched.
+
+    The held-out rows are the development split where there is one, else a share of the training rows. The same data
+    set and arguments always give the same parts.
+
+    Args:
+        dataset: The data set.
+        fraction: Share of the training rows held out where there is no development split.
+        max_heldout: Limit on them.
+        max_train: Limit on the rows learned from, drawn after holding out. None: all.
+        seed: Seed of the cuts.
+    """
+    if dataset.dev is not None:
+        rest, held = dataset.train, dataset.dev
+    else:
+        cut = holdout(dataset.train, fraction, seed=seed, max_rows=max_heldout)
+        rest, held = cut.rest, cut.held
+    parts = halves(held, seed=seed)
+    return Parts(rest if max_train is None else _subset(rest, max_train, seed), parts.profile, parts.calibration)
+
+
 def halves(split: Split, *, seed: int = 0) -> Halves:
     """Cut a split into a half for profiling and a half for calibration, as `holdout` does.
 

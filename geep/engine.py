@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -450,11 +450,16 @@ class Engine:
                 run.window(batch, np.arange(start, stop))
             return run.result()
 
-    def exit_logits(self, batch: TokenBatch) -> Tensor:
+    def exit_logits(self, batch: TokenBatch, *, report: Callable[[float], None] = lambda _: None) -> Tensor:
         """Logits of every exit and of the full model, on the backend as deployed: (num_depths, num_texts, num_labels).
 
         What profiles, tables and calibrations are made of, so that they speak of the exits that will answer.
+
+        Args:
+            batch: The texts.
+            report: Told the share that is done.
         """
+        done, total = 0, max(len(batch.input_ids), 1)
         out = torch.empty(len(self.depths), len(batch), len(self.label_names))
         full = np.full(len(batch), self.depths[-1])
         with torch.inference_mode():
@@ -466,6 +471,8 @@ class Engine:
                     if layer in self.depths:
                         logits = self.backend.exit_logits(live, layer, 0, len(staircase.indices))
                         out[self.depths.index(layer), index] = logits.float().cpu()
+                done += int(staircase.lengths.sum())
+                report(done / total)
         return out
 
     def uncertainty(self, logits: Tensor, depth: int, settings: ExitSettings) -> Tensor:

@@ -230,7 +230,11 @@ class ClsHead(nn.Module):
 
     def forward_packed(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Map packed hidden states (num_tokens, hidden) of texts of these `lengths` (num_texts,) to logits."""
-        return self._classify(hidden[_starts(lengths)])
+        if not hidden.shape[0]:
+            return self._classify(hidden.new_zeros(lengths.shape[0], hidden.shape[1]))
+        first = hidden[_starts(lengths).clamp(max=hidden.shape[0] - 1)]
+        # A text without tokens has no first one; it must not borrow its neighbour's.
+        return self._classify(torch.where(lengths[:, None] > 0, first, 0.0))
 
     def _classify(self, pooled: Tensor) -> Tensor:
         return self.out(self.dropout(torch.tanh(self.dense(pooled))))
@@ -447,6 +451,7 @@ class GeepForSequenceClassification(PreTrainedModel):
             family = family_of(AutoConfig.from_pretrained(encoder))
             pretrained = AutoModel.from_pretrained(encoder, dtype=torch.float32, **(family.init_kwargs or {}))
         else:
+            family = family_of(encoder.config)
             pretrained = encoder
         config = GeepConfig(
             encoder_config=pretrained.config,
@@ -457,6 +462,10 @@ class GeepForSequenceClassification(PreTrainedModel):
             label2id={name: i for i, name in enumerate(names)},
         )
         model = cls(config)
+        if getattr(pretrained, "pooler", None) is not None and not (family.init_kwargs or {}).get(
+            "add_pooling_layer", True
+        ):
+            pretrained.pooler = None  # not used by the heads, and not there when the model is loaded again
         model.encoder = pretrained
         return model
 

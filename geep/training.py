@@ -19,8 +19,11 @@ from torch.nn import functional as F
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -161,7 +164,7 @@ RECIPES: dict[str, Recipe] = {
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots the class still shows its defaults, which the command line reads
 class TrainSettings:
     """How to train; every default has its home here.
 
@@ -236,6 +239,17 @@ class _StageTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
 
+class _Reporter(TrainerCallback):
+    """Passes the Trainer's steps on."""
+
+    def __init__(self, report: Callable[[str, float], None], stage: str) -> None:
+        self.report = report
+        self.stage = stage
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.report(self.stage, state.global_step / max(state.max_steps, 1))
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[str] | Sequence[tuple[str, str]],
@@ -266,7 +280,7 @@ def train(
     settings: TrainSettings,
     checkpoint_dir: str | Path,
     device: str | None = None,
-    show_progress: bool = True,
+    report: Callable[[str, float], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train `model` in place by the stages of a recipe.
@@ -281,7 +295,7 @@ def train(
         settings: See `TrainSettings`.
         checkpoint_dir: Where checkpoints live while training runs.
         device: "cpu" keeps training off a GPU; None: what the Trainer finds.
-        show_progress: Show the Trainer's bar with its estimate of the time left.
+        report: Told the stage and the share of it that is done; None: the Trainer shows its own bar and log.
         callbacks: Passed to the Trainer.
 
     Raises:
@@ -323,7 +337,7 @@ def train(
                 save_strategy="epoch",
                 save_total_limit=1,
                 logging_steps=20,
-                disable_tqdm=not show_progress,
+                disable_tqdm=report is not None,
                 report_to="none",
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
@@ -336,6 +350,9 @@ def train(
             stage=stage,
             problem_type=model.config.problem_type,
         )
+        if report is not None:
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(_Reporter(report, f"training, {stage.name}"))
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(stage_folder))
         steps += result.global_step
         seconds += float(result.metrics.get("train_runtime", 0.0))

@@ -192,6 +192,15 @@ class PackedBackend:
         encoder = self.model.encoder
         starts = np.cumsum(batch.lengths) - batch.lengths
         positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths) + self.first_position
+        if family_of(encoder.config).positions_after_pad:
+            # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the
+            # tokens after it are counted without it, as in Hugging Face's model.
+            pad = encoder.config.pad_token_id
+            is_pad = batch.input_ids == pad
+            if is_pad.any():
+                pads = np.cumsum(is_pad)
+                before = np.concatenate(([0], pads))[starts]
+                positions = np.where(is_pad, pad, positions - (pads - np.repeat(before, batch.lengths)))
         inputs = {
             "input_ids": _row(batch.input_ids, device),
             "position_ids": _row(positions, device),

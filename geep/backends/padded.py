@@ -95,7 +95,8 @@ class PaddedBackend:
         hidden = torch.zeros_like(fresh.hidden)
         row = 0
         for live in lives:
-            rows, seq_len = live.hidden.shape[:2]
-            hidden[row : row + rows, :seq_len] = live.hidden
+            # A batch may be wider than its longest text, where longer ones were let go.
+            rows, seq_len = live.hidden.shape[0], min(live.hidden.shape[1], hidden.shape[1])
+            hidden[row : row + rows, :seq_len] = live.hidden[:, :seq_len]
             row += rows
         return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.calls)
