@@ -51,6 +51,47 @@ TRIAL_QUANTILES: tuple[float, ...] = (0.05, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True, slots=True)
+class ExitRun:
+    """All exits of some texts, run once; any setting's outcome can be read off without running the model again.
+
+    Attributes:
+        batch: The texts' tokens.
+        exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
+        labels: Label ids, or 0/1 for multi-label; None where unknown.
+    """
+
+    batch: TokenBatch
+    exit_logits: Tensor
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, engine: Engine, split: Split, report: Callable[[float], None] = lambda _: None) -> ExitRun:
+        """Run the exits of an engine over texts."""
+        batch = engine.tokenize(split.inputs).batch
+        labels = None if split.labels is None else torch.from_numpy(split.labels)
+        return cls(batch, engine.exit_logits(batch, report=report), labels)
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Token ids and lengths as the predictor takes them."""
+        return torch.from_numpy(self.batch.input_ids), torch.from_numpy(self.batch.lengths)
+
+    def trials(self, engine: Engine, settings: ExitSettings, promise: Promise) -> list[TrialPoint]:
+        """Hold every one of `TRIAL_SPEEDS` against a promise."""
+        profile = full_profile(engine, self, settings)
+        return [
+            try_speed(
+                profile,
+                planned_columns(engine, self.batch, replace(settings, speed=speed)),
+                promise,
+                speed=speed,
+                on_miss=settings.on_miss,
+            )
+            for speed in TRIAL_SPEEDS
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class PredictorQuality:
     """How well exit layers are foretold, at one speed, on texts that filled no table.
 
@@ -76,12 +117,14 @@ class ProfileResult:
     Attributes:
         engine: The engine with its table, criterion and temperatures; its speed is still 0.
         quality: Of the predictors that were tried, on the held-out texts.
+        heldout: The held-out texts' run, which `keep_promise` can choose settings on without running them again.
         mean_exit_layers: Mean exit layer at each of `TABLE_SPEEDS`, on training and on held-out texts: exits of
             training texts are too early, which is why levels and promises come from held-out ones.
     """
 
     engine: Engine
     quality: tuple[PredictorQuality, ...]
+    heldout: ExitRun
     mean_exit_layers: tuple[tuple[float, float, float], ...]
 
 
@@ -112,22 +155,20 @@ def profile(
     for name, split in (("training", train), ("held-out", heldout)):
         if not len(split):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
-    train_batch, held_batch = (engine.tokenize(split.inputs).batch for split in (train, heldout))
-    held_logits = engine.exit_logits(held_batch, report=partial(report, "all exits, held-out texts"))
-    train_logits = engine.exit_logits(train_batch, report=partial(report, "all exits, training texts"))
+    held = ExitRun.of(engine, heldout, partial(report, "all exits, held-out texts"))
+    seen = ExitRun.of(engine, train, partial(report, "all exits, training texts"))
     depths, many = engine.depths, engine.multi_label
 
     report("temperatures, criterion, exit table", 0.0)
-    held_labels = _labels(heldout)
-    target = answer_of(held_logits[-1], multi_label=many) if held_labels is None else held_labels
-    temperatures = [fit_temperature(logits, target, multi_label=many) for logits in held_logits]
+    target = answer_of(held.exit_logits[-1], multi_label=many) if held.labels is None else held.labels
+    temperatures = [fit_temperature(logits, target, multi_label=many) for logits in held.exit_logits]
 
     def profiles(logits: Tensor, name: str) -> ExitProfile:
         return profile_exits(logits, depths, criterion=name, temperatures=temperatures, multi_label=many)
 
     if criterion is None:
-        criterion = min(CRITERIA, key=lambda name: _layers_at_equal_agreement(profiles(held_logits, name)))
-    held_profile, train_profile = profiles(held_logits, criterion), profiles(train_logits, criterion)
+        criterion = min(CRITERIA, key=lambda name: _layers_at_equal_agreement(profiles(held.exit_logits, name)))
+    held_profile, train_profile = profiles(held.exit_logits, criterion), profiles(seen.exit_logits, criterion)
     held_exits, train_exits = _exit_grid(held_profile), _exit_grid(train_profile)
 
     tried = [kind] if kind is not None else list(PREDICTORS)
@@ -135,12 +176,10 @@ def profile(
     fitted = {
         name: ExitPredictor.fit(
             name,
-            torch.from_numpy(train_batch.input_ids),
-            torch.from_numpy(train_batch.lengths),
+            *seen.flat,
             train_exits,
-            _labels(train),
-            torch.from_numpy(held_batch.input_ids),
-            torch.from_numpy(held_batch.lengths),
+            seen.labels,
+            *held.flat,
             held_exits,
             depths=depths,
             speeds=TABLE_SPEEDS,
@@ -153,15 +192,13 @@ def profile(
         for name in tried
     }
     quality = {
-        name: [predictor_quality(held_profile, held_batch, predictor, speed) for speed in TABLE_SPEEDS]
+        name: [predictor_quality(held_profile, held.batch, predictor, speed) for speed in TABLE_SPEEDS]
         for name, predictor in fitted.items()
     }
     best = max(fitted, key=lambda name: float(np.mean([row.rank_correlation for row in quality[name]])))
     predictor = fitted[best]
     by_depth = dict(zip(depths, temperatures, strict=True))
-    lexical = predictor.predict(
-        torch.from_numpy(held_batch.input_ids), torch.from_numpy(held_batch.lengths), speed=0.5
-    ).lexical_logits
+    lexical = predictor.predict(*held.flat, speed=0.5).lexical_logits
     if lexical is not None:
         by_depth[0] = fit_temperature(lexical, target, multi_label=many)
     table_layers = np.asarray(depths)
@@ -171,9 +208,10 @@ def profile(
             predictor=predictor, settings=ExitSettings(criterion=criterion, temperatures=by_depth, speed=0.0)
         ),
         quality=tuple(row for rows in quality.values() for row in rows),
+        heldout=held,
         mean_exit_layers=tuple(
-            (speed, float(table_layers[seen].mean()), float(table_layers[fresh].mean()))
-            for speed, seen, fresh in zip(TABLE_SPEEDS, train_exits.T.numpy(), held_exits.T.numpy(), strict=True)
+            (speed, float(table_layers[known].mean()), float(table_layers[fresh].mean()))
+            for speed, known, fresh in zip(TABLE_SPEEDS, train_exits.T.numpy(), held_exits.T.numpy(), strict=True)
         ),
     )
 
@@ -212,7 +250,7 @@ class PromiseResult:
 
 def keep_promise(
     engine: Engine,
-    tuning: Split,
+    tuning: Split | ExitRun,
     fresh: Split,
     promise: Promise,
     *,
@@ -227,7 +265,7 @@ def keep_promise(
 
     Args:
         engine: Engine with a table (see `profile`), or without: then every exit is asked.
-        tuning: Texts to choose settings on.
+        tuning: Texts to choose settings on, or their run.
         fresh: Texts to certify on.
         promise: What must be kept.
         on_miss: The rule to calibrate for.
@@ -238,8 +276,9 @@ def keep_promise(
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
         ValueError: If the promise is about accuracy and labels are missing.
     """
-    chosen_on = _Run.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))
-    certified_on = _Run.of(engine, fresh, partial(report, "all exits, texts to certify the promise on"))
+    if isinstance(tuning, Split):
+        tuning = ExitRun.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))
+    certified_on = ExitRun.of(engine, fresh, partial(report, "all exits, texts to certify the promise on"))
     base = replace(engine.settings, on_miss=on_miss, lexical_exit=False)
     settings = [base]
     if engine.predictor is not None:
@@ -250,13 +289,12 @@ def keep_promise(
             for quantile in TRIAL_QUANTILES
             for lexical in switches
         ]
-    trials = {number: chosen_on.trials(each, promise) for number, each in enumerate(settings)}
+    trials = {number: tuning.trials(engine, each, promise) for number, each in enumerate(settings)}
     best = min(trials, key=lambda number: _fewest_layers(trials[number], promise))
     chosen = settings[best]
-    profile = certified_on.profile(chosen)
     result = calibrate(
-        profile,
-        lambda speed: certified_on.columns(replace(chosen, speed=speed)),
+        full_profile(engine, certified_on, chosen),
+        lambda speed: planned_columns(engine, certified_on.batch, replace(chosen, speed=speed)),
         promise,
         on_miss=on_miss,
         speeds=_from_safest(trials[best]),
@@ -279,58 +317,20 @@ def _from_safest(trials: Sequence[TrialPoint]) -> list[float]:
     return [trial.speed for trial in trials[safest:]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """All exits of some texts, run once; any setting's outcome can be read off without running the model again."""
-
-    engine: Engine
-    batch: TokenBatch
-    exit_logits: Tensor
-    labels: Tensor | None
-
-    @classmethod
-    def of(cls, engine: Engine, split: Split, report: Callable[[float], None]) -> _Run:
-        batch = engine.tokenize(split.inputs).batch
-        return cls(engine, batch, engine.exit_logits(batch, report=report), _labels(split))
-
-    def profile(self, settings: ExitSettings) -> ExitProfile:
-        return full_profile(self.engine, self.batch, self.exit_logits, settings, labels=self.labels)
-
-    def columns(self, settings: ExitSettings) -> Integers:
-        return planned_columns(self.engine, self.batch, settings)
-
-    def trials(self, settings: ExitSettings, promise: Promise) -> list[TrialPoint]:
-        profile = self.profile(settings)
-        return [
-            try_speed(
-                profile,
-                self.columns(replace(settings, speed=speed)),
-                promise,
-                speed=speed,
-                on_miss=settings.on_miss,
-            )
-            for speed in TRIAL_SPEEDS
-        ]
-
-
-def full_profile(
-    engine: Engine, batch: TokenBatch, exit_logits: Tensor, settings: ExitSettings, *, labels: Tensor | None
-) -> ExitProfile:
-    """Profile of all exits, with the lexical exit as column 0 where there is one."""
-    depths, logits = engine.depths, exit_logits
+def full_profile(engine: Engine, run: ExitRun, settings: ExitSettings) -> ExitProfile:
+    """Profile of all exits, with the lexical exit as column 0 where the engine's table has one."""
+    depths, logits = engine.depths, run.exit_logits
     lexical = None
     if engine.predictor is not None:
-        lexical = engine.predictor.predict(
-            torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths), speed=0.5
-        ).lexical_logits
+        lexical = engine.predictor.predict(*run.flat, speed=0.5).lexical_logits
     if lexical is not None:
-        depths, logits = (0, *depths), torch.cat([lexical[None].float(), exit_logits])
+        depths, logits = (0, *depths), torch.cat([lexical[None].float(), logits])
     return profile_exits(
         logits,
         depths,
         criterion=settings.criterion,
         temperatures=[settings.temperature(depth) for depth in depths],
-        labels=labels,
+        labels=run.labels,
         multi_label=engine.multi_label,
     )
 
@@ -340,10 +340,6 @@ def planned_columns(engine: Engine, batch: TokenBatch, settings: ExitSettings) -
     has_lexical = engine.predictor is not None and engine.predictor.num_labels is not None
     depths = (0, *engine.depths) if has_lexical else engine.depths
     return np.searchsorted(depths, engine.plan(batch, settings=settings).predicted_layers)
-
-
-def _labels(split: Split) -> Tensor | None:
-    return None if split.labels is None else torch.from_numpy(split.labels)
 
 
 def _exit_grid(profile: ExitProfile) -> Tensor:

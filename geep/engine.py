@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from geep.backends import BACKENDS, Backend, TokenBatch
 from geep.exits import CRITERIA, OnMiss, uncertainty
@@ -67,14 +69,16 @@ class ExitSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.speed <= 1:
             raise ValueError(f"speed must lie in [0, 1], got {self.speed}.")
+        if not isinstance(self.lexical_exit, bool):
+            raise TypeError(f"lexical_exit must be true or false, got {self.lexical_exit!r}.")
         if self.criterion not in CRITERIA:
             raise ValueError(f"Unknown criterion {self.criterion!r}; known: {sorted(CRITERIA)}.")
         if self.on_miss not in ("stop", "continue"):
             raise ValueError(f"on_miss must be 'stop' or 'continue', got {self.on_miss!r}.")
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must lie between 0 and 1, got {self.quantile}.")
-        if any(not value > 0 for value in self.temperatures.values()):
-            raise ValueError(f"temperatures must be positive, got {self.temperatures}.")
+        if any(not 0 < value < float("inf") for value in self.temperatures.values()):
+            raise ValueError(f"temperatures must be positive and finite, got {self.temperatures}.")
 
     def temperature(self, depth: int) -> float:
         """Temperature at a depth; 1 where none was fitted."""
@@ -91,14 +95,14 @@ class ExitSettings:
         partial.replace(path)
 
     @classmethod
-    def load(cls, folder: str | Path) -> ExitSettings:
-        """Read `calibration.json`; defaults (the full model) where there is none.
+    def load(cls, model: str | Path) -> ExitSettings:
+        """Read the `calibration.json` of a folder or a model of the hub; defaults (the full model) where there is none.
 
         Raises:
             ValueError: If the file is damaged.
         """
-        path = Path(folder) / SETTINGS_FILE
-        if not path.exists():
+        path = _file_of(model, SETTINGS_FILE)
+        if path is None:
             return cls()
         try:
             values = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -233,7 +237,7 @@ class Engine:
         self.multi_label: bool = model.config.problem_type == "multi_label_classification"
         names: dict[Any, str] = dict(model.config.id2label or {})
         self.label_names = tuple(names[i] for i in range(len(names)))
-        self._check_table()
+        self._check_table(self.settings)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(
@@ -259,13 +263,12 @@ class Engine:
             TypeError: If a keyword is no field of `EngineConfig`.
         """
         engine_config = EngineConfig(**config)
-        folder = Path(path)
-        model = GeepForSequenceClassification.from_pretrained(str(path), dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-        settings = ExitSettings.load(folder)
+        model, tokenizer = load_model(path)
+        settings = ExitSettings.load(path)
         predictor = None
-        if (folder / TABLE_FILE).exists():
-            predictor = ExitPredictor.load(folder / TABLE_FILE, fingerprint=fingerprint(model, tokenizer))
+        table = _file_of(path, TABLE_FILE)
+        if table is not None:
+            predictor = ExitPredictor.load(table, fingerprint=fingerprint(model, tokenizer))
         if speed is not None:
             settings = replace(settings, speed=speed)
         return cls(model, tokenizer, predictor=predictor, settings=settings, config=engine_config)
@@ -277,9 +280,12 @@ class Engine:
         self.save_exits(folder, record=record)
 
     def save_exits(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
-        """Write table and settings beside a model that is already in the folder."""
-        if self.predictor is not None:
-            self.predictor.save(Path(folder) / TABLE_FILE, fingerprint=fingerprint(self.model, self.tokenizer))
+        """Write table and settings beside a model that is already in the folder; an older table does not stay."""
+        table = Path(folder) / TABLE_FILE
+        if self.predictor is None:
+            table.unlink(missing_ok=True)
+        else:
+            self.predictor.save(table, fingerprint=fingerprint(self.model, self.tokenizer))
         self.settings.save(folder, record)
 
     def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
@@ -288,7 +294,7 @@ class Engine:
         other.__dict__.update(self.__dict__)
         other.predictor = self.predictor if predictor is None else predictor
         other.settings = self.settings if settings is None else settings
-        other._check_table()
+        other._check_table(other.settings)
         return other
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -307,6 +313,7 @@ class Engine:
 
         Raises:
             TypeError: If `texts` is one string, or an item is neither a string nor a pair of strings.
+            ValueError: If a text holds half a character (a lone surrogate); the message names it.
             FloatingPointError: If a text's logits are not finite; the message names it.
         """
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
@@ -322,7 +329,7 @@ class Engine:
         """Turn texts into token ids, cut at the longest length; memory grows with the number of texts.
 
         Raises:
-            TypeError: As `predict`.
+            TypeError, ValueError: As `predict`.
         """
         texts = _checked(texts)
         if not len(texts):
@@ -407,6 +414,7 @@ class Engine:
         if settings.speed == 0:
             return Plan(np.full(count, full), None)
         if self.predictor is None:
+            self._check_table(settings)
             return Plan(np.full(count, self.depths[0]), None)
         found = self.predictor.predict(
             torch.from_numpy(batch.input_ids),
@@ -481,12 +489,12 @@ class Engine:
             logits, settings.criterion, temperature=settings.temperature(depth), multi_label=self.multi_label
         )
 
-    def _check_table(self) -> None:
+    def _check_table(self, settings: ExitSettings) -> None:
         needs = [
             name
             for name, needed in (
-                ("on_miss='stop'", self.settings.on_miss == "stop" and self.settings.speed > 0),
-                ("lexical_exit=True", self.settings.lexical_exit),
+                ("on_miss='stop'", settings.on_miss == "stop" and settings.speed > 0),
+                ("lexical_exit=True", settings.lexical_exit),
             )
             if needed
         ]
@@ -588,6 +596,37 @@ class _Run:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def load_model(path: str | Path) -> tuple[GeepForSequenceClassification, PreTrainedTokenizerBase]:
+    """Load model (float32) and tokenizer of a folder or of the hub, whole or not at all.
+
+    Raises:
+        ValueError: If the weights are damaged or do not cover the model.
+    """
+    try:
+        model, info = GeepForSequenceClassification.from_pretrained(
+            str(path), dtype=torch.float32, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} are damaged ({error}); copy or train the model again.") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"The weights of {path} lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])!r}; "
+            "the file belongs to another model or was cut. Copy or train the model again."
+        )
+    return model, AutoTokenizer.from_pretrained(str(path))
+
+
+def _file_of(model: str | Path, name: str) -> Path | None:
+    """Path of a file that a model folder, or a model of the hub, may have."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.exists() else None
+    found = cached_file(
+        str(model), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
+
+
 def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Digest model and tokenizer, so that a table made with others is refused.
 
@@ -641,11 +680,25 @@ def _checked(texts: Sequence[TextInput]) -> Sequence[TextInput]:
     if isinstance(texts, str):
         raise TypeError("Expected a list of texts, got one string; write predict([text]).")
     for index, text in enumerate(texts):
-        if isinstance(text, str):
-            continue
-        if not (isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)):
+        parts = (text,) if isinstance(text, str) else text
+        if parts is text and not (
+            isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        ):
             raise TypeError(f"Text {index} is {type(text).__name__}; expected a string or a pair of strings.")
+        if not all(part.isascii() or _is_unicode(part) for part in parts):
+            raise ValueError(
+                f"Text {index} holds half a character (a lone surrogate), expected Unicode; replace it, for example by "
+                "text.encode('utf-8', 'replace').decode()."
+            )
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _ints(values: Sequence[int]) -> Integers:

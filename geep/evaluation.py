@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from geep.backends import BACKENDS, Backend, TokenBatch
-from geep.calibration import PredictorQuality, full_profile, layer_quality, planned_columns, predictor_quality
+from geep.calibration import ExitRun, PredictorQuality, full_profile, layer_quality, planned_columns, predictor_quality
 from geep.data import Split
 from geep.engine import Engine
 from geep.exits import ExitProfile, follow
@@ -169,10 +169,8 @@ def evaluate(
             "Run `geep calibrate`, or give a speed."
         )
     generator = np.random.default_rng(seed)
-    batch = engine.tokenize(split.inputs).batch
-    labels = None if split.labels is None else torch.from_numpy(split.labels)
-    logits = engine.exit_logits(batch, report=partial(report, "all exits, texts to evaluate"))
-    profile = full_profile(engine, batch, logits, engine.settings, labels=labels)
+    run = ExitRun.of(engine, split, partial(report, "all exits, texts to evaluate"))
+    batch, profile = run.batch, full_profile(engine, run, engine.settings)
 
     timed = np.sort(generator.permutation(len(split))[:max_texts])
     texts = split.select(timed).inputs

@@ -314,7 +314,7 @@ def calibrate(
     on_miss: OnMiss = "continue",
     speeds: Sequence[float],
 ) -> Calibration:
-    """Find the highest speed that keeps a promise: fixed-sequence testing (Learn then Test, Angelopoulos et al. 2021).
+    """Find a speed that keeps a promise: fixed-sequence testing (Learn then Test, Angelopoulos et al. 2021).
 
     Speeds are walked in order and tested with an exact bound at the full confidence; the walk ends at the first that
     fails, and the last that passed is kept. Since nothing is tested after a failure, the probability of ever keeping

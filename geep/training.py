@@ -6,6 +6,8 @@ files, tables or thresholds. Mixed precision, several devices, checkpoints and r
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from geep.modeling import ExitOutput, GeepForSequenceClassification, label_loss
@@ -332,7 +335,7 @@ def train(
                 max_grad_norm=settings.max_grad_norm,
                 train_sampling_strategy="group_by_length",
                 bf16=settings.bf16,
-                use_cpu=device == "cpu",
+                use_cpu=device == "cpu" or not torch.accelerator.is_available(),
                 seed=settings.seed,
                 save_strategy="epoch",
                 save_total_limit=1,
@@ -360,12 +363,22 @@ def train(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.train(mode=False)
-    shutil.rmtree(folder, ignore_errors=True)
+    for number, stage in enumerate(recipe.stages):
+        shutil.rmtree(folder / f"{number}-{stage.name}", ignore_errors=True)
+    with contextlib.suppress(OSError):  # there may be other things in it
+        folder.rmdir()
     return TrainResult(steps=steps, seconds=seconds, logs=tuple(logs))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """Latest whole checkpoint; later ones that a killed process left half written are deleted."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((Path(found) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the Trainer writes it last
+            return found
+        logger.warning("Checkpoint %s is not whole and is deleted; training goes on from the one before it.", found)
+        shutil.rmtree(found)
+    return None
 
 
 def _optimizer(
