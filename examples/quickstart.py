@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = fetch_encoder(options.encoder)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = GeepForSequenceClassification.from_encoder(encoder, label_names=dataset.label_names)
-    settings = TrainSettings(epochs=2, batch_size=8, learning_rate=1e-4, max_length=32)
+    settings = TrainSettings(epochs=2, batch_size=16, learning_rate=2e-4, max_length=32)
     rows = encode(tokenizer, parts.train.inputs, parts.train.labels, max_length=settings.max_length)
     train(model, tokenizer, rows, settings=settings, checkpoint_dir=f"{options.output}/checkpoints")
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -358,7 +359,7 @@ def _try_calibrate(
         with _bars(console) as report:
             result = keep_promise(found.engine, found.heldout, parts.calibration, promise, report=report)
     except TooFewTextsError as error:
-        console.print(f"[yellow]Not calibrated:[/] {error}")
+        console.print(f"[yellow]Not calibrated:[/] {escape(str(error))}")
         return {"speed": 0.0, "refused": str(error)}
     _save_settings(result, folder)
     _show_calibration(console, result)
@@ -578,7 +579,7 @@ def predict_command(
         if result.num_bad:
             console.print(f"[yellow]{result.num_bad:,} bad rows left out[/], listed in {goal}.errors.jsonl; the first:")
             for bad in result.bad_rows[:3]:
-                console.print(f"  line {bad.line}: {bad.reason}")
+                console.print(f"  line {bad.line}: {escape(bad.reason)}")
         mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
         console.print(
             f"{result.rows:,} rows in {result.seconds:.1f} s "
@@ -607,7 +608,7 @@ def _show_predictions(console: Console, answers: list[dict[str, Any]]) -> None:
             f"{answer['score']:.3f}",
             str(answer["exit_layer"]),
             "-" if predicted is None else str(predicted),
-            answer["text"][:70] + ("…" if len(answer["text"]) > 70 else ""),
+            escape(answer["text"][:70] + ("…" if len(answer["text"]) > 70 else "")),
         )
     console.print(table)
 
@@ -824,7 +825,7 @@ def _errors(as_json: bool) -> Iterator[None]:
             raise
         if as_json:
             sys.stdout.write(json.dumps({"error": str(error), "error_type": type(error).__name__}) + "\n")
-        Console(stderr=True).print("[bold red]error:[/]", str(error), markup=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped; the same command goes on.")

@@ -414,8 +414,10 @@ class _HfPipeline:
         if by_length:
             sizes = [len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts]
             inputs = [inputs[i] for i in np.argsort(sizes)]
-        # An iterator is what the pipeline wants: given a list it warns of, and collects, one answer after another.
-        return list(self.call(iter(inputs), batch_size=batch_size, truncation=True, max_length=self.max_length))
+        # Given a generator, the pipeline keeps its data loader busy; given a list, it warns of just that.
+        return list(
+            self.call((each for each in inputs), batch_size=batch_size, truncation=True, max_length=self.max_length)
+        )
 
 
 @dataclass(frozen=True, slots=True)

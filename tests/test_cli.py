@@ -1,0 +1,222 @@
+"""The commands, run as a user runs them: on files, with bad input too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_tokenizer, random_texts, tiny_encoder, toy_task
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from geep.cli import app
+from geep.engine import Engine
+
+
+def run(*arguments: str | Path, code: int = 0) -> Any:
+    """Run a command; return its JSON document if it was asked for one, else what it printed, lines joined."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return json.loads(result.stdout) if "--json" in arguments else " ".join(result.output.split())
+
+
+def write_rows(path: Path, count: int, *, seed: int) -> Path:
+    texts, labels = toy_task(count, seed=seed)
+    names = ("red", "green", "blue")
+    rows = [{"text": text, "label": names[label]} for text, label in zip(texts, labels.tolist(), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an encoder, a data set and a model trained on it by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_encoder("bert").save_pretrained(folder / "encoder")
+    make_tokenizer().save_pretrained(folder / "encoder")
+    (folder / "data").mkdir()
+    for part, count in (("train", 240), ("dev", 300), ("test", 40)):
+        write_rows(folder / "data" / f"{part}.jsonl", count, seed=count)
+    summary = run(*train_arguments(folder), "--json")
+    assert summary["steps"] > 0
+    assert summary["calibration"]["speed"] >= 0
+    return folder
+
+
+def train_arguments(folder: Path) -> list[str]:
+    return [
+        *("train", str(folder / "data"), "--output", str(folder / "model"), "--model", str(folder / "encoder")),
+        *("--epochs", "6", "--learning-rate", "1e-3", "--batch-size", "16", "--exit-layers", "1,2,3"),
+        *("--max-drop", "5", "--device", "cpu"),
+    ]
+
+
+@pytest.fixture
+def model(workplace: Path, tmp_path: Path) -> Path:
+    """A copy of the trained model that a test may spoil."""
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_training_makes_a_folder_that_is_ready(workplace: Path) -> None:
+    names = {path.name for path in (workplace / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "exit_table.safetensors", "calibration.json", "training.json"} <= names
+    assert "checkpoints" not in names
+    engine = Engine.from_pretrained(workplace / "model", device="cpu")
+    assert engine.label_names == ("blue", "green", "red")
+
+
+def test_training_again_with_the_same_settings_trains_nothing(workplace: Path, model: Path) -> None:
+    before = (workplace / "model" / "model.safetensors").read_bytes()
+    assert "already" in run(*train_arguments(workplace), "--no-calibrate")
+    assert (workplace / "model" / "model.safetensors").read_bytes() == before
+    assert "other settings" in run(*train_arguments(workplace), "--seed", "7", code=2)
+
+
+def test_profile_and_calibrate_write_their_files(model: Path) -> None:
+    (model / "calibration.json").unlink()
+    (model / "exit_table.safetensors").unlink()
+    found = run("profile", model, "--predictor", "counts", "--device", "cpu", "--json")
+    assert found["predictor"] == "counts"
+    assert Engine.from_pretrained(model, device="cpu").settings.speed == 0
+    certified = run("calibrate", model, "--min-agreement", "0.9", "--device", "cpu", "--json")
+    assert certified["promise"]["min_agreement"] == 0.9
+    assert certified["trials"]
+    assert Engine.from_pretrained(model, device="cpu").settings.speed == certified["speed"]
+    record = json.loads((model / "calibration.json").read_text(encoding="utf-8"))["record"]
+    assert set(record) == {"profile", "calibration"}
+    assert "Certifying" in run("calibrate", model, "--max-drop", "5", "--device", "cpu")
+
+
+def test_too_few_texts_for_a_promise_are_said_to_be_too_few(model: Path) -> None:
+    before = (model / "calibration.json").read_text(encoding="utf-8")
+    assert "are needed" in run("calibrate", model, "--max-drop", "0.1", code=2)
+    assert (model / "calibration.json").read_text(encoding="utf-8") == before
+
+
+def test_evaluate_shows_and_saves_all_rivals(model: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", model, "-o", tmp_path / "out", "--max-texts", "8", "--rounds", "1", "--speed", "0.5")
+    shown = run(*arguments, "--device", "cpu")
+    for name in ("HF pipeline", "constant depth 1", "FastBERT", "GEEP stop", "GEEP continue", "oracle"):
+        assert name in shown
+    assert (tmp_path / "out" / "evaluation.png").exists()
+    document = run(*arguments, write_rows(tmp_path / "own.jsonl", 20, seed=4), "--device", "cpu", "--json")
+    assert document["report"]["num_texts"] == 20
+    assert document["headline"]["over_full"] > 0
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_predict_writes_a_row_for_each_text(model: Path, tmp_path: Path, ending: str) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 30, seed=5)
+    target = tmp_path / f"out.{ending}"
+    report = run("predict", model, source, "-o", target, "--chunk-rows", "7", "--device", "cpu", "--json")
+    assert report["rows"] == 30
+    texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
+    expected = [found.label for found in Engine.from_pretrained(model, device="cpu").predict(texts)]
+    if ending == "jsonl":
+        labels = [json.loads(line)["label"] for line in target.read_text(encoding="utf-8").splitlines()]
+    elif ending == "parquet":
+        labels = pq.read_table(target).column("label").to_pylist()
+    else:
+        lines = target.read_text(encoding="utf-8").splitlines()
+        column = lines[0].split(",").index("label")
+        labels = [line.split(",")[column] for line in lines[1:]]
+    assert labels == expected
+
+
+def test_predict_takes_texts_on_the_command_line(model: Path) -> None:
+    answers = run("predict", model, "-t", "w0 w30", "-t", "", "--device", "cpu", "--json")
+    assert [answer["text"] for answer in answers] == ["w0 w30", ""]
+    assert set(answers[0]["scores"]) == {"red", "green", "blue"}
+    assert "exit layer" in run("predict", model, "-t", "w0", "--device", "cpu")
+
+
+def test_bad_rows_are_reported_and_left_out(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"text": "w1"}\n{"text": "\xff"}\nnot json\n{"text": 3}\n{"text": "w2"}\n')
+    shown = run("predict", model, source, "-o", tmp_path / "out.jsonl", "--device", "cpu")
+    assert "3 bad rows left out" in shown
+    errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert [error["line"] for error in errors] == [2, 3, 4]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_bad_input_gets_one_message_and_code_2(model: Path, workplace: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "in.csv"
+    csv.write_text("body,label\nw1,red\n", encoding="utf-8")
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text('{"text": "w1", "label": "purple"}\n', encoding="utf-8")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("", encoding="utf-8")
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"text": "w1", "label": "red"}\n', encoding="utf-8")
+    encoder = str(workplace / "encoder")
+    cases: list[tuple[list[str | Path], str]] = [
+        (["predict", model, csv], "text"),
+        (["predict", model, tmp_path / "missing.jsonl"], "missing.jsonl"),
+        (["predict", model], "Give a file"),
+        (["predict", encoder, "-t", "w1"], "expected 'geep'"),
+        (["predict", model, "-t", "w1", "--speed", "2"], "speed must lie in"),
+        (["predict", model, "-t", "w1", "--backend", "fast"], "Unknown backend"),
+        (["evaluate", model, unknown], "purple"),
+        (["train", empty, "-o", tmp_path / "m", "-m", encoder], "rows"),
+        (["train", one, "-o", tmp_path / "m", "-m", encoder], "label"),
+        (["train", workplace / "data", "-o", tmp_path / "m", "-m", encoder, "--recipe", "magic"], "Unknown recipe"),
+        (["train", "no-such-data", "-o", tmp_path / "m", "-m", encoder], "no-such-data"),
+        (["calibrate", model, "--max-drop", "0.5", "--min-agreement", "0.9"], "names one of"),
+        (["calibrate", model, "--on-miss", "panic"], "--on-miss"),
+    ]
+    for arguments, expected in cases:
+        shown = run(*arguments, code=2)
+        assert expected in shown, f"{arguments}: {shown}"
+        assert "Traceback" not in shown
+    failed = run("predict", model, csv, "--json", code=2)
+    assert failed["error_type"] == "ValueError"
+
+
+def test_damaged_model_folders_are_refused(model: Path, workplace: Path) -> None:
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in run("predict", model, "-t", "w1", code=2)
+
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    lacking = {name: tensor for name, tensor in tensors.items() if not name.startswith("teacher.")}
+    save_file(lacking, weights, metadata={"format": "pt"})
+    assert "lack" in run("predict", model, "-t", "w1", code=2)
+
+    tensors["teacher.out.bias"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (model / "exit_table.safetensors").unlink()
+    (model / "calibration.json").unlink()
+    assert "NaN" in run("predict", model, "-t", "w1", code=2)
+
+    tensors["teacher.out.bias"][0] = 0.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    shutil.copy(workplace / "model" / "exit_table.safetensors", model)
+    assert "another model" in run("predict", model, "-t", "w1", code=2)
+
+
+def test_every_command_helps_with_examples() -> None:
+    for command in ("train", "profile", "calibrate", "evaluate", "predict"):
+        assert f"geep {command}" in run(command, "--help")
+    assert "demo" in run("--help")
+    assert run("--version").startswith("geep ")
+
+
+def test_multi_label_data_goes_through(workplace: Path, tmp_path: Path) -> None:
+    texts = random_texts(120, seed=3)
+    names = [[name for word, name in (("w1", "one"), ("w2", "two")) if word in text] for text in texts]
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, names, strict=True)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    output = tmp_path / "model"
+    encoder = str(workplace / "encoder")
+    run("train", tmp_path / "train.jsonl", "-o", output, "-m", encoder, "--epochs", "1", "--device", "cpu")
+    answers = run("predict", output, "-t", "w1 w2", "--device", "cpu", "--json")
+    assert set(answers[0]["scores"]) == {"one", "two"}

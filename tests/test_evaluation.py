@@ -1,0 +1,137 @@
+"""The comparison with the rivals: its arithmetic, its rows, its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_engine, random_texts
+
+from geep.calibration import ExitRun, full_profile, planned_columns
+from geep.data import Split
+from geep.engine import Engine
+from geep.evaluation import BATCH_SIZES, EvaluationReport, draw, evaluate, headline, stable_oracle
+from geep.evaluation import _ShrinkingBatch as ShrinkingBatch
+from geep.exits import ExitProfile, follow
+
+GROUPS = {
+    "pipeline",
+    "pipeline-sorted",
+    "full",
+    "constant",
+    "fastbert",
+    "random",
+    "geep-stop",
+    "geep-continue",
+    "oracle",
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def texts() -> Split:
+    made = random_texts(40, seed=9)
+    return Split(made, labels=np.arange(40) % 3)
+
+
+@pytest.fixture(scope="module")
+def report(engine: Engine, texts: Split) -> EvaluationReport:
+    return evaluate(engine, texts, max_texts=12, rounds=1, sweep=(0.8,))
+
+
+def test_every_rival_has_a_row(report: EvaluationReport, engine: Engine) -> None:
+    assert {row.group for row in report.rows} == GROUPS
+    assert sum(row.group == "constant" for row in report.rows) == len(engine.depths) - 1
+    assert sum(row.group == "geep-continue" for row in report.rows) == 2
+    assert len({row.name for row in report.rows}) == len(report.rows)
+    assert report.num_texts == 40
+    assert report.num_timed == 12
+
+
+def test_quality_is_what_the_engine_really_answers(report: EvaluationReport, engine: Engine, texts: Split) -> None:
+    answers = engine.predict(texts.texts)
+    full = engine.predict(texts.texts, speed=0.0)
+    assert texts.labels is not None
+    truth = [engine.label_names[label] for label in texts.labels.tolist()]
+    row = report.row("geep-continue")
+    assert row.accuracy == pytest.approx(np.mean([a.label == t for a, t in zip(answers, truth, strict=True)]))
+    assert row.agreement == pytest.approx(np.mean([a.label == f.label for a, f in zip(answers, full, strict=True)]))
+    assert row.mean_exit_layer == pytest.approx(np.mean([answer.exit_layer for answer in answers]))
+    assert report.row("full").agreement == 1.0
+    assert report.row("full").layer_speedup == 1.0
+    assert report.row("full").ratio == pytest.approx(1.0)
+
+
+def test_the_oracle_answers_as_the_full_model_with_the_fewest_layers(report: EvaluationReport) -> None:
+    assert report.row("oracle").agreement == 1.0
+    profile = ExitProfile(
+        (1, 2, 3),
+        np.zeros((3, 3), dtype=np.float32),
+        np.array([[True, True, True], [True, False, True], [False, True, True]]),
+        None,
+    )
+    assert stable_oracle(profile).tolist() == [0, 2, 1]
+
+
+def test_random_depths_have_the_histogram_of_stop(report: EvaluationReport) -> None:
+    assert report.row("random").mean_exit_layer == pytest.approx(report.row("geep-stop").mean_exit_layer)
+
+
+@pytest.mark.parametrize("size", BATCH_SIZES)
+def test_the_shrinking_batch_answers_as_fastberts_rule_says(engine: Engine, texts: Split, size: int) -> None:
+    run = ExitRun.of(engine, texts)
+    profile = full_profile(engine, run, engine.settings).from_depth(1)
+    columns = follow(profile, np.zeros(40, dtype=np.int64), speed=engine.settings.speed, on_miss="continue")
+    expected = run.exit_logits[columns, np.arange(40)].argmax(-1)
+    assert ShrinkingBatch.of(engine)(texts.inputs, size).argmax(-1).tolist() == expected.tolist()
+
+
+def test_pairs_and_unlabelled_texts_can_be_evaluated(engine: Engine) -> None:
+    split = Split(random_texts(10, seed=1), text_pairs=random_texts(10, seed=2))
+    found = evaluate(engine, split, max_texts=6, rounds=1, sweep=())
+    assert all(row.accuracy is None for row in found.rows)
+    assert headline(found).accuracy_drop is None
+
+
+def test_the_headline_compares_with_rivals_at_least_as_good(report: EvaluationReport) -> None:
+    best = headline(report)
+    ours, full = report.row("geep-continue"), report.row("full")
+    assert best.over_full == pytest.approx(ours.throughput / full.throughput)
+    rivals = [row for row in report.rows if row.group in ("constant", "full")]
+    assert ours.accuracy is not None
+    chosen = next((row for row in rivals if row.name == best.constant_depth), full)
+    if any(row.accuracy is not None and row.accuracy >= ours.accuracy for row in rivals):
+        assert chosen.accuracy is not None
+        assert chosen.accuracy >= ours.accuracy
+
+
+def test_reports_are_saved_as_json_lines_and_a_figure(report: EvaluationReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.jsonl", data="toy")
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["kind"] for line in lines].count("run") == len(report.rows)
+    assert [line["predictor"] for line in lines if line["kind"] == "predictor"] == ["fitted", "length", "constant"]
+    assert all(line["data"] == "toy" and line["machine"]["torch"] for line in lines)
+    draw(report, tmp_path / "report.png", title="toy")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_planned_columns_are_the_plan(engine: Engine, texts: Split) -> None:
+    batch = engine.tokenize(texts.inputs).batch
+    layers = engine.plan(batch).predicted_layers
+    assert np.array_equal(np.asarray((0, *engine.depths))[planned_columns(engine, batch, engine.settings)], layers)
+
+
+def test_what_cannot_be_compared_is_refused(engine: Engine, texts: Split) -> None:
+    with pytest.raises(ValueError, match="No texts to evaluate"):
+        evaluate(engine, Split([]))
+    with pytest.raises(ValueError, match="speed is 0"):
+        evaluate(engine.replace(settings=replace(engine.settings, speed=0.0)), texts)
+    with pytest.raises(ValueError, match="no exit table"):
+        evaluate(make_engine(table=False), texts)
