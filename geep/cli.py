@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from geep._version import __version__
 from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile
-from geep.data import DATASETS, ENCODERS, Dataset, Parts, divide, fetch_encoder, load_dataset, load_split
+from geep.data import DATASETS, ENCODERS, Dataset, Parts, divide, fetch_encoder, file_format, load_dataset, load_split
 from geep.engine import Engine, EngineConfig, ExitSettings, load_model
 from geep.evaluation import EvaluationReport, draw, evaluate, headline
 from geep.exits import OnMiss, Promise, TooFewTextsError
@@ -104,7 +104,9 @@ def train_command(
     epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = TrainSettings.epochs,
     batch_size: Annotated[int, typer.Option(help="Texts per step and device.")] = TrainSettings.batch_size,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate. Default: the recipe's.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest text while training, tokens.")] = TrainSettings.max_length,
+    max_length: Annotated[
+        int, typer.Option(help="Longest text, tokens: longer ones are cut, now and later.")
+    ] = TrainSettings.max_length,
     max_train: Annotated[int | None, typer.Option(help="Learn from a random part of the rows.")] = None,
     holdout: Annotated[
         float, typer.Option(help="Share of training rows held out to profile and calibrate, if there is no dev split.")
@@ -203,7 +205,9 @@ def _train(
         )
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    layers = None if exit_layers is None else [int(layer) for layer in exit_layers.split(",")]
+    # Kept in the tokenizer's files: the model is used, profiled and calibrated at the length it was trained at.
+    tokenizer.model_max_length = min(settings.max_length, tokenizer.model_max_length)
+    layers = None if exit_layers is None else _layers(exit_layers)
     model = GeepForSequenceClassification.from_encoder(
         encoder,
         label_names=dataset.label_names,
@@ -286,7 +290,10 @@ def _profile(
         )
     console.print(table)
     summary = _profile_summary(found)
-    console.print(f"Criterion {summary['criterion']}, predictor {summary['predictor']}.")
+    console.print(
+        f"Criterion {summary['criterion']}, predictor {summary['predictor']}. "
+        "Speed 0 (the full model) until `geep calibrate` finds one."
+    )
     return found
 
 
@@ -530,7 +537,8 @@ def predict_command(
         Path | None, typer.Argument(help="File to classify (.jsonl, .csv, .parquet, also .gz).", show_default=False)
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write. Default: SOURCE.predictions.jsonl")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. Default: beside the source, as NAME.predictions.jsonl."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="Classify this text; may be repeated.")] = None,
     speed: Speed = None,
@@ -563,7 +571,8 @@ def predict_command(
             _show_predictions(console, answers)
             _finish(console, answers, as_json)
             return
-        goal = source.with_name(f"{source.name.split('.')[0]}.predictions.jsonl") if target is None else target
+        stem = source.name.removesuffix(file_format(source))
+        goal = source.with_name(f"{stem}.predictions.jsonl") if target is None else target
         with _bars(console, total=_count_rows(source)) as report:
             result = score_file(
                 engine,
@@ -658,15 +667,15 @@ def demo_command(
         _train(console, parts, dataset, encoder, output, _DEMO, plan, "mean", None, None)
         settings_file = output / "calibration.json"
         if not settings_file.exists():
-            engine = Engine.from_pretrained(output, max_length=_DEMO.max_length)
+            engine = Engine.from_pretrained(output)
             console.rule("3. profile: exit table, temperatures, criterion")
             found = _profile(console, engine, parts, output, None, None)
             console.rule("4. calibrate: lose at most 1 point, 95 % sure")
             _try_calibrate(console, found, parts, output, 1.0)
-        engine = Engine.from_pretrained(output, max_length=_DEMO.max_length)
+        engine = Engine.from_pretrained(output)
         if engine.settings.speed == 0:
             console.print("[yellow]No speed was certified; the race is run at speed 0.3, uncertified.[/]")
-            engine = Engine.from_pretrained(output, max_length=_DEMO.max_length, speed=0.3)
+            engine = Engine.from_pretrained(output, speed=0.3)
         console.rule("5. the race")
         if dataset.test is None:
             raise ValueError("Reuters R8 came without its test split; empty the cache and try again.")
@@ -739,6 +748,13 @@ def _bare_engine(model: str, device: str | None, dtype: str | None, backend: str
         settings=ExitSettings(),
         config=EngineConfig(device=device, dtype=dtype, backend=backend),
     )
+
+
+def _layers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--exit-layers takes layer numbers by commas, as 1,2,4; got {text!r}.")
+    return [int(part) for part in parts]
 
 
 def _promise(max_drop: float | None, min_agreement: float | None, confidence: float) -> Promise:

@@ -222,8 +222,17 @@ class Engine:
         predictor: ExitPredictor | None = None,
         settings: ExitSettings | None = None,
         config: EngineConfig | None = None,
+        identity: dict[str, str] | None = None,
     ) -> None:
         """Make an engine of parts in memory; `from_pretrained` makes one of a folder.
+
+        Args:
+            model: Taken over: moved to the device and cast to the dtype.
+            tokenizer: Its tokenizer.
+            predictor: Exit table of this very model and tokenizer.
+            settings: When exits answer; None: the full model always does.
+            config: How to run.
+            identity: The `fingerprint` of model and tokenizer, where it is known already.
 
         Raises:
             ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
@@ -243,6 +252,8 @@ class Engine:
                 raise ValueError(
                     f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again."
                 )
+        # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
+        self.identity = fingerprint(model, tokenizer) if identity is None else identity
         device = _device(self.config.device)
         self.model = nn.Module.to(model, device=device, dtype=_dtype(self.config.dtype, device)).train(mode=False)
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
@@ -265,13 +276,13 @@ class Engine:
         engine_config = EngineConfig(**config)
         model, tokenizer = load_model(path)
         settings = ExitSettings.load(path)
-        predictor = None
+        identity, predictor = fingerprint(model, tokenizer), None
         table = _file_of(path, TABLE_FILE)
         if table is not None:
-            predictor = ExitPredictor.load(table, fingerprint=fingerprint(model, tokenizer))
+            predictor = ExitPredictor.load(table, fingerprint=identity)
         if speed is not None:
             settings = replace(settings, speed=speed)
-        return cls(model, tokenizer, predictor=predictor, settings=settings, config=engine_config)
+        return cls(model, tokenizer, predictor=predictor, settings=settings, config=engine_config, identity=identity)
 
     def save_pretrained(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
         """Write model, tokenizer, table and settings; `record` is kept in `calibration.json` beside the settings."""
@@ -285,7 +296,7 @@ class Engine:
         if self.predictor is None:
             table.unlink(missing_ok=True)
         else:
-            self.predictor.save(table, fingerprint=fingerprint(self.model, self.tokenizer))
+            self.predictor.save(table, fingerprint=self.identity)
         self.settings.save(folder, record)
 
     def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
@@ -630,8 +641,8 @@ def _file_of(model: str | Path, name: str) -> Path | None:
 def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Digest model and tokenizer, so that a table made with others is refused.
 
-    The model's digest covers every parameter's name, shape and float32 bytes; so it does not depend on how the
-    weights were stored, but a table made for bfloat16 exits differs from one for float32 exits.
+    The model's digest covers every parameter's name, shape and float32 bytes, so it does not depend on how the weights
+    were stored.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -59,19 +59,36 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, problem_type: s
 
 
 def shared_exit_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
-    """GEEP's one-step loss (Li et al. 2024): the teacher learns the labels behind every depth, the exits follow it.
+    """The paper's one-step loss (Li et al. 2024): the teacher learns the labels behind every depth, exits follow it.
 
-    Sum over exits k of CE(teacher(last layer(h_k)), y), plus CE of the full model, plus KL(full model ‖ exit k). The
-    KL reaches the encoder.
+    Mean over the full model and every sub-network k of CE(teacher(last layer(h_k)), y), plus the mean over exits of
+    KL(full model ‖ exit k). The KL reaches the encoder; the exits see no labels.
 
-    The public code adds the 2 E + 1 terms unweighted. Here each kind is averaged over the exits: the same directions
-    at a scale that does not grow with the number of exits, so that one learning rate and one clipping norm serve
-    encoders of any depth.
+    The public code adds the terms, unweighted. Averaged they keep their directions at a scale that does not grow with
+    the number of exits, so that one learning rate and one clipping norm serve encoders of any depth.
     """
+    hard, soft = _shared_terms(output, labels, problem_type)
+    return hard.mean() + soft.mean()
+
+
+def guided_shared_exit_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The shared exit loss with two changes that let it start: the default (docs/results.md compares).
+
+    The full model's own term counts as much as those of all sub-networks together, instead of as one among them: their
+    shallow inputs dominate the first hundreds of steps, in which the full model would learn little and the exits would
+    follow a teacher that knows nothing. And the exits see the labels, too, until there is a teacher worth following.
+    """
+    hard, soft = _shared_terms(output, labels, problem_type)
+    exits = _required(output.exit_logits)
+    guide = torch.stack([label_loss(logits, labels, problem_type) for logits in exits[:-1]])
+    return hard[-1] + hard[:-1].mean() + soft.mean() + guide.mean()
+
+
+def _shared_terms(output: ExitOutput, labels: Tensor, problem_type: str | None) -> tuple[Tensor, Tensor]:
+    """CE of every sub-network and, last, of the full model (num_exits + 1,); KL of every exit (num_exits,)."""
     shared, exits = _required(output.shared_exit_logits), _required(output.exit_logits)
     hard = torch.stack([label_loss(logits, labels, problem_type) for logits in shared])
-    soft = torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]] or [hard.new_zeros(())])
-    return hard.mean() + soft.mean()
+    return hard, torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]])
 
 
 def full_model_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -132,7 +149,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Stages run one after another, with the learning rate that suited them (docs/method.md has the comparison)."""
+    """Stages run one after another, with a learning rate that suits them (docs/results.md has comparisons)."""
 
     stages: tuple[Stage, ...]
     learning_rate: float = 1e-4
@@ -143,7 +160,8 @@ _EXITS: Mapping[str, bool] = {"output_exits": True}
 _SHARED: Mapping[str, bool] = {"output_exits": True, "output_shared_exits": True}
 
 RECIPES: dict[str, Recipe] = {
-    "geep": Recipe((Stage("shared-exit", shared_exit_loss, needs=_SHARED),)),
+    "geep": Recipe((Stage("shared-exit", guided_shared_exit_loss, needs=_SHARED),)),
+    "geep-paper": Recipe((Stage("shared-exit", shared_exit_loss, needs=_SHARED),)),
     "fastbert": Recipe(
         (
             Stage("fine-tune", full_model_loss),
@@ -180,11 +198,11 @@ class TrainSettings:
         warmup: Share of the steps in which the rate rises.
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: Clipping norm.
-        max_length: Longest text in tokens while training.
+        max_length: Longest text in tokens.
         bf16: Mixed precision; on CPUs with AVX-512 BF16 about twice as fast, too.
         seed: Seed of heads' dropout and data order.
         standardise: Start the heads from standardised features (see `standardise_heads`): without it the paper's
-            recipe starts slowly, and so does plain fine-tuning of sentence encoders.
+            recipe starts slowly, and so does plain fine-tuning of sentence encoders. False for heads trained already.
     """
 
     recipe: str = "geep"
@@ -250,7 +268,8 @@ def standardise_heads(
 ) -> None:
     """Start every head from standardised features of the pretrained encoder, measured on some training rows.
 
-    Changes only the heads' first linear layers; see `modeling.standardise_input`.
+    Changes only the heads' first linear layers; see `modeling.standardise_input`. Meant for fresh heads: on trained
+    ones it would undo what they learned.
     """
     seen: dict[nn.Module, list[Tensor]] = {}
 
@@ -270,7 +289,10 @@ def standardise_heads(
         hook.remove()
     for head in heads:
         features = torch.cat(seen[first_linear(head)])
-        standardise_input(head, features.mean(0), features.std(0).clamp(min=1e-3 * float(features.std()) + 1e-12))
+        spread = features.std(0, correction=0)
+        # A feature that hardly varies is not blown up; with a single row nothing varies and nothing is scaled.
+        floor = 0.1 * float(spread.mean())
+        standardise_input(head, features.mean(0), spread.clamp(min=floor) if floor else torch.ones_like(spread))
     model.train(mode=was_training)
 
 
@@ -343,6 +365,8 @@ def train(
     recipe = RECIPES[settings.recipe]
     if not rows:
         raise ValueError("No training rows; expected at least one text with a label.")
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but torch finds no CUDA device; use device='cpu'.")
     if recipe.has_exits and not len(model.exits):
         raise ValueError(
             f"Recipe {settings.recipe!r} trains exits, but this encoder of {model.config.num_hidden_layers} layers "

@@ -20,10 +20,11 @@ FLOORS = {
     "predictor": 2,
     "backends": 2,
     "engine": 3,
-    "evaluation": 4,
+    "calibration": 4,
     "scoring": 4,
     "serving": 4,
-    "cli": 5,
+    "evaluation": 5,
+    "cli": 6,
 }
 NO_ROOMS = {"utils", "helpers", "common", "config"}
 

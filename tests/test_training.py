@@ -25,6 +25,7 @@ from geep.training import (
     encode,
     exit_label_loss,
     full_model_loss,
+    guided_shared_exit_loss,
     shared_exit_loss,
     train,
     weighted_joint_loss,
@@ -68,6 +69,9 @@ def test_shared_exit_loss_equals_a_slow_version() -> None:
     soft = [slow_kl(exits[-1], logits) for logits in exits[:-1]]
     expected = float(np.mean(hard) + np.mean(soft))
     assert float(shared_exit_loss(output, LABELS, None)) == pytest.approx(expected, rel=1e-5)
+    labelled = [slow_cross_entropy(logits, LABELS) for logits in exits[:-1]]
+    expected = hard[-1] + float(np.mean(hard[:-1]) + np.mean(soft) + np.mean(labelled))
+    assert float(guided_shared_exit_loss(output, LABELS, None)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_baselines_losses_equal_slow_versions() -> None:
