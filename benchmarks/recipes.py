@@ -16,6 +16,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,17 +29,17 @@ from geep.training import RECIPES, TrainSettings, encode, train
 
 RESULTS = Path(__file__).parent / "results"
 
-# (recipe, head, learning rate): the paper's recipe with each head, then the others with the head that is default.
-RUNS: tuple[tuple[str, str, float], ...] = (
-    ("geep", "mean", 1e-4),
-    ("geep", "cls", 1e-4),
-    ("geep", "attention", 1e-4),
-    ("fastbert", "mean", 1e-4),
-    ("pabee", "mean", 1e-4),
-    ("vanilla", "mean", 1e-4),
-    ("geep", "mean", 5e-5),
-    ("geep", "mean", 2e-4),
-    ("fastbert", "mean", 5e-5),
+# The default first, then one thing changed at a time, then the rivals.
+RUNS: tuple[dict[str, Any], ...] = (
+    {"recipe": "geep"},
+    {"recipe": "geep-paper"},
+    {"recipe": "vanilla"},
+    {"recipe": "fastbert"},
+    {"recipe": "geep", "standardise": False},
+    {"recipe": "pabee"},
+    {"recipe": "geep", "head": "cls"},
+    {"recipe": "geep", "head": "attention"},
+    {"recipe": "geep-paper", "standardise": False},
 )
 
 
@@ -62,9 +63,14 @@ def main() -> None:
     encoder = fetch_encoder(args.model)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     dev = parts.profile.select(range(min(len(parts.profile), args.max_dev)))
-    for recipe, head, rate in RUNS:
+    for number, changes in enumerate(RUNS):
+        recipe, head = changes["recipe"], changes.get("head", "mean")
         settings = TrainSettings(
-            recipe=recipe, epochs=args.epochs, learning_rate=rate, max_length=args.max_length, bf16=args.bf16
+            recipe=recipe,
+            epochs=args.epochs,
+            max_length=args.max_length,
+            bf16=args.bf16,
+            standardise=changes.get("standardise", True),
         )
         key = {
             "kind": "recipe",
@@ -88,7 +94,7 @@ def main() -> None:
             tokenizer,
             rows,
             settings=settings,
-            checkpoint_dir=Path("runs") / f"recipes-{args.data}-{recipe}-{head}-{rate}",
+            checkpoint_dir=Path("runs") / f"recipes-{args.data}-{number}",
             report=lambda _what, _share: None,
         )
         seconds = time.perf_counter() - begin

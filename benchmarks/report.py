@@ -221,7 +221,8 @@ def recipes_part(lines: list[Line]) -> str:
         depths = max((line["depths"] for line in of_data), key=len)
         rows = [
             [
-                f"{line['settings']['recipe']}, {line['head']}, {line['settings']['learning_rate']:g}",
+                f"{line['settings']['recipe']}, {line['head']} head"
+                + ("" if line["settings"]["standardise"] else ", heads not standardised"),
                 *(percent(dict(zip(line["depths"], line["accuracy"], strict=True)).get(depth)) for depth in depths),
                 f"{line['steps']:,}",
                 f"{line['seconds']:.0f}",
@@ -229,7 +230,7 @@ def recipes_part(lines: list[Line]) -> str:
             for line in of_data
         ]
         first = of_data[0]
-        header = ["recipe, head, learning rate", *(f"layer {depth}" for depth in depths), "steps", "seconds"]
+        header = ["recipe and head", *(f"layer {depth}" for depth in depths), "steps", "seconds"]
         parts.append(
             f"{data}, encoder {first['encoder']}, {first['rows']:,} training rows, {first['settings']['epochs']:g} "
             f"epochs, accuracy in % on {first['dev_rows']:,} held-out rows, one seed:\n\n{table(header, rows)}"

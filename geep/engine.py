@@ -611,8 +611,12 @@ def load_model(path: str | Path) -> tuple[GeepForSequenceClassification, PreTrai
     """Load model (float32) and tokenizer of a folder or of the hub, whole or not at all.
 
     Raises:
+        FileNotFoundError: If `path` is no folder and cannot be a name on the hub.
         ValueError: If the weights are damaged or do not cover the model.
     """
+    name = str(path)
+    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no model folder {name}; make one with `geep train`.")
     try:
         model, info = GeepForSequenceClassification.from_pretrained(
             str(path), dtype=torch.float32, output_loading_info=True
