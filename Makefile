@@ -20,6 +20,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geep needs Python 3.11 or newer, found %d.%d; run: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@

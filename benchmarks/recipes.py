@@ -12,6 +12,7 @@ appends to benchmarks/results/recipes.jsonl.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -63,7 +64,7 @@ def main() -> None:
     encoder = fetch_encoder(args.model)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     dev = parts.profile.select(range(min(len(parts.profile), args.max_dev)))
-    for number, changes in enumerate(RUNS):
+    for changes in RUNS:
         recipe, head = changes["recipe"], changes.get("head", "mean")
         settings = TrainSettings(
             recipe=recipe,
@@ -94,7 +95,7 @@ def main() -> None:
             tokenizer,
             rows,
             settings=settings,
-            checkpoint_dir=Path("runs") / f"recipes-{args.data}-{number}",
+            checkpoint_dir=Path("runs") / f"recipes-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}",
             report=lambda _what, _share: None,
         )
         seconds = time.perf_counter() - begin

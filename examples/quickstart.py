@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer
 
-from geep import Engine, EngineConfig, GeepForSequenceClassification
+from geep import Engine, GeepForSequenceClassification
 from geep.calibration import keep_promise, profile
 from geep.data import divide, fetch_encoder, load_dataset
 from geep.exits import Promise, TooFewTextsError
@@ -36,18 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = encode(tokenizer, parts.train.inputs, parts.train.labels, max_length=settings.max_length)
     train(model, tokenizer, rows, settings=settings, checkpoint_dir=f"{options.output}/checkpoints")
 
-    # A promise is about the engine as configured, so the limit on the length goes into it.
-    limit = EngineConfig(max_length=settings.max_length)
-    engine = profile(Engine(model, tokenizer, config=limit), parts.train, parts.profile).engine
+    # The length trained at is kept with the tokenizer, so that the promise is about texts cut there.
+    tokenizer.model_max_length = settings.max_length
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    engine = profile(Engine.from_pretrained(options.output), parts.train, parts.profile).engine
     try:
         promise = Promise(max_accuracy_drop=options.max_accuracy_drop)
         # lexical_exit=None would also try answers by the table alone, at depth 0, and keep them if they pay.
         engine = keep_promise(engine, parts.profile, parts.calibration, promise, lexical_exit=False).engine
     except TooFewTextsError as error:
         print(error)  # the engine stays at speed 0, which is the full model
-    engine.save_pretrained(options.output)
+    engine.save_exits(options.output)
 
-    engine = Engine.from_pretrained(options.output, max_length=settings.max_length)
+    engine = Engine.from_pretrained(options.output)
     print(f"speed {engine.settings.speed:g}")
     texts = parts.calibration.inputs[:8]
     for text, answer in zip(texts, engine.predict(texts), strict=True):

@@ -29,6 +29,7 @@ from geep.exits import (
     TrialPoint,
     answer_of,
     calibrate,
+    check_enough,
     fit_temperature,
     profile_exits,
     try_speed,
@@ -152,6 +153,10 @@ def profile(
     Raises:
         ValueError: If either split is empty.
     """
+    if len(engine.depths) < 2:
+        raise ValueError(
+            "The model has no exits, so there is nothing to profile; train it with a recipe that has some."
+        )
     for name, split in (("training", train), ("held-out", heldout)):
         if not len(split):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
@@ -276,6 +281,7 @@ def keep_promise(
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
         ValueError: If the promise is about accuracy and labels are missing.
     """
+    check_enough(len(fresh), promise)
     if isinstance(tuning, Split):
         tuning = ExitRun.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))
     certified_on = ExitRun.of(engine, fresh, partial(report, "all exits, texts to certify the promise on"))
@@ -299,7 +305,8 @@ def keep_promise(
         on_miss=on_miss,
         speeds=_from_safest(trials[best]),
     )
-    return PromiseResult(engine.replace(settings=replace(chosen, speed=result.speed)), result, promise)
+    kept = replace(chosen, speed=result.speed, certified_on=engine.deployed_as)
+    return PromiseResult(engine.replace(settings=kept), result, promise)
 
 
 def _fewest_layers(trials: Sequence[TrialPoint], promise: Promise) -> float:

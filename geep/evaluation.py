@@ -27,7 +27,7 @@ from transformers import pipeline
 from geep.backends import BACKENDS, Backend, TokenBatch
 from geep.calibration import ExitRun, PredictorQuality, full_profile, layer_quality, planned_columns, predictor_quality
 from geep.data import Split
-from geep.engine import Engine
+from geep.engine import Engine, RunResult
 from geep.exits import ExitProfile, follow
 
 Integers = NDArray[np.int64]
@@ -224,12 +224,14 @@ def _rivals(
     last = len(profile.depths) - 1
     everyone = np.full(len(profile), last)
     depths = np.asarray(profile.depths)
-    trial = texts[: max(len(texts) // 6, 1)]
+    # Two batches of the largest size tell sizes apart; with fewer texts a size above their number is no size.
+    trial = texts[: 2 * max(BATCH_SIZES)]
+    sizes = tuple(size for size in BATCH_SIZES if size <= len(trial))
     rivals: list[_Rival] = []
 
     hf = _HfPipeline.of(engine)
-    arrival = _fastest(BATCH_SIZES, lambda size: hf(trial, size, by_length=False))
-    by_length = _fastest(BATCH_SIZES, lambda size: hf(trial, size, by_length=True))
+    arrival = _fastest(sizes, lambda size: hf(trial, size, by_length=False))
+    by_length = _fastest(sizes, lambda size: hf(trial, size, by_length=True))
     for size in sorted({arrival, 32}):
         note = "best batch size" if size == arrival else "common batch size"
         run = _bind(hf, texts, size, by_length=False)
@@ -255,7 +257,7 @@ def _rivals(
     first = int(np.searchsorted(depths, 1))
     fastbert = follow(profile, np.full(len(profile), first), speed=settings.speed, on_miss="continue")
     shrinking = _ShrinkingBatch.of(engine)
-    size = _fastest(BATCH_SIZES, lambda size: shrinking(trial, size))
+    size = _fastest(sizes, lambda size: shrinking(trial, size))
     rivals.append(
         _Rival(
             f"FastBERT, shrinking batch {size}",
@@ -391,9 +393,10 @@ def _layers_by_length(lengths: Integers, actual: Integers, bins: int = 16) -> In
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _run_at(engine: Engine, texts: Sequence[Any], exit_layers: Integers) -> Tensor:
+def _run_at(engine: Engine, texts: Sequence[Any], exit_layers: Integers) -> RunResult:
     """Run raw texts to given depths on the engine: tokenised, scheduled and answered as `predict` does."""
-    return engine.run_tokens(engine.tokenize(texts).batch, exit_layers=exit_layers).logits.softmax(-1)
+    settings = replace(engine.settings, on_miss="stop")
+    return engine.run_tokens(engine.tokenize(texts).batch, settings=settings, exit_layers=exit_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,8 +509,8 @@ class Headline:
     layer_speedup: float
     over_full: float
     over_pipeline: float
-    over_constant: float
-    constant_depth: str
+    over_constant: float | None
+    constant_depth: str | None
     time_share: float
 
 
@@ -519,7 +522,7 @@ def headline(report: EvaluationReport) -> Headline:
         return row.agreement if row.accuracy is None else row.accuracy
 
     equals = [row for row in report.rows if row.group in ("constant", "full") and quality(row) >= quality(ours)]
-    rival = max(equals, key=lambda row: row.throughput, default=full)
+    rival = max(equals, key=lambda row: row.throughput, default=None)
     best_pipeline = max(
         (row for row in report.rows if row.group == "pipeline"), key=lambda row: row.throughput, default=full
     )
@@ -528,8 +531,8 @@ def headline(report: EvaluationReport) -> Headline:
         layer_speedup=ours.layer_speedup,
         over_full=ours.throughput / full.throughput,
         over_pipeline=ours.throughput / best_pipeline.throughput,
-        over_constant=ours.throughput / rival.throughput,
-        constant_depth=rival.name,
+        over_constant=None if rival is None else ours.throughput / rival.throughput,
+        constant_depth=None if rival is None else rival.name,
         time_share=ours.ratio / ours.timed_layer_speedup,
     )
 

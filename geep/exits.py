@@ -252,7 +252,7 @@ class Promise:
 
     @property
     def texts_needed(self) -> int:
-        """Fewest texts that can certify the promise at all: those on which even a faultless run just suffices."""
+        """Fewest texts with which certifying is tried: those on which a run that changes nothing just suffices."""
         tail = (1 - self.confidence) * (1 if self.max_accuracy_drop is None else _DISCORDANT_SHARE)
         return math.ceil(math.log(tail) / math.log1p(-self.allowed))
 
@@ -333,16 +333,12 @@ def calibrate(
         The calibration; its speed is 0 (the full model) if not even the first speed passed.
 
     Raises:
-        TooFewTextsError: If even a faultless run on so few texts could not certify the promise.
+        TooFewTextsError: If a run that changes no answer could not certify the promise on so few texts.
         ValueError: If the promise is about accuracy and the profile has no labels.
     """
     if promise.max_accuracy_drop is not None and profile.correct is None:
         raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement instead.")
-    if len(profile) < promise.texts_needed:
-        raise TooFewTextsError(
-            f"{len(profile)} calibration texts cannot certify {_describe(promise)}: at least {promise.texts_needed} "
-            "are needed. Give more held-out texts, or ask for less. Until then the full model answers (speed 0)."
-        )
+    check_enough(len(profile), promise)
     trials: list[TrialPoint] = []
     kept = 0.0
     for speed in speeds:
@@ -352,6 +348,19 @@ def calibrate(
             break
         kept = float(speed)
     return Calibration(kept, tuple(trials), len(profile))
+
+
+def check_enough(num_texts: int, promise: Promise) -> None:
+    """Refuse to certify a promise on too few texts, before any work is done.
+
+    Raises:
+        TooFewTextsError: If there are fewer than `Promise.texts_needed`.
+    """
+    if num_texts < promise.texts_needed:
+        raise TooFewTextsError(
+            f"{num_texts} calibration texts cannot certify {_describe(promise)}: at least {promise.texts_needed} "
+            "are needed. Give more held-out texts, or ask for less. No speed was set."
+        )
 
 
 def try_speed(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -122,6 +122,17 @@ class LayerCall:
         """Run the layer on `hidden` (rows, seq_len, hidden), whose rows are a prefix of the batch; same shape out."""
         out = self.module(hidden, **self._for_rows(hidden.shape[0]))
         return out[0] if self.returns_tuple or isinstance(out, tuple) else out
+
+    def select(self, rows: Tensor, gathered: dict[int, Tensor]) -> LayerCall:
+        """Keep some rows of the batch; arguments that several layers share are gathered once, into `gathered`."""
+        taken = {}
+        for name in self.row_arguments:
+            value = self.arguments.get(name)
+            if isinstance(value, Tensor):
+                if id(value) not in gathered:
+                    gathered[id(value)] = value.index_select(0, rows) if value.shape[0] > 1 else value
+                taken[name] = gathered[id(value)]
+        return replace(self, arguments={**self.arguments, **taken})
 
     def _for_rows(self, rows: int) -> Mapping[str, Any]:
         """Cut the row-indexed arguments to the first `rows` rows; views, no copies."""
@@ -247,7 +258,9 @@ class MeanHead(ClsHead):
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
         mask = attention_mask.to(hidden.dtype)
         total = torch.einsum("bth,bt->bh", hidden, mask)
-        return self._classify(total / mask.sum(1, keepdim=True).clamp(min=1))
+        # Counted as integers: in bfloat16 a sum of ones stops at 256.
+        counts = attention_mask.sum(1, keepdim=True).clamp(min=1)
+        return self._classify(total / counts.to(hidden.dtype))
 
     def forward_packed(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Map packed hidden states (num_tokens, hidden) of texts of these `lengths` (num_texts,) to logits."""
@@ -500,7 +513,8 @@ class GeepForSequenceClassification(PreTrainedModel):
             ValueError: If the folder holds another kind of model.
         """
         if pretrained_model_name_or_path is not None and "config" not in kwargs:
-            found = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path)[0].get("model_type")
+            where = {name: kwargs[name] for name in ("revision", "token", "subfolder", "cache_dir") if name in kwargs}
+            found = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)[0].get("model_type")
             if found != GeepConfig.model_type:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a {found!r} model, expected {GeepConfig.model_type!r}. "
@@ -565,7 +579,15 @@ class GeepForSequenceClassification(PreTrainedModel):
             raise ValueError(f"The shared exit needs the whole encoder, got exit_layer={exit_layer}; leave it out.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        calls = layer_calls(self.encoder, self.encoder_inputs(input_ids, attention_mask, token_type_ids))
+        inputs = self.encoder_inputs(input_ids, attention_mask, token_type_ids)
+        if not (output_exits or output_shared_exits or output_hidden_states or stop < config.num_hidden_layers):
+            # The full model alone needs no look inside: the encoder runs as Hugging Face runs it.
+            last = self.encoder(**{name: value for name, value in inputs.items() if value is not None})[0]
+            logits = self.teacher(last, attention_mask)
+            loss = None if labels is None else label_loss(logits, labels, config.problem_type)
+            output = ExitOutput(loss=loss, logits=logits)
+            return output.to_tuple() if return_dict is False else output
+        calls = layer_calls(self.encoder, inputs)
 
         hidden = calls.embedding_output
         hidden_states = [hidden]

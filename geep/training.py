@@ -1,17 +1,19 @@
 """Training: losses, recipes made of stages, and `train`, which hands a stage to Hugging Face's Trainer.
 
 Read in this order: the losses (pure functions of an `ExitOutput`), `RECIPES`, `train`. The room knows nothing of
-files, tables or thresholds. Mixed precision, several devices, checkpoints and resuming are the Trainer's.
+files, tables or thresholds. Mixed precision, several devices (one process each), checkpoints and resuming are the
+Trainer's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,6 +229,55 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What checkpoints were made of, kept beside them: a training with other settings or rows does not go on there."""
+
+    made_of: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, model: GeepForSequenceClassification, rows: Sequence[Mapping[str, Any]], settings: TrainSettings
+    ) -> _Ledger:
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+        config = {**model.config.to_dict(), "transformers_version": None}
+        return cls(
+            {
+                "settings": json.dumps(asdict(settings), sort_keys=True),
+                "model": json.dumps(config, sort_keys=True, default=str),
+                "rows": digest.hexdigest(),
+            }
+        )
+
+    def open(self, folder: Path) -> None:
+        """Note what is trained, or check that it is what was begun.
+
+        Raises:
+            ValueError: If the folder holds checkpoints of another training.
+        """
+        path = folder / _LEDGER_FILE
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [name for name, value in self.made_of.items() if before.get(name) != value]
+            if other:
+                raise ValueError(
+                    f"{folder} holds checkpoints of a training with other {' and '.join(other)}. Go on with the same, "
+                    "choose another folder, or delete it."
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.made_of), encoding="utf-8")
+
+    def close(self, folder: Path) -> None:
+        """Forget the training: it is done."""
+        (folder / _LEDGER_FILE).unlink(missing_ok=True)
+
+
+_LEDGER_FILE = "made_of.json"
+
+
+@dataclass(frozen=True, slots=True)
 class TrainResult:
     """What training did: steps run, seconds spent, and the Trainer's log of each stage."""
 
@@ -240,8 +291,12 @@ class _StageTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, stage: Stage, problem_type: str | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args: TrainingArguments, stage: Stage, problem_type: str | None, **kwargs: Any) -> None:
+        if args.n_gpu > 1:
+            # In one process the Trainer would split batches over the GPUs (DataParallel) and join the outputs along
+            # their first axis, which is the exits'. Several GPUs take one process each: torchrun, accelerate launch.
+            args._n_gpu = 1
+        super().__init__(args=args, **kwargs)
         self.stage = stage
         self.problem_type = problem_type
 
@@ -271,12 +326,18 @@ def standardise_heads(
     Changes only the heads' first linear layers; see `modeling.standardise_input`. Meant for fresh heads: on trained
     ones it would undo what they learned.
     """
-    seen: dict[nn.Module, list[Tensor]] = {}
+    heads = [*model.exits, model.teacher]
+    sums = {first_linear(head): torch.zeros(2, model.config.hidden_size, dtype=torch.float64) for head in heads}
+    counts = dict.fromkeys(sums, 0)
+    mask = torch.ones(0)
 
     def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.setdefault(linear, []).append(inputs[0].detach().float().flatten(0, -2))
+        features = inputs[0].detach().cpu().double()
+        if features.ndim == 3:  # a head that reads tokens: padding does not count
+            features = features[mask]
+        sums[linear] += torch.stack([features.sum(0), features.square().sum(0)])  # type: ignore[index]
+        counts[linear] += len(features)  # type: ignore[index]
 
-    heads = [*model.exits, model.teacher]
     hooks = [first_linear(head).register_forward_pre_hook(note) for head in heads]
     was_training = model.training
     model.train(mode=False)
@@ -284,15 +345,17 @@ def standardise_heads(
         for start in range(0, min(len(rows), _STANDARDISE_ROWS), 32):
             batch = collate([dict(row) for row in rows[start : start + 32]])
             batch.pop("labels")
+            mask = batch["attention_mask"].bool()
             model(**{name: value.to(model.device) for name, value in batch.items()}, output_exits=True)
     for hook in hooks:
         hook.remove()
     for head in heads:
-        features = torch.cat(seen[first_linear(head)])
-        spread = features.std(0, correction=0)
+        mean, square = sums[first_linear(head)] / max(counts[first_linear(head)], 1)
+        spread = (square - mean.square()).clamp(min=0).sqrt()
         # A feature that hardly varies is not blown up; with a single row nothing varies and nothing is scaled.
         floor = 0.1 * float(spread.mean())
-        standardise_input(head, features.mean(0), spread.clamp(min=floor) if floor else torch.ones_like(spread))
+        spread = spread.clamp(min=floor) if floor > 1e-9 else torch.ones_like(spread)
+        standardise_input(head, mean.float().to(model.device), spread.float().to(model.device))
     model.train(mode=was_training)
 
 
@@ -360,7 +423,8 @@ def train(
         callbacks: Passed to the Trainer.
 
     Raises:
-        ValueError: If there are no rows, or the model has no exits and the recipe trains some.
+        ValueError: If the checkpoints there are of another training, or there are no rows, or the model has no exits
+            and the recipe trains some.
     """
     recipe = RECIPES[settings.recipe]
     if not rows:
@@ -374,6 +438,8 @@ def train(
         )
     folder = Path(checkpoint_dir)
     base_rate = recipe.learning_rate if settings.learning_rate is None else settings.learning_rate
+    ledger = _Ledger.of(model, rows, settings)
+    ledger.open(folder)
     collate = DataCollatorWithPadding(tokenizer)
     if settings.standardise and not any(
         _last_checkpoint(folder / f"{n}-{stage.name}") for n, stage in enumerate(recipe.stages)
@@ -430,6 +496,7 @@ def train(
     model.train(mode=False)
     for number, stage in enumerate(recipe.stages):
         shutil.rmtree(folder / f"{number}-{stage.name}", ignore_errors=True)
+    ledger.close(folder)
     with contextlib.suppress(OSError):  # there may be other things in it
         folder.rmdir()
     return TrainResult(steps=steps, seconds=seconds, logs=tuple(logs))

@@ -44,8 +44,8 @@ def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp
 
     def fake(*arguments: str, check: bool = True) -> dict[str, Any]:
         calls.append(arguments)
-        # No speed passes at half a point, one does at one point.
-        return {"speed": 0.3 if "1.0" in arguments else 0.0, "trials": []}
+        # No speed passes at half a point, one does at two points.
+        return {"speed": 0.3 if "2.0" in arguments else 0.0, "trials": []}
 
     monkeypatch.setattr(study, "_geep", fake)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")

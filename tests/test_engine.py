@@ -490,3 +490,28 @@ def test_random_batches_without_special_meaning_run_like_texts(tiny_engine: Engi
     logits, layers, near = expected_run(tiny_engine, batch, tiny_engine.settings)
     assert run.exit_layers[~near].tolist() == layers[~near].tolist()
     assert torch.allclose(run.logits[~near], logits[~near], atol=5e-5)
+
+
+def test_rounded_weights_are_not_saved_but_their_table_is(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no AVX-512 BF16, and there is no GPU")
+    base = Engine(model, tokenizer, config=EngineConfig(device="cpu", dtype="bfloat16"))
+    engine = base.replace(predictor=fit_predictor(base), settings=ExitSettings(speed=0.5))
+    with pytest.raises(ValueError, match="rounded weights are not saved"):
+        engine.save_pretrained(tmp_path)
+    engine.save_exits(tmp_path)
+    texts = random_texts(20, seed=3)
+    again = Engine.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+    assert [found.label for found in again.predict(texts)] == [found.label for found in engine.predict(texts)]
+
+
+def test_an_engine_that_runs_otherwise_than_certified_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu"))
+    certified = ExitSettings(speed=0.5, certified_on=engine.deployed_as)
+    Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu"))
+    assert "does not cover" not in caplog.text
+    Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu", backend="padded"))
+    assert "does not cover" in caplog.text

@@ -14,6 +14,7 @@ from geep.calibration import ExitRun, full_profile, planned_columns
 from geep.data import Split
 from geep.engine import Engine
 from geep.evaluation import BATCH_SIZES, EvaluationReport, draw, evaluate, headline, stable_oracle
+from geep.evaluation import _run_at as run_at
 from geep.evaluation import _ShrinkingBatch as ShrinkingBatch
 from geep.exits import ExitProfile, follow
 
@@ -91,6 +92,12 @@ def test_the_shrinking_batch_answers_as_fastberts_rule_says(engine: Engine, text
     columns = follow(profile, np.zeros(40, dtype=np.int64), speed=engine.settings.speed, on_miss="continue")
     expected = run.exit_logits[columns, np.arange(40)].argmax(-1)
     assert ShrinkingBatch.of(engine)(texts.inputs, size).argmax(-1).tolist() == expected.tolist()
+
+
+def test_rivals_at_given_depths_run_to_exactly_those(engine: Engine, texts: Split) -> None:
+    assert engine.settings.on_miss == "continue"
+    layers = np.resize(np.asarray(engine.depths), 40)
+    assert run_at(engine, texts.inputs, layers).exit_layers.tolist() == layers.tolist()
 
 
 def test_pairs_and_unlabelled_texts_can_be_evaluated(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from conftest import NUM_LAYERS, make_model, random_batch, tiny_encoder, toy_task
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, TrainerCallback
 
-from geep.modeling import ExitOutput, GeepForSequenceClassification
+from geep.modeling import HEADS, ExitOutput, GeepForSequenceClassification, first_linear
 from geep.training import (
     RECIPES,
     Stage,
@@ -27,6 +28,7 @@ from geep.training import (
     full_model_loss,
     guided_shared_exit_loss,
     shared_exit_loss,
+    standardise_heads,
     train,
     weighted_joint_loss,
 )
@@ -316,6 +318,38 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(
         assert torch.allclose(parameter, dict(expected.named_parameters())[name], atol=1e-5), name
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_checkpoints_of_another_training_are_not_continued(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows, chosen = toy_rows(tokenizer, 96), settings(epochs=3)
+    with pytest.raises(Interruption):
+        run(fresh(), tokenizer, rows, tmp_path, settings=chosen, callbacks=[Interrupt(1)])
+    with pytest.raises(ValueError, match="other settings"):
+        run(fresh(), tokenizer, rows, tmp_path, settings=replace(chosen, learning_rate=1e-9))
+    with pytest.raises(ValueError, match="other rows"):
+        run(fresh(), tokenizer, rows[:50], tmp_path, settings=chosen)
+
+
+def test_heads_begin_with_standardised_features_whatever_the_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = toy_rows(tokenizer, 64)
+    for head in HEADS:
+        model = make_model(head=head)
+        standardise_heads(model, DataCollatorWithPadding(tokenizer), rows)
+        features: list[Tensor] = []
+        first = first_linear(model.teacher)
+        first.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(0, -2)))  # noqa: B023
+        fresh_head = make_model(head=head)
+        with torch.no_grad():
+            for row in rows:
+                model(torch.tensor([row["input_ids"]]))
+        seen = torch.cat(features)
+        spread = seen.std(0, correction=0)
+        scale = first_linear(fresh_head.teacher).weight / first.weight
+        wide = spread > 0.1 * spread.mean()
+        assert torch.allclose(scale.mean(0)[wide], spread[wide], rtol=1e-3)
+        # What the mean maps to is what the bias was: the features are centred.
+        middle = first(seen.mean(0))
+        assert torch.allclose(middle, first_linear(fresh_head.teacher).bias, atol=1e-3)
 
 
 def test_training_twice_gives_the_same_weights(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

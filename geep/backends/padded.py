@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geep.backends.protocol import Integers, TokenBatch
-from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCalls, layer_calls
+from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCall, layer_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class PaddedTexts:
         hidden: Hidden states, (rows, seq_len, hidden).
         batch: The tokens of the rows.
         mask: 1 for tokens, 0 for padding, (rows, seq_len).
-        calls: The encoder's layer loop for these rows.
+        layers: The encoder's layer loop for these rows.
     """
 
     hidden: Tensor
     batch: TokenBatch
     mask: Tensor
-    calls: LayerCalls
+    layers: tuple[LayerCall, ...]
 
     @property
     def lengths(self) -> Integers:
@@ -67,15 +67,15 @@ class PaddedBackend:
         mask = mask.to(model.device)
         inputs = model.encoder_inputs(ids.to(model.device), mask.to(torch.int64), types.to(model.device))
         calls = layer_calls(model.encoder, inputs)
-        return PaddedTexts(calls.embedding_output, batch, mask, calls)
+        return PaddedTexts(calls.embedding_output, batch, mask, calls.layers)
 
     def advance(self, live: PaddedTexts, layer: int, num_texts: int) -> PaddedTexts:
         """Run a layer on a prefix of the rows; the prefix is a view."""
         batch = live.batch
         if num_texts < len(batch):
             batch = batch.select(np.arange(num_texts))
-        hidden = live.calls.layers[layer - 1](live.hidden[:num_texts])
-        return PaddedTexts(hidden, batch, live.mask[:num_texts], live.calls)
+        hidden = live.layers[layer - 1](live.hidden[:num_texts])
+        return PaddedTexts(hidden, batch, live.mask[:num_texts], live.layers)
 
     def exit_logits(self, live: PaddedTexts, layer: int, start: int, stop: int) -> Tensor:
         """Run the classifier of a layer on a range of rows; the range is a view."""
@@ -83,11 +83,15 @@ class PaddedBackend:
         return self.model.head_at(layer)(hidden, live.mask[start:stop])
 
     def select(self, live: PaddedTexts, rows: Integers) -> PaddedTexts:
-        """Keep some rows; masks are prepared anew for their longest text."""
-        fresh = self.start(live.batch.select(rows))
+        """Keep some rows, at the width they have: hidden states, masks and biases are gathered."""
         index = torch.from_numpy(rows).to(live.hidden.device)
-        hidden = live.hidden.index_select(0, index)[:, : fresh.mask.shape[1]]
-        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.calls)
+        gathered: dict[int, Tensor] = {}
+        return PaddedTexts(
+            live.hidden.index_select(0, index),
+            live.batch.select(rows),
+            live.mask.index_select(0, index),
+            tuple(layer.select(index, gathered) for layer in live.layers),
+        )
 
     def concat(self, lives: Sequence[PaddedTexts]) -> PaddedTexts:
         """Put rows of several batches together, padded to the longest of all."""
@@ -99,4 +103,4 @@ class PaddedBackend:
             rows, seq_len = live.hidden.shape[0], min(live.hidden.shape[1], hidden.shape[1])
             hidden[row : row + rows, :seq_len] = live.hidden[:, :seq_len]
             row += rows
-        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.calls)
+        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.layers)
