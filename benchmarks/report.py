@@ -68,6 +68,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
+def times(value: float | None) -> str:
+    """A factor, or a dash where nothing ran."""
+    return "–" if value is None else f"{value:.2f}x"
+
+
 def summary_table() -> str:
     """One line a data set: what the calibrated engine gains."""
     rows = []
@@ -84,7 +89,7 @@ def summary_table() -> str:
                 f"{100 * promise:g}" if ours["calibrated_speed"] else "none",
                 percent(full["accuracy"]),
                 percent(ours["accuracy"]),
-                f"{ours['layer_speedup']:.2f}x",
+                times(ours["layer_speedup"]),
                 f"{ours['ratio']:.2f}x",
                 f"{ours['throughput'] / pipeline['throughput']:.2f}x",
                 best_constant(runs, ours),
@@ -149,11 +154,11 @@ def study_part(name: str, lines: list[Line]) -> list[str]:
             percent(run["accuracy"]),
             percent(run["agreement"]),
             f"{run['mean_exit_layer']:.2f}",
-            f"{run['layer_speedup']:.2f}",
+            times(run["layer_speedup"]),
             f"{run['throughput']:.1f}",
             f"{run['throughput_low']:.1f} – {run['throughput_high']:.1f}",
             f"{run['ratio']:.2f}",
-            f"{run['ratio'] / run['timed_layer_speedup']:.2f}",
+            "–" if run["timed_layer_speedup"] is None else f"{run['ratio'] / run['timed_layer_speedup']:.2f}",
         ]
         for run in runs
     ]

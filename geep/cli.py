@@ -526,7 +526,7 @@ def _show_report(console: Console, report: EvaluationReport) -> None:
             "-" if row.accuracy is None else f"{row.accuracy:.4f}",
             f"{row.agreement:.4f}",
             f"{row.mean_exit_layer:.2f}",
-            f"{row.layer_speedup:.2f}",
+            "-" if row.layer_speedup is None else f"{row.layer_speedup:.2f}",
             f"{row.throughput:,.1f}",
             f"{row.ratio:.2f}",
             style="bold red" if row.name == "GEEP continue" else None,
@@ -544,7 +544,7 @@ def _show_report(console: Console, report: EvaluationReport) -> None:
     if best.over_constant is not None:
         constant = f"{best.over_constant:.2f}x the fastest constant depth as good ({best.constant_depth})"
     console.print(
-        f"[bold]GEEP at speed {report.speed:g}[/]: {drop}layers / {best.layer_speedup:.2f}, "
+        f"[bold]GEEP at speed {report.speed:g}[/]: {drop}layers / {best.layer_speedup or float('inf'):.2f}, "
         f"time: {best.over_full:.2f}x packed full, {best.over_pipeline:.2f}x HF pipeline, "
         f"{constant}; {lexical:.0%} answered by the table alone."
     )

@@ -46,12 +46,13 @@ class EvaluationRow:
 
     Attributes:
         name: What it is.
-        group: "pipeline", "full", "constant", "fastbert", "random", "geep-stop", "geep-continue" or "oracle".
+        group: "pipeline", "pipeline-sorted", "full", "lexical", "constant", "fastbert", "random", "geep-stop",
+            "geep-continue" or "oracle".
         setting: What was set: batch size, depth or speed.
         accuracy: Share of texts with the right label, on all texts; None without labels.
         agreement: Share of texts answered as the full model answers them, on all texts.
         mean_exit_layer: Encoder layers run for a text, on all texts.
-        layer_speedup: Layers of the full model over layers run, texts counted alike, on all texts.
+        layer_speedup: Layers of the full model over layers run, texts counted alike, on all texts; None: none run.
         timed_layer_speedup: The same on the timed texts, each text counted by its tokens: what time can follow.
         throughput: Texts a second, median of the rounds, from raw text.
         throughput_low: Slowest round.
@@ -66,8 +67,8 @@ class EvaluationRow:
     accuracy: float | None
     agreement: float
     mean_exit_layer: float
-    layer_speedup: float
-    timed_layer_speedup: float
+    layer_speedup: float | None
+    timed_layer_speedup: float | None
     throughput: float
     throughput_low: float
     throughput_high: float
@@ -242,6 +243,12 @@ def _rivals(
     )
     rivals.append(_Rival(_FULL, "full", "speed 0", _bind(engine.predict, texts, speed=0.0), everyone))
 
+    if depths[0] == 0:
+        rivals.append(
+            _Rival(
+                "the table alone", "lexical", "no encoder", _bind(_run_lexical, engine, texts), np.zeros_like(everyone)
+            )
+        )
     for column, depth in enumerate(profile.depths):
         if 0 < depth < depths[-1]:
             rivals.append(
@@ -336,8 +343,8 @@ def _row(
         accuracy=None if profile.correct is None else float(profile.correct[texts, rival.columns].mean()),
         agreement=float(profile.agrees[texts, rival.columns].mean()),
         mean_exit_layer=mean,
-        layer_speedup=float(depths[-1]) / mean if mean else float("inf"),
-        timed_layer_speedup=float(depths[-1] * tokens.sum()) / token_layers if token_layers else float("inf"),
+        layer_speedup=float(depths[-1]) / mean if mean else None,
+        timed_layer_speedup=float(depths[-1] * tokens.sum()) / token_layers if token_layers else None,
         throughput=float(np.median(rates)),
         throughput_low=float(rates.min()),
         throughput_high=float(rates.max()),
@@ -397,6 +404,16 @@ def _run_at(engine: Engine, texts: Sequence[Any], exit_layers: Integers) -> RunR
     """Run raw texts to given depths on the engine: tokenised, scheduled and answered as `predict` does."""
     settings = replace(engine.settings, on_miss="stop")
     return engine.run_tokens(engine.tokenize(texts).batch, settings=settings, exit_layers=exit_layers)
+
+
+def _run_lexical(engine: Engine, texts: Sequence[Any]) -> Tensor | None:
+    """Answer raw texts by the table's guess at the label: a bag of n-grams, and what exit 0 can do by itself."""
+    batch = engine.tokenize(texts).batch
+    if engine.predictor is None:
+        return None
+    ids, lengths = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths)
+    logits = engine.predictor.predict(ids, lengths, speed=engine.settings.speed).lexical_logits
+    return None if logits is None else logits.softmax(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,12 +523,12 @@ class Headline:
     """
 
     accuracy_drop: float | None
-    layer_speedup: float
+    layer_speedup: float | None
     over_full: float
     over_pipeline: float
     over_constant: float | None
     constant_depth: str | None
-    time_share: float
+    time_share: float | None
 
 
 def headline(report: EvaluationReport) -> Headline:
@@ -533,7 +550,7 @@ def headline(report: EvaluationReport) -> Headline:
         over_pipeline=ours.throughput / best_pipeline.throughput,
         over_constant=None if rival is None else ours.throughput / rival.throughput,
         constant_depth=None if rival is None else rival.name,
-        time_share=ours.ratio / ours.timed_layer_speedup,
+        time_share=None if ours.timed_layer_speedup is None else ours.ratio / ours.timed_layer_speedup,
     )
 
 
@@ -560,6 +577,7 @@ def draw(report: EvaluationReport, path: str | Path, *, title: str) -> None:
         ("random", "x", "tab:brown"),
         ("geep-stop", "P", "tab:pink"),
         ("oracle", "*", "tab:green"),
+        ("lexical", "h", "tab:purple"),
     )
     for group, marker, colour in singles:
         for row in report.rows:

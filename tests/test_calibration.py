@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from geep.calibration import (
     TABLE_SPEEDS,
     TRIAL_SPEEDS,
+    ExitRun,
     ProfileResult,
     full_profile,
     keep_promise,
@@ -149,7 +150,7 @@ def test_the_engine_goes_where_the_profile_says(
     engine = profiled.engine.replace(settings=chosen)
     batch = engine.tokenize(FRESH.texts).batch
     columns = planned_columns(engine, batch, chosen)
-    profiles = full_profile(engine, batch, engine.exit_logits(batch), chosen, labels=None)
+    profiles = full_profile(engine, ExitRun(batch, engine.exit_logits(batch), None), chosen)
     assert profiles.depths == (0, 1, 2, 3, 4)
     assert np.array(profiles.depths)[columns].tolist() == engine.plan(batch).predicted_layers.tolist()
     assert bool((columns == 0).any()) == lexical_exit

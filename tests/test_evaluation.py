@@ -22,6 +22,7 @@ GROUPS = {
     "pipeline",
     "pipeline-sorted",
     "full",
+    "lexical",
     "constant",
     "fastbert",
     "random",
