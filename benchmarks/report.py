@@ -173,10 +173,6 @@ def study_part(name: str, lines: list[Line]) -> list[str]:
         "x packed full",
         "time kept of layers saved",
     ]
-    refused = "".join(
-        f" A promise of {entry['points']:g} points could not be certified ({entry['why']})."
-        for entry in calibration["refused"]
-    )
     promise = calibration["promise"]
     trials = calibration["trials"]
     predictors = [
@@ -206,7 +202,7 @@ def study_part(name: str, lines: list[Line]) -> list[str]:
         f"Promise: at most {100 * promise['max_accuracy_drop']:g} points of accuracy lost, "
         f"{100 * promise['confidence']:g} % sure, certified on {calibration['num_texts']:,} texts: speed "
         f"{calibration['speed']:g} of {len(trials)} tried, criterion {calibration['criterion']}, quantile "
-        f"{calibration['quantile']:g}, lexical exit {'on' if calibration['lexical_exit'] else 'off'}.{refused}",
+        f"{calibration['quantile']:g}, lexical exit {'on' if calibration['lexical_exit'] else 'off'}.",
         table(header, rows),
         f"![accuracy against time]({'../benchmarks/results/study-' + name + '.png'})",
         "Exit layers predicted on the test texts, at the calibrated speed:",

@@ -421,7 +421,7 @@ def _show_calibration(console: Console, result: PromiseResult) -> None:
     table = Table(
         title=f"Certifying {what} of at most {result.promise.allowed:.2%} on {result.calibration.num_texts:,} texts"
     )
-    for name in ("speed", "mean exit layer", f"{what} seen", f"bound at {result.promise.confidence:.0%}", ""):
+    for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
         table.add_column(name, justify="right")
     trials = result.calibration.trials
     shown = trials if len(trials) <= 12 else trials[:: max(len(trials) // 10, 1)] + trials[-1:]

@@ -385,4 +385,4 @@ def _describe(promise: Promise) -> str:
         what = f"an accuracy drop of at most {promise.max_accuracy_drop * 100:g} points"
     else:
         what = f"an agreement of at least {promise.min_agreement}"
-    return f"{what} at {promise.confidence:.0%} confidence"
+    return f"{what} at {100 * promise.confidence:g} % confidence"
