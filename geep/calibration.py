@@ -283,7 +283,7 @@ def keep_promise(
         ValueError: If the promise is about accuracy and labels are missing.
     """
     # Two walks share the error probability, so that the better of their results still keeps the promise.
-    each = replace(promise, confidence=1 - (1 - promise.confidence) / 2)
+    each = promise.halved()
     check_enough(len(fresh), each)
     if isinstance(tuning, Split):
         tuning = ExitRun.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))

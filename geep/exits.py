@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -249,6 +249,10 @@ class Promise:
     def allowed(self) -> float:
         """The risk that may not be exceeded."""
         return self.max_accuracy_drop if self.max_accuracy_drop is not None else 1 - (self.min_agreement or 0.0)
+
+    def halved(self) -> Promise:
+        """The same promise at half the error probability: what each of two walks has to certify."""
+        return replace(self, confidence=1 - (1 - self.confidence) / 2)
 
     @property
     def texts_needed(self) -> int:

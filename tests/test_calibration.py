@@ -236,7 +236,7 @@ def test_accuracy_needs_labels(profiled: ProfileResult, tuning: Split, fresh: Sp
 
 
 def test_too_few_fresh_texts_are_refused_with_the_number_needed(profiled: ProfileResult) -> None:
-    needed = PROMISES["drop"].texts_needed
+    needed = PROMISES["drop"].halved().texts_needed
     few = FRESH.select(range(needed - 1))
     with pytest.raises(TooFewTextsError, match=f"{needed - 1} calibration texts.*at least {needed} are needed"):
         keep_promise(profiled.engine, HELDOUT, few, PROMISES["drop"])

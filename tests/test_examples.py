@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import geep.data
+from geep.exits import Promise
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -101,7 +102,7 @@ def test_example_compiles_and_says_what_it_does(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("promise", "said"),
-    [("0.3", "speed"), ("0.01", "at least 403 are needed")],
+    [("0.3", "speed"), ("0.01", f"at least {Promise(max_accuracy_drop=0.01).halved().texts_needed} are needed")],
     ids=["promise", "too-few-texts"],
 )
 def test_quickstart_leaves_a_model_that_predicts(
