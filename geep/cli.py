@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -517,18 +518,21 @@ def _evaluate(
 
 
 def _show_report(console: Console, report: EvaluationReport) -> None:
-    table = Table(title=f"{report.num_texts:,} texts; timed on {report.num_timed:,}, median of {report.rounds} rounds")
-    for name in ("", "accuracy", "agreement", "mean layer", "layer speed-up", "texts/s", "x full"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    title = f"{report.num_texts:,} texts; timed on {report.num_timed:,}, median of {report.rounds} rounds"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # The numbers keep their width on a terminal of 80 columns; long names go on in a second line.
+    table.add_column("", overflow="fold")
+    for name in ("accuracy %", "agrees %", "layers run", "fewer", "texts/s", "x full"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for row in report.rows:
         table.add_row(
             row.name,
-            "-" if row.accuracy is None else f"{row.accuracy:.4f}",
-            f"{row.agreement:.4f}",
+            "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
+            f"{100 * row.agreement:.2f}",
             f"{row.mean_exit_layer:.2f}",
-            "-" if row.layer_speedup is None else f"{row.layer_speedup:.2f}",
+            "-" if row.layer_speedup is None else f"{row.layer_speedup:.2f}x",
             f"{row.throughput:,.1f}",
-            f"{row.ratio:.2f}",
+            f"{row.ratio:.2f}x",
             style="bold red" if row.name == "GEEP continue" else None,
         )
     console.print(table)

@@ -193,7 +193,7 @@ def evaluate(
                 seconds[rival.name].append(time.perf_counter() - begin)
             done += 1
             report(f"timing {len(rivals)} rivals, {rounds} rounds and a warm-up", done / steps)
-    full_rate = len(texts) / float(np.median(seconds[_FULL]))
+    full_rate = float(np.median(len(texts) / np.asarray(seconds[_FULL])))
     rows = tuple(
         _row(rival, profile, batch, timed, len(texts) / np.asarray(seconds[rival.name]), full_rate) for rival in rivals
     )
