@@ -301,9 +301,10 @@ def keep_promise(
     trials = {number: tuning.trials(engine, each, promise) for number, each in enumerate(settings)}
     best = min(trials, key=lambda number: _fewest_layers(trials[number], promise))
     chosen = settings[best]
+    profile_of_fresh = full_profile(engine, certified_on, chosen)
     walks = [
         calibrate(
-            full_profile(engine, certified_on, chosen),
+            profile_of_fresh,
             lambda speed: planned_columns(engine, certified_on.batch, replace(chosen, speed=speed)),
             each,
             on_miss=on_miss,
