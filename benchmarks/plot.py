@@ -82,6 +82,8 @@ def draw_budgets(figure: Figure, lines: list[Line]) -> None:
             axes.plot([row["texts_per_call"] for row in rows], [row["kept"] for row in rows], style, label=label)
     axes.axhline(1, color="tab:gray", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    sizes = sorted({line["texts_per_call"] for line in lines})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("texts a call")
     axes.set_ylabel("measured speed-up / layer speed-up")

@@ -85,13 +85,20 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
         f"load {about['load_before']:g} before the run; waiting rivals used at most {100 * idle:.0f} % of a core.",
         table(header, rows),
     ]
-    versions = {name: version for run in runs for name, version in run["versions"].items()}
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        for name, version in run["versions"].items():
+            versions.setdefault(name, set()).add(version)
     notes = sorted(
         {f"{run['name']}: no accuracy, since {run['not_comparable']}." for run in runs if run["not_comparable"]}
     )
-    notes += [f"{line['name']} was left out: {line['why']}." for line in of_kind(lines, "failed")]
+    notes += [f"{line['name']} was left out: {line['why'].rstrip('.')}." for line in of_kind(lines, "failed")]
     parts += notes
-    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".")
+    parts.append(
+        "Versions: "
+        + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
+        + "."
+    )
     parts += _figure(results, f"throughput-{data}")
     if budgets := of_kind(lines, "budget"):
         parts += [

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="texts a call, by commas, or nothing")
     parser.add_argument("--max-texts", type=int, default=512, help="bound on the timed texts")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=8.0, help="fewer texts are timed where all would take longer")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of timing; fewer texts where all would take longer")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--envs-dir", type=Path, default=ROOT.parent / ".bench-envs", help="environments and exports")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -155,10 +155,12 @@ def race(
             options = {"backend": engine.backend, "dtype": engine.dtype, "folder": str(engine.folder.resolve())}
             budgets = made_of["budgets"] if number == 0 else []
             field_.enter(f"geep {engine.name}", "geep_engine.py", options={**options, "budgets": budgets})
+        if field_.main_engine is None:
+            sys.exit(f"{data}: the first engine failed, so there is nothing to compare with; nothing is written.")
         for name in made_of["rivals"]:
             rival = RIVALS[name]
             if rival.plain and material.plain is not None:
-                field_.failures[name] = material.plain
+                field_.fall_out(name, material.plain)
                 continue
             options = {
                 "not_comparable": material.not_comparable,
@@ -168,12 +170,10 @@ def race(
             try:
                 python = this_python() if rival.environment is None else ensure(rival.environment, args.envs_dir)
             except EnvironmentFailed as error:
-                field_.failures[name] = str(error)
+                field_.fall_out(name, error)
                 continue
             field_.enter(name, rival.script, python=python, options=options)
-        count = affordable_texts(
-            field_.entries, args.rounds, len(material.job.texts), 60 * args.minutes - (time.monotonic() - begin)
-        )
+        count = affordable_texts(field_.entries, args.rounds, len(material.job.texts), 60 * args.minutes)
         field_.run_rounds(count, args.rounds)
     header = {
         "kind": "about",
@@ -249,10 +249,10 @@ class Field:
         self.about[name] = loaded["about"]
         self.entries += [Entry(worker, way, loaded["versions"]) for way in loaded["ways"]]
 
-    def fall_out(self, name: str, error: Exception) -> None:
+    def fall_out(self, name: str, error: Exception | str) -> None:
         """Note a failure; the race goes on without it."""
         self.failures[name] = str(error)
-        print(f"left out: {error}", file=sys.stderr, flush=True)
+        print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
 
     def run_rounds(self, count: int, rounds: int) -> None:
         """Run every way once a round, each round in a new order."""
@@ -269,7 +269,7 @@ class Field:
                 self.report(entry.name, done / max(steps, 1))
                 if entry.name in self.failures:
                     continue
-                seconds = max(120.0, PATIENCE * count * (entry.seconds_per_text or 0.0))
+                seconds = max(120.0, PATIENCE * (entry.seconds_per_run + count * entry.seconds_per_text))
                 try:
                     outcome = watch.ask(entry.worker, {"do": "run", "way": entry.name, "count": count}, seconds=seconds)
                 except RivalFailed as error:
@@ -292,11 +292,13 @@ def static_depth(about: dict[str, Any] | None) -> int | None:
 
 def affordable_texts(entries: Sequence[Entry], rounds: int, at_most: int, seconds: float) -> int:
     """As many texts as the rounds can time in so many seconds, by the trials; never fewer than a sensible number."""
-    per_text = rounds * sum(entry.seconds_per_text or 0.0 for entry in entries)
-    fit = at_most if not per_text else int(max(seconds, 0.0) / per_text)
+    per_text = rounds * sum(entry.seconds_per_text for entry in entries)
+    fixed = rounds * sum(entry.seconds_per_run for entry in entries)
+    fit = int(max(seconds - fixed, 0.0) / per_text) if per_text else at_most
     count = min(at_most, max(fit, LEAST_TEXTS))
+    minutes = (fixed + per_text * count) / 60
     print(
-        f"{len(entries)} ways, {rounds} rounds, {count} of {at_most} texts: about {per_text * count / 60:.1f} minutes",
+        f"{len(entries)} ways, {rounds} rounds, {count} of {at_most} texts: about {minutes:.1f} minutes",
         file=sys.stderr,
         flush=True,
     )

@@ -174,6 +174,20 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
     assert [line["name"] for line in lines if line["kind"] == "failed"] == ["die"]
 
 
+def test_fewer_texts_are_timed_where_all_would_take_too_long(rivals: None) -> None:
+    from rivals.lines import Entry
+
+    def entry(per_text: float, per_run: float = 0.0) -> Any:
+        return Entry(None, {"seconds_per_text": per_text, "seconds_per_run": per_run}, {})  # type: ignore[arg-type]
+
+    affordable = load("throughput").affordable_texts
+    field = [entry(0.1), entry(0.1), entry(0.0, per_run=5.0)]
+    assert affordable(field, rounds=2, at_most=1000, seconds=90.0) == 200
+    assert affordable(field, rounds=2, at_most=100, seconds=90.0) == 100
+    assert affordable(field, rounds=2, at_most=1000, seconds=1.0) == 64
+    assert affordable([], rounds=2, at_most=1000, seconds=1.0) == 1000
+
+
 def test_a_rival_that_cannot_load_is_left_out(rivals: None, tmp_path: Path) -> None:
     from contextlib import ExitStack
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from worker import Job, Loaded, Outcome, Way, serve, versions
+from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
 
 from geep.backends import BACKENDS, Backend, TokenBatch
 from geep.calibration import ExitRun, full_profile
@@ -78,9 +78,7 @@ class _Lines:
     def _way(self, name: str, group: str, setting: str, run: Callable[[int], Outcome], **about: Any) -> Way:
         """A way after a short trial, which also warms it up."""
         count = min(TRIAL_TEXTS, len(self.job.texts))
-        begin = time.perf_counter()
-        run(count)
-        seconds = (time.perf_counter() - begin) / count
+        seconds = seconds_of(lambda: run(count)) / count
         return Way(
             f"{self.label}: {name}",
             group,
@@ -166,12 +164,18 @@ class _Lines:
         for low, high in GROUPS:
             batch = _texts_of_length(self.engine, self.job.texts, low, high)
             flops = encoder_flops(batch.lengths, config.num_hidden_layers, config.hidden_size, _inner_size(config))
+
+            def run(_count: int, batch: TokenBatch = batch) -> Outcome:
+                self.engine.run_tokens(batch, settings=settings)
+                return Outcome()
+
             ways.append(
                 Way(
                     f"{self.label}: full model, texts of {low}-{high} tokens",
                     "utilisation",
                     f"{low}-{high} tokens",
-                    lambda _count, batch=batch: Outcome(extra=_ran(self.engine.run_tokens(batch, settings=settings))),
+                    run,
+                    seconds_per_run=seconds_of(lambda run=run: run(0)),
                     about={"engine": self.label, "flops": flops, "texts": len(batch), "tokens": [low, high]},
                 )
             )
@@ -258,10 +262,6 @@ def _texts_of_length(engine: Engine, texts: Sequence[str], low: int, high: int) 
     ends = np.cumsum(lengths)
     ids[ends - lengths], ids[ends - 1] = first, last
     return TokenBatch(ids, None, lengths)
-
-
-def _ran(result: Any) -> dict[str, Any]:
-    return {"texts": len(result.exit_layers)}
 
 
 if __name__ == "__main__":

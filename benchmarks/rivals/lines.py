@@ -45,9 +45,14 @@ class Entry:
         return self.way["group"]
 
     @property
-    def seconds_per_text(self) -> float | None:
+    def seconds_per_text(self) -> float:
         """Of the trial."""
         return self.way["seconds_per_text"]
+
+    @property
+    def seconds_per_run(self) -> float:
+        """Of the trial, where the number of texts does not matter."""
+        return self.way["seconds_per_run"]
 
     @property
     def texts_per_call(self) -> int:

@@ -61,13 +61,13 @@ class Worker:
             line = self._read_line(time.monotonic() + seconds)
         except (BrokenPipeError, EOFError):
             code = self._process.wait()
-            raise RivalFailed(f"{self.name} died with code {code}: {self._last_words()}") from None
+            raise RivalFailed(f"died with code {code}: {self._last_words()}") from None
         except TimeoutError:
             self.close()
-            raise RivalFailed(f"{self.name} gave no answer within {seconds:.0f} s and was ended") from None
+            raise RivalFailed(f"gave no answer within {seconds:.0f} s and was ended") from None
         answer = json.loads(line)
         if "error" in answer:
-            raise RivalFailed(f"{self.name}: {answer['error']}")
+            raise RivalFailed(answer["error"])
         return answer["ok"]
 
     def _read_line(self, deadline: float) -> bytes:

@@ -55,9 +55,10 @@ class Way:
         group: What it is compared as; see `throughput.py`.
         setting: What was set, in words.
         run: Runs the first `count` texts from raw text (or, in groups without texts, whatever it measures).
-        seconds_per_text: Of the trial, for the parent's estimate; None: too cheap to count.
+        seconds_per_text: Of the trial, for the parent's estimate.
         batch_size: Best batch size, where there is one.
         not_comparable: Why its answers say nothing about accuracy; None: they do.
+        seconds_per_run: Of the trial, where the cost does not depend on the number of texts.
         about: Further facts for the result line.
     """
 
@@ -65,9 +66,10 @@ class Way:
     group: str
     setting: str
     run: Callable[[int], Outcome]
-    seconds_per_text: float | None = None
+    seconds_per_text: float = 0.0
     batch_size: int | None = None
     not_comparable: str | None = None
+    seconds_per_run: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,15 +123,18 @@ class Job:
         return ordered[start : start + size]
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
 def best_batch_size(texts: Sequence[str], run: Callable[[Sequence[str], int], object]) -> tuple[int, float]:
     """Try every size on a few texts, after a run that is not counted: the fastest, and its seconds for a text."""
     sizes = [size for size in BATCH_SIZES if size <= len(texts)] or [len(texts)]
     run(texts, sizes[-1])
-    seconds = {}
-    for size in sizes:
-        begin = time.perf_counter()
-        run(texts, size)
-        seconds[size] = time.perf_counter() - begin
+    seconds = {size: seconds_of(lambda size=size: run(texts, size)) for size in sizes}
     best = min(sizes, key=lambda size: seconds[size])
     return best, seconds[best] / len(texts)
 
