@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from geep.backends import TokenBatch
+from geep.backends import PackedBackend, TokenBatch
+from geep.backends.int8 import observe
+from geep.backends.packed_layer import packed_layers
 from geep.data import Split
-from geep.engine import Engine, ExitSettings
+from geep.engine import RANGES_FILE, Engine, ExitSettings
 from geep.exits import (
     CRITERIA,
     Calibration,
@@ -35,6 +38,7 @@ from geep.exits import (
     try_speed,
 )
 from geep.predictor import PREDICTORS, ExitPredictor
+from geep.scheduler import schedule
 
 Integers = NDArray[np.int64]
 Report = Callable[[str, float], None]
@@ -59,18 +63,23 @@ class ExitRun:
         batch: The texts' tokens.
         exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
         labels: Label ids, or 0/1 for multi-label; None where unknown.
+        reference: Logits of the float32 full model where the engine is quantised, (num_texts, num_labels).
     """
 
     batch: TokenBatch
     exit_logits: Tensor
     labels: Tensor | None
+    reference: Tensor | None = None
 
     @classmethod
     def of(cls, engine: Engine, split: Split, report: Callable[[float], None] = lambda _: None) -> ExitRun:
         """Run the exits of an engine over texts."""
         batch = engine.tokenize(split.inputs).batch
         labels = None if split.labels is None else torch.from_numpy(split.labels)
-        return cls(batch, engine.exit_logits(batch, report=report), labels)
+        reference = None
+        if engine.dtype == "int8":
+            reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
+        return cls(batch, engine.exit_logits(batch, report=report), labels, reference)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
@@ -151,7 +160,7 @@ def profile(
         report: Told what is being done, and the share of it that is done.
 
     Raises:
-        ValueError: If either split is empty.
+        ValueError: If either split is empty, or a quantised engine answers otherwise than its float32 model too often.
     """
     if len(engine.depths) < 2:
         raise ValueError(
@@ -161,6 +170,7 @@ def profile(
         if not len(split):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
     held = ExitRun.of(engine, heldout, partial(report, "all exits, held-out texts"))
+    _check_quantised(held, multi_label=engine.multi_label)
     seen = ExitRun.of(engine, train, partial(report, "all exits, training texts"))
     depths, many = engine.depths, engine.multi_label
 
@@ -219,6 +229,64 @@ def profile(
             for speed, known, fresh in zip(TABLE_SPEEDS, train_exits.T.numpy(), held_exits.T.numpy(), strict=True)
         ),
     )
+
+
+# A quantised model that is further off than this, before any exit, is broken rather than a little less accurate.
+MAX_QUANTISED_DROP = 0.01
+MAX_QUANTISED_DISAGREEMENT = 0.05
+
+# Texts on which activations are observed; their ranges hardly move beyond a few hundred.
+_OBSERVED_TEXTS = 1024
+
+
+def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) -> Engine:
+    """Return the int8 engine of a float32 one on the packed backend, without table.
+
+    Args:
+        engine: Engine whose weights are float32.
+        texts: Texts on which the ranges of the activations are observed; the first thousand are taken.
+        folder: The model's folder, where the ranges are kept for `Engine.from_pretrained`; None: nowhere.
+
+    Raises:
+        ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
+    """
+    batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
+    plain, packed = packed_layers(engine.model), PackedBackend.build(engine.model, dtype="float32")
+    everyone = np.full(len(batch), engine.depths[-1])
+    with torch.inference_mode():
+        cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.max_batch_tokens)
+        starts = (packed.start(batch.select(cut.indices)) for cut in cuts)
+        ranges = observe(plain, ((live.hidden, live.runs) for live in starts))
+    quantised = Engine(
+        engine.model,
+        engine.tokenizer,
+        config=replace(engine.config, backend="packed", dtype="int8"),
+        identity=engine.identity,
+        ranges=ranges,
+    )
+    if folder is not None:
+        ranges.save(Path(folder) / RANGES_FILE, fingerprint=engine.identity)
+    return quantised
+
+
+def _check_quantised(run: ExitRun, *, multi_label: bool) -> None:
+    """Refuse a quantised engine that is far from its float32 model with all layers run."""
+    if run.reference is None:
+        return
+    every = profile_exits(
+        run.exit_logits[-1:], [1], labels=run.labels, reference=run.reference, multi_label=multi_label
+    )
+    if every.correct is not None and every.reference_correct is not None:
+        lost, most = float(every.reference_correct.mean() - every.correct.mean()), MAX_QUANTISED_DROP
+        what = "points of accuracy"
+    else:
+        lost, most = float((~every.agrees).mean()), MAX_QUANTISED_DISAGREEMENT
+        what = "% of the answers"
+    if lost > most:
+        raise ValueError(
+            f"int8 loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all layers "
+            f"run, expected at most {100 * most:g}; use float32 or bfloat16."
+        )
 
 
 def predictor_quality(
@@ -347,6 +415,7 @@ def full_profile(engine: Engine, run: ExitRun, settings: ExitSettings) -> ExitPr
         criterion=settings.criterion,
         temperatures=[settings.temperature(depth) for depth in depths],
         labels=run.labels,
+        reference=run.reference,
         multi_label=engine.multi_label,
     )
 

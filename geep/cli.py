@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from geep._version import __version__
-from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile
+from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile, quantise
 from geep.data import (
     DATASETS,
     ENCODERS,
@@ -82,7 +82,7 @@ Speed = Annotated[
     typer.Option(help="Exit once uncertainty is below this, 0 (full model) to 1. Default: the calibrated speed."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: by device.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or, on CPUs, int8. Default: by device.")]
 Backend_ = Annotated[str | None, typer.Option("--backend", help="packed or padded. Default: by encoder family.")]
 MaxDrop = Annotated[
     float | None, typer.Option(help="Promise: accuracy lost against the full model, at most, in points (0.5).")
@@ -277,8 +277,11 @@ def profile_command(
     """
     with _errors(as_json):
         console = _console(as_json)
-        engine = _bare_engine(model, device, dtype, backend)
         parts = _DataPlan.of(model).parts()
+        if dtype == "int8" and backend in (None, "packed"):
+            engine = quantise(_bare_engine(model, device, "float32", "packed"), parts.train, folder=model)
+        else:
+            engine = _bare_engine(model, device, dtype, backend)
         found = _profile(console, engine, parts, Path(model), predictor, criterion)
         _finish(console, _profile_summary(found), as_json)
 

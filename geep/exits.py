@@ -98,22 +98,33 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False
 class ExitProfile:
     """What every exit would answer on texts, and how sure it would be.
 
-    The last column is the full model. Column 0 may be the lexical exit, at depth 0.
+    The last column is all layers as deployed. Column 0 may be the lexical exit, at depth 0. The full model, which
+    promises are about, is the last column too, or, for a quantised engine, the model that was quantised.
 
     Attributes:
         depths: Encoder layers run at each column, ascending, (num_depths,).
         uncertainty: Uncertainty in [0, 1], (num_texts, num_depths).
         agrees: Whether the answer equals the full model's, (num_texts, num_depths).
         correct: Whether the answer equals the label, (num_texts, num_depths); None without labels.
+        full_correct: Whether the full model's answer equals the label, (num_texts,); None without labels, or where
+            the full model is the last column.
     """
 
     depths: tuple[int, ...]
     uncertainty: Floats
     agrees: Flags
     correct: Flags | None
+    full_correct: Flags | None = None
 
     def __len__(self) -> int:
         return len(self.uncertainty)
+
+    @property
+    def reference_correct(self) -> Flags | None:
+        """Whether the full model's answer equals the label, (num_texts,); None without labels."""
+        if self.full_correct is not None or self.correct is None:
+            return self.full_correct
+        return self.correct[:, -1]
 
     def exit_indices(self, speed: float) -> Integers:
         """Column of the first exit with an uncertainty below `speed`, else of the full model, (num_texts,)."""
@@ -130,6 +141,7 @@ class ExitProfile:
             self.uncertainty[rows],
             self.agrees[rows],
             None if self.correct is None else self.correct[rows],
+            None if self.full_correct is None else self.full_correct[rows],
         )
 
     def from_depth(self, depth: int) -> ExitProfile:
@@ -140,6 +152,7 @@ class ExitProfile:
             self.uncertainty[:, first:],
             self.agrees[:, first:],
             None if self.correct is None else self.correct[:, first:],
+            self.full_correct,
         )
 
 
@@ -150,6 +163,7 @@ def profile_exits(
     criterion: str = "entropy",
     temperatures: Sequence[float] | None = None,
     labels: Tensor | None = None,
+    reference: Tensor | None = None,
     multi_label: bool = False,
 ) -> ExitProfile:
     """Describe texts by the logits of all their exits.
@@ -162,6 +176,7 @@ def profile_exits(
         criterion: Row of `CRITERIA`.
         temperatures: One for each depth; None: 1.
         labels: Label ids (num_texts,), or 0/1 (num_texts, num_labels) for multi-label; None where unknown.
+        reference: Logits of the full model (num_texts, num_labels), where it is not the last exit.
         multi_label: Whether several labels may hold at once.
 
     Raises:
@@ -178,14 +193,17 @@ def profile_exits(
         dim=1,
     )
     answers = answer_of(exit_logits, multi_label=multi_label)  # (num_depths, num_texts[, num_labels])
-    full = answers[-1]
-    same = (answers == full).flatten(2).all(-1) if multi_label else answers == full
-    right = None
+    full = answers[-1] if reference is None else answer_of(reference, multi_label=multi_label)
+
+    def equal(left: Tensor, right: Tensor) -> Tensor:
+        return (left == right).all(-1) if multi_label else left == right
+
+    right = full_right = None
     if labels is not None:
         truth = labels.bool() if multi_label else labels
-        hits = (answers == truth).flatten(2).all(-1) if multi_label else answers == truth
-        right = hits.T.numpy()
-    return ExitProfile(tuple(depths), unsure.float().numpy(), same.T.numpy(), right)
+        right = equal(answers, truth).T.numpy()
+        full_right = None if reference is None else equal(full, truth).numpy()
+    return ExitProfile(tuple(depths), unsure.float().numpy(), equal(answers, full).T.numpy(), right, full_right)
 
 
 def answer_of(logits: Tensor, *, multi_label: bool) -> Tensor:
@@ -376,8 +394,8 @@ def try_speed(
     if promise.min_agreement is not None:
         differs = int((~profile.agrees[rows, column]).sum())
         risk, bound = differs / len(rows), clopper_pearson_upper(differs, len(rows), tail)
-    elif profile.correct is not None:
-        full, deployed = profile.correct[:, -1], profile.correct[rows, column]
+    elif profile.correct is not None and profile.reference_correct is not None:
+        full, deployed = profile.reference_correct, profile.correct[rows, column]
         risk, bound = float(full.mean() - deployed.mean()), risk_bound(full, deployed, tail)
     else:
         raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement instead.")

@@ -9,8 +9,55 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
 
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a layer costs on a machine: a fixed part and a part for each token.
+
+    Attributes:
+        layer_seconds: Seconds of a layer call, however few its tokens.
+        token_seconds: Seconds of each token in a layer, in a batch large enough to fill the machine.
+    """
+
+    layer_seconds: float
+    token_seconds: float
+
+    def __post_init__(self) -> None:
+        if not (self.layer_seconds >= 0 and self.token_seconds > 0):
+            raise ValueError(
+                f"A layer costs some time for each token and none or more besides, got {self.token_seconds} and "
+                f"{self.layer_seconds} s; time larger batches."
+            )
+
+    @classmethod
+    def fit(cls, tokens: ArrayLike, seconds: ArrayLike) -> CostModel:
+        """Fit to timed layers: least squares of the relative error, neither part below 0.
+
+        Args:
+            tokens: Tokens of each timed layer call, at least two different numbers.
+            seconds: How long each took.
+
+        Raises:
+            ValueError: If the calls are all of one size, or took no time.
+        """
+        counts, times = np.asarray(tokens, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+        if len(np.unique(counts)) < 2 or (times <= 0).any():
+            raise ValueError("A cost model needs calls of at least two sizes that took some time.")
+        design = np.stack([1 / times, counts / times], axis=1)
+        (fixed, slope), _ = nnls(design, np.ones(len(times)))
+        return cls(float(fixed), float(slope) if slope > 0 else float((times / counts).min()))
+
+    def seconds(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """Time of layer calls with so many tokens each."""
+        return self.layer_seconds + self.token_seconds * np.asarray(tokens, dtype=np.float64)
+
+    def batch_tokens(self, *, waste: float = 0.03) -> int:
+        """Tokens beyond which the fixed part is at most this share of a layer's time."""
+        return max(int(np.ceil(self.layer_seconds / self.token_seconds * (1 - waste) / waste)), 1)
 
 
 @dataclass(frozen=True, slots=True)
