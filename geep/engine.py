@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from geep.backends import BACKENDS, Backend, TokenBatch
+from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
 from geep.exits import CRITERIA, OnMiss, uncertainty
 from geep.modeling import GeepForSequenceClassification, family_of
 from geep.predictor import ExitPredictor
@@ -120,20 +120,23 @@ class EngineConfig:
     """How the engine runs. What it decides is in `ExitSettings`.
 
     Attributes:
-        backend: Row of `BACKENDS`; None: packed where the encoder's family allows it, else padded.
+        backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's family allows it, else padded.
         device: "cpu", "cuda", …; None: a GPU where there is one.
         dtype: "float32", "bfloat16" or "float16"; None: float32 on a CPU, bfloat16 on a GPU.
-        max_batch_tokens: Tokens of a staircase.
+        max_batch_tokens: Tokens of a staircase; None: 2,048, on a GPU 45,056.
         window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
         max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
+        compile: Whether the cuda backend compiles its layer and replays graphs of small batches: slower at first,
+            faster then. None: on a GPU.
     """
 
     backend: str | None = None
     device: str | None = None
     dtype: str | None = None
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     window_tokens: int = 2**17
     max_length: int | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
@@ -141,7 +144,7 @@ class EngineConfig:
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
         for name in ("max_batch_tokens", "window_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
@@ -260,8 +263,8 @@ class Engine:
         device = _device(self.config.device)
         self.model = nn.Module.to(model, device=device, dtype=_dtype(self.config.dtype, device)).train(mode=False)
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
-        name = self.config.backend or _default_backend(model.encoder.config.model_type)
-        self.backend: Backend[Any] = BACKENDS[name].build(self.model)
+        name = self.config.backend or _default_backend(model.encoder.config.model_type, device)
+        self.backend: Backend[Any] = _build_backend(name, self.model, self.config.compile)
         dtype_name = str(self.model.dtype).removeprefix("torch.")
         self.deployed_as = f"{name}, {dtype_name}, at most {self.max_length} tokens"
         if self.settings.certified_on not in (None, self.deployed_as):
@@ -320,6 +323,15 @@ class Engine:
             self.predictor.save(table, fingerprint=self.identity)
         self.settings.save(folder, record)
 
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens of a staircase."""
+        if self.config.max_batch_tokens is not None:
+            return self.config.max_batch_tokens
+        # On a GPU eight times 5,632, where BERT-base's matrix products fill the 132 processors of an H100 evenly
+        # (arithmetic, not yet measured): staircases taper, and their upper layers should be worth a launch, too.
+        return 45_056 if self.model.device.type == "cuda" else 2048
+
     def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
         """Return an engine on the same weights with another table or other settings."""
         other = object.__new__(Engine)
@@ -354,7 +366,8 @@ class Engine:
         for start in range(0, len(_checked(texts)), _TEXTS_PER_CALL):
             tokens = self.tokenize(texts[start : start + _TEXTS_PER_CALL])
             result = self.run_tokens(tokens.batch, settings=settings)
-            predictions += self._predictions(result, tokens.truncated, first=start)
+            self._check_finite(result, tokens.batch, settings, first=start)
+            predictions += self._predictions(result, tokens.truncated)
         return predictions
 
     def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
@@ -402,14 +415,24 @@ class Engine:
             TokenBatch(_flat(ids, lengths), None if types is None else _flat(types, lengths), lengths), truncated
         )
 
-    def _predictions(self, result: RunResult, truncated: NDArray[np.bool_], *, first: int) -> list[Prediction]:
+    def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
+        broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()
+        if not broken:
+            return
+        # A backend may run short texts in one block, in which NaN spreads. The text to name is broken alone, too.
+        for row in broken:
+            alone = self.run_tokens(batch.select(np.array([row])), settings=settings)
+            if not torch.isfinite(alone.logits).all():
+                break
+        else:
+            row = broken[0]
+        raise FloatingPointError(
+            f"Text {first + row} has logits that are not finite; nothing can be said of it. "
+            f"If the dtype is {self.model.dtype}, try float32."
+        )
+
+    def _predictions(self, result: RunResult, truncated: NDArray[np.bool_]) -> list[Prediction]:
         logits = result.logits
-        broken = (~torch.isfinite(logits).all(-1)).nonzero()
-        if len(broken):
-            raise FloatingPointError(
-                f"Text {first + int(broken[0])} has logits that are not finite; nothing can be said of it. "
-                f"If the dtype is {self.model.dtype}, try float32."
-            )
         probabilities = torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-1)
         best = probabilities.argmax(-1).tolist()
         known_layers = self.predictor is not None
@@ -503,7 +526,7 @@ class Engine:
         out = torch.empty(len(self.depths), len(batch), len(self.label_names))
         full = np.full(len(batch), self.depths[-1])
         with torch.inference_mode():
-            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.config.max_batch_tokens):
+            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.max_batch_tokens):
                 live = self.backend.start(batch.select(staircase.indices))
                 index = torch.from_numpy(staircase.indices)
                 for layer in range(1, self.depths[-1] + 1):
@@ -549,8 +572,8 @@ class _Run:
     def __init__(self, engine: Engine, settings: ExitSettings, plan: Plan, num_texts: int) -> None:
         self.engine, self.settings, self.plan = engine, settings, plan
         self.backend = engine.backend
-        device = engine.model.device
-        self.logits = torch.full((num_texts, len(engine.label_names)), torch.nan, device=device)
+        self.logits = torch.full((num_texts, len(engine.label_names)), torch.nan)
+        self.waiting: list[tuple[Integers, Tensor]] = []
         self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
         self.pools: dict[int, list[tuple[Any, Integers]]] = {}
 
@@ -561,13 +584,14 @@ class _Run:
             known = rows[layers == 0]
             self._answer(known, self.plan.lexical_logits[torch.from_numpy(known)], 0)
             rows, layers = rows[layers > 0], layers[layers > 0]
-        budget = self.engine.config.max_batch_tokens
+        budget = self.engine.max_batch_tokens
         for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
             texts = rows[staircase.indices]
             live = self.backend.start(batch.select(texts))
             for layer in range(1, int(staircase.exit_layers[0]) + 1):
-                live = self.backend.advance(live, layer, staircase.texts_at(layer))
                 due = staircase.texts_at(layer + 1)
+                continuing = due if self._is_final(layer) else None
+                live = self.backend.advance(live, layer, staircase.texts_at(layer), continuing=continuing)
                 if due < len(live.lengths):
                     self._ask(live, layer, due, texts)
         # Survivors of all staircases wait at the layer they have run. From the shallowest pool upwards they are packed
@@ -575,7 +599,8 @@ class _Run:
         for layer, following in zip(self.engine.depths, self.engine.depths[1:], strict=False):
             for live, texts in self._merged(self.pools.pop(layer, []), budget):
                 for step in range(layer + 1, following + 1):
-                    live = self.backend.advance(live, step, len(texts))
+                    continuing = 0 if self._is_final(step) else None
+                    live = self.backend.advance(live, step, len(texts), continuing=continuing)
                 self._ask(live, following, 0, texts)
 
     def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
@@ -583,24 +608,32 @@ class _Run:
         stop = len(live.lengths)
         asked = texts[start:stop]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
-        if self.settings.on_miss == "stop" or layer == self.engine.depths[-1]:
+        if self._is_final(layer):
             self._answer(asked, logits, layer)
             return
         # The one wait for the device: who is certain enough decides who goes on.
-        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).cpu().numpy()
+        logits = logits.cpu()
+        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
-        self._answer(asked[hits], logits.index_select(0, torch.from_numpy(hits).to(logits.device)), layer)
+        self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
         if len(missed):
             everyone = start == 0 and len(missed) == stop
             survivors = live if everyone else self.backend.select(live, start + missed)
             self.pools.setdefault(layer, []).append((survivors, asked[missed]))
 
+    def _is_final(self, layer: int) -> bool:
+        """Whether the texts that are asked at a layer end there, whatever the answer."""
+        return self.settings.on_miss == "stop" or layer == self.engine.depths[-1]
+
     def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
         if len(texts):
-            index = torch.from_numpy(texts).to(self.logits.device)
-            scaled = logits.to(self.logits.device) / self.settings.temperature(depth)
-            self.logits.index_copy_(0, index, scaled)
             self.exit_layers[texts] = depth
+            scaled = logits / self.settings.temperature(depth)
+            # What the device says stays there until the end: fetching it now would wait for it.
+            if scaled.device.type == "cpu":
+                self.logits[torch.from_numpy(texts)] = scaled
+            else:
+                self.waiting.append((texts, scaled))
 
     def _merged(self, pool: list[tuple[Any, Integers]], budget: int) -> list[tuple[Any, Integers]]:
         """Pack the pieces of a pool into as few batches as the budget allows."""
@@ -620,8 +653,11 @@ class _Run:
         return merged
 
     def result(self) -> RunResult:
-        """Copy the columns to the host."""
-        return RunResult(self.logits.cpu(), self.exit_layers, self.plan.predicted_layers)
+        """Fetch what waits on the device, in one copy."""
+        if self.waiting:
+            texts = np.concatenate([texts for texts, _ in self.waiting])
+            self.logits[torch.from_numpy(texts)] = torch.cat([logits for _, logits in self.waiting]).cpu()
+        return RunResult(self.logits, self.exit_layers, self.plan.predicted_layers)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -680,8 +716,18 @@ def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedToken
     return {"model": digest.hexdigest(), "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
 
 
-def _default_backend(model_type: str) -> str:
-    return next(name for name, backend in BACKENDS.items() if backend.supports(model_type))
+def _default_backend(model_type: str, device: torch.device) -> str:
+    names = ("cuda", *BACKENDS) if device.type == "cuda" else BACKENDS
+    return next(name for name in names if BACKENDS[name].supports(model_type))
+
+
+def _build_backend(name: str, model: GeepForSequenceClassification, compiles: bool | None) -> Backend[Any]:
+    backend: Any = BACKENDS[name]
+    if name == "cuda" and compiles is not None:
+        return backend.build(model, CudaOptions(compile=compiles, graphs=None if compiles else False))
+    if compiles:
+        raise ValueError(f"compile=True is for the cuda backend, found {name!r}; leave it out.")
+    return backend.build(model)
 
 
 def _device(asked: str | None) -> torch.device:
