@@ -83,7 +83,9 @@ Speed = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or, on CPUs, int8. Default: by device.")]
-Backend_ = Annotated[str | None, typer.Option("--backend", help="packed or padded. Default: by encoder family.")]
+Backend_ = Annotated[
+    str | None, typer.Option("--backend", help="packed, padded, onnx or cuda. Default: by encoder and device.")
+]
 MaxDrop = Annotated[
     float | None, typer.Option(help="Promise: accuracy lost against the full model, at most, in points (0.5).")
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from geep.backends import BACKENDS, Backend, TokenBatch
+from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
 from geep.backends.int8 import ActivationRanges
 from geep.exits import CRITERIA, OnMiss, uncertainty
 from geep.modeling import GeepForSequenceClassification, family_of
 from geep.predictor import ExitPredictor
-from geep.scheduler import budget_cuts, schedule
+from geep.scheduler import CostModel, budget_cuts, schedule
 
 logger = logging.getLogger(__name__)
 
@@ -130,21 +131,24 @@ class EngineConfig:
     """How the engine runs. What it decides is in `ExitSettings`.
 
     Attributes:
-        backend: Row of `BACKENDS`; None: packed where the encoder's family allows it, else padded.
+        backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's family allows it, else padded.
         device: "cpu", "cuda", …; None: a GPU where there is one.
         dtype: Row of `DTYPES`; None: the backend's default, float32 on a CPU, bfloat16 on a GPU. "int8" multiplies in
             8 bits and keeps all else in float32.
-        max_batch_tokens: Tokens of a staircase.
+        max_batch_tokens: Tokens of a staircase; None: what a short timing of the backend finds enough (`CostModel`).
         window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
         max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
+        compile: Whether the cuda backend compiles its layer and replays graphs of small batches: slower at first,
+            faster then. None: on a GPU.
     """
 
     backend: str | None = None
     device: str | None = None
     dtype: str | None = None
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     window_tokens: int = 2**17
     max_length: int | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
@@ -152,7 +156,7 @@ class EngineConfig:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}.")
         for name in ("max_batch_tokens", "window_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
@@ -271,12 +275,17 @@ class Engine:
         # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
         self.identity = fingerprint(model, tokenizer) if identity is None else identity
         device = _device(self.config.device)
-        name = self.config.backend or _default_backend(model.encoder.config.model_type)
+        name = self.config.backend or _default_backend(model.encoder.config.model_type, device)
         self.dtype = _dtype(self.config.dtype, name, device)
         self.model = nn.Module.to(model, device=device, dtype=DTYPES[self.dtype]).train(mode=False)
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
-        self.backend: Backend[Any] = BACKENDS[name].build(self.model, dtype=self.dtype, ranges=ranges)
+        self.backend: Backend[Any] = _build_backend(name, self.model, self.dtype, ranges, self.config.compile)
         self.deployed_as = f"{name}, {self.dtype}, at most {self.max_length} tokens"
+        # The cost of a layer on this machine, and the tokens of a staircase that follow from it.
+        self.cost = (
+            measure_cost(self.backend) if device.type == "cpu" and self.config.max_batch_tokens is None else None
+        )
+        self.max_batch_tokens = self.config.max_batch_tokens or _batch_tokens(self.cost)
         if self.settings.certified_on not in (None, self.deployed_as):
             logger.warning(
                 "The speed was certified for [%s], this engine runs [%s]: the promise does not cover it. "
@@ -388,7 +397,8 @@ class Engine:
         for start in range(0, len(_checked(texts)), _TEXTS_PER_CALL):
             tokens = self.tokenize(texts[start : start + _TEXTS_PER_CALL])
             result = self.run_tokens(tokens.batch, settings=settings)
-            predictions += self._predictions(result, tokens.truncated, first=start)
+            self._check_finite(result, tokens.batch, settings, first=start)
+            predictions += self._predictions(result, tokens.truncated)
         return predictions
 
     def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
@@ -436,14 +446,24 @@ class Engine:
             TokenBatch(_flat(ids, lengths), None if types is None else _flat(types, lengths), lengths), truncated
         )
 
-    def _predictions(self, result: RunResult, truncated: NDArray[np.bool_], *, first: int) -> list[Prediction]:
+    def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
+        broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()
+        if not broken:
+            return
+        # A backend may run short texts in one block, in which NaN spreads. The text to name is broken alone, too.
+        for row in broken:
+            alone = self.run_tokens(batch.select(np.array([row])), settings=settings)
+            if not torch.isfinite(alone.logits).all():
+                break
+        else:
+            row = broken[0]
+        raise FloatingPointError(
+            f"Text {first + row} has logits that are not finite; nothing can be said of it. "
+            f"If the dtype is {self.model.dtype}, try float32."
+        )
+
+    def _predictions(self, result: RunResult, truncated: NDArray[np.bool_]) -> list[Prediction]:
         logits = result.logits
-        broken = (~torch.isfinite(logits).all(-1)).nonzero()
-        if len(broken):
-            raise FloatingPointError(
-                f"Text {first + int(broken[0])} has logits that are not finite; nothing can be said of it. "
-                f"If the dtype is {self.model.dtype}, try float32."
-            )
         probabilities = torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-1)
         best = probabilities.argmax(-1).tolist()
         known_layers = self.predictor is not None
@@ -537,7 +557,7 @@ class Engine:
         out = torch.empty(len(self.depths), len(batch), len(self.label_names))
         full = np.full(len(batch), self.depths[-1])
         with torch.inference_mode():
-            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.config.max_batch_tokens):
+            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.max_batch_tokens):
                 live = self.backend.start(batch.select(staircase.indices))
                 index = torch.from_numpy(staircase.indices)
                 for layer in range(1, self.depths[-1] + 1):
@@ -583,8 +603,8 @@ class _Run:
     def __init__(self, engine: Engine, settings: ExitSettings, plan: Plan, num_texts: int) -> None:
         self.engine, self.settings, self.plan = engine, settings, plan
         self.backend = engine.backend
-        device = engine.model.device
-        self.logits = torch.full((num_texts, len(engine.label_names)), torch.nan, device=device)
+        self.logits = torch.full((num_texts, len(engine.label_names)), torch.nan)
+        self.waiting: list[tuple[Integers, Tensor]] = []
         self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
         self.pools: dict[int, list[tuple[Any, Integers]]] = {}
 
@@ -595,13 +615,14 @@ class _Run:
             known = rows[layers == 0]
             self._answer(known, self.plan.lexical_logits[torch.from_numpy(known)], 0)
             rows, layers = rows[layers > 0], layers[layers > 0]
-        budget = self.engine.config.max_batch_tokens
+        budget = self.engine.max_batch_tokens
         for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
             texts = rows[staircase.indices]
             live = self.backend.start(batch.select(texts))
             for layer in range(1, int(staircase.exit_layers[0]) + 1):
-                live = self.backend.advance(live, layer, staircase.texts_at(layer))
                 due = staircase.texts_at(layer + 1)
+                continuing = due if self._is_final(layer) else None
+                live = self.backend.advance(live, layer, staircase.texts_at(layer), continuing=continuing)
                 if due < len(live.lengths):
                     self._ask(live, layer, due, texts)
         # Survivors of all staircases wait at the layer they have run. From the shallowest pool upwards they are packed
@@ -609,7 +630,8 @@ class _Run:
         for layer, following in zip(self.engine.depths, self.engine.depths[1:], strict=False):
             for live, texts in self._merged(self.pools.pop(layer, []), budget):
                 for step in range(layer + 1, following + 1):
-                    live = self.backend.advance(live, step, len(texts))
+                    continuing = 0 if self._is_final(step) else None
+                    live = self.backend.advance(live, step, len(texts), continuing=continuing)
                 self._ask(live, following, 0, texts)
 
     def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
@@ -617,24 +639,32 @@ class _Run:
         stop = len(live.lengths)
         asked = texts[start:stop]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
-        if self.settings.on_miss == "stop" or layer == self.engine.depths[-1]:
+        if self._is_final(layer):
             self._answer(asked, logits, layer)
             return
         # The one wait for the device: who is certain enough decides who goes on.
-        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).cpu().numpy()
+        logits = logits.cpu()
+        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
-        self._answer(asked[hits], logits.index_select(0, torch.from_numpy(hits).to(logits.device)), layer)
+        self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
         if len(missed):
             everyone = start == 0 and len(missed) == stop
             survivors = live if everyone else self.backend.select(live, start + missed)
             self.pools.setdefault(layer, []).append((survivors, asked[missed]))
 
+    def _is_final(self, layer: int) -> bool:
+        """Whether the texts that are asked at a layer end there, whatever the answer."""
+        return self.settings.on_miss == "stop" or layer == self.engine.depths[-1]
+
     def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
         if len(texts):
-            index = torch.from_numpy(texts).to(self.logits.device)
-            scaled = logits.to(self.logits.device) / self.settings.temperature(depth)
-            self.logits.index_copy_(0, index, scaled)
             self.exit_layers[texts] = depth
+            scaled = logits / self.settings.temperature(depth)
+            # What the device says stays there until the end: fetching it now would wait for it.
+            if scaled.device.type == "cpu":
+                self.logits[torch.from_numpy(texts)] = scaled
+            else:
+                self.waiting.append((texts, scaled))
 
     def _merged(self, pool: list[tuple[Any, Integers]], budget: int) -> list[tuple[Any, Integers]]:
         """Pack the pieces of a pool into as few batches as the budget allows."""
@@ -654,8 +684,11 @@ class _Run:
         return merged
 
     def result(self) -> RunResult:
-        """Copy the columns to the host."""
-        return RunResult(self.logits.cpu(), self.exit_layers, self.plan.predicted_layers)
+        """Fetch what waits on the device, in one copy."""
+        if self.waiting:
+            texts = np.concatenate([texts for texts, _ in self.waiting])
+            self.logits[torch.from_numpy(texts)] = torch.cat([logits for _, logits in self.waiting]).cpu()
+        return RunResult(self.logits, self.exit_layers, self.plan.predicted_layers)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -714,8 +747,63 @@ def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedToken
     return {"model": digest.hexdigest(), "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
 
 
-def _default_backend(model_type: str) -> str:
-    return next(name for name, backend in BACKENDS.items() if backend.supports(model_type))
+def _default_backend(model_type: str, device: torch.device) -> str:
+    names = ("cuda", *BACKENDS) if device.type == "cuda" else BACKENDS
+    return next(name for name in names if BACKENDS[name].supports(model_type))
+
+
+def _build_backend(
+    name: str,
+    model: GeepForSequenceClassification,
+    dtype: str,
+    ranges: ActivationRanges | None,
+    compiles: bool | None,
+) -> Backend[Any]:
+    backend = BACKENDS[name]
+    if name == "cuda" and compiles is not None:
+        options = CudaOptions(compile=compiles, graphs=None if compiles else False)
+        return backend.build(model, dtype=dtype, ranges=ranges, options=options)
+    if compiles:
+        raise ValueError(f"compile=True is for the cuda backend, found {name!r}; leave it out.")
+    return backend.build(model, dtype=dtype, ranges=ranges)
+
+
+# Sizes of the batches that are timed: around the one where a layer's fixed cost fades on a CPU. Texts of 32 tokens.
+_TIMED_TEXTS, _TIMED_LENGTH = (2, 8, 32), 32
+
+# Bounds on the fitted staircase. Below, a staircase's upper layers are too small; above, nothing is gained.
+_LEAST_BATCH_TOKENS, _MOST_BATCH_TOKENS = 1024, 8192
+
+
+def measure_cost(backend: Backend[Any]) -> CostModel:
+    """Time the first layer on a few small batches of the CPU: a few layers' time, well below a second.
+
+    The best of three calls counts, since other programs only ever add time.
+    """
+    tokens, seconds = [], []
+    with torch.inference_mode():
+        for count in _TIMED_TEXTS:
+            lengths = np.full(count, _TIMED_LENGTH)
+            live = backend.start(TokenBatch(np.zeros(int(lengths.sum()), dtype=np.int64), None, lengths))
+            backend.advance(live, 1, count)
+            times = []
+            for _ in range(3):
+                begun = time.perf_counter()
+                backend.advance(live, 1, count)
+                times.append(time.perf_counter() - begun)
+            tokens.append(int(lengths.sum()))
+            seconds.append(min(times))
+    return CostModel.fit(tokens, seconds)
+
+
+def _batch_tokens(cost: CostModel | None) -> int:
+    """Tokens of a staircase: enough that a layer's fixed cost fades even where most texts have left."""
+    if cost is None:
+        # Eight times 5,632, where BERT-base's matrix products fill the 132 processors of an H100 evenly (arithmetic,
+        # not yet measured): staircases taper, and their upper layers should be worth a launch, too.
+        return 45_056
+    fitted = -(-cost.batch_tokens(waste=0.01) // 128) * 128
+    return min(max(fitted, _LEAST_BATCH_TOKENS), _MOST_BATCH_TOKENS)
 
 
 def _device(asked: str | None) -> torch.device:

@@ -7,14 +7,15 @@ which torch's own compiler uses on CPUs (torch.ops.mkldnn).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend
+from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
+from geep.backends.protocol import Integers
 
 # Activations that oneDNN applies inside a product: its name and algorithm for those that transformers names.
 FUSED_ACTIVATIONS: Mapping[str, tuple[str, str]] = {
@@ -62,14 +63,12 @@ class FusedLayer:
     down: FusedLinear
     attention_norm: Norm
     output_norm: Norm
-    fused: tuple[str, str]
-    activation: Callable[[Tensor], Tensor] | None  # where it cannot be fused
-    num_heads: int
+    fused: tuple[str, str] | None  # None: the activation cannot be applied inside a product
+    layer: PackedLayer
 
     @classmethod
     def of(cls, layer: PackedLayer) -> Self:
         """Lay out the weights of a layer."""
-        is_fused = layer.activation_name in FUSED_ACTIVATIONS
         return cls(
             qkv=FusedLinear.of(*layer.qkv),
             out=FusedLinear.of(*layer.out),
@@ -77,16 +76,17 @@ class FusedLayer:
             down=FusedLinear.of(*layer.down),
             attention_norm=layer.attention_norm,
             output_norm=layer.output_norm,
-            fused=FUSED_ACTIVATIONS[layer.activation_name] if is_fused else ("none", ""),
-            activation=None if is_fused else layer.activation,
-            num_heads=layer.num_heads,
+            fused=FUSED_ACTIVATIONS.get(layer.activation_name),
+            layer=layer,
         )
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden)."""
-        mixed = attend(self.qkv(hidden), runs, self.num_heads)
+        mixed = attend_runs(self.qkv(hidden), runs, self.layer.num_heads)
         hidden = self.attention_norm(self.out.plus(mixed, hidden))
-        wide = self.up(hidden, self.fused)
-        if self.activation is not None:
-            wide = self.activation(wide)
+        wide = self.layer.activation(self.up(hidden)) if self.fused is None else self.up(hidden, self.fused)
         return self.output_norm(self.down.plus(wide, hidden))
+
+    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+        """Run the layer for the first token of each text; so few rows that the plain layer serves."""
+        return self.layer.first_tokens(hidden, runs, lengths)

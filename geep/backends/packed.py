@@ -7,9 +7,9 @@ same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -22,12 +22,23 @@ from geep.backends.packed_layer import LAYER_PARTS, LengthRun, length_runs, pack
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
 
-Layer = Callable[[Tensor, Sequence[LengthRun]], Tensor]
+
+class Layer(Protocol):
+    """A layer on packed tokens, in any of its forms."""
+
+    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+        """Run the layer: (num_tokens, hidden) to the same shape."""
+
+    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+        """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """Live texts of the packed backend: hidden states (num_tokens, hidden) and where the texts lie in them."""
+    """Live texts of the packed backend: hidden states (num_tokens, hidden) and where the texts lie in them.
+
+    Of a text that has ended (see `Backend.advance`) only the first token may be left; its length is then 1.
+    """
 
     hidden: Tensor
     lengths: Integers
@@ -47,7 +58,6 @@ class PackedBackend:
 
     model: GeepForSequenceClassification
     layers: tuple[Layer, ...]
-    first_position: int
 
     @classmethod
     def supports(cls, model_type: str) -> bool:
@@ -88,24 +98,13 @@ class PackedBackend:
             layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
         elif model.device.type == "cpu" and onednn.is_available():
             layers = tuple(map(FusedLayer.of, plain))
-        first_position = config.pad_token_id + 1 if family_of(config).positions_after_pad else 0
-        return cls(model, layers, first_position)
+        return cls(model, layers)
 
     def start(self, batch: TokenBatch) -> PackedTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
         device = self.model.device
         encoder = self.model.encoder
-        starts = np.cumsum(batch.lengths) - batch.lengths
-        positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths) + self.first_position
-        if family_of(encoder.config).positions_after_pad:
-            # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the
-            # tokens after it are counted without it, as in Hugging Face's model.
-            pad = encoder.config.pad_token_id
-            is_pad = batch.input_ids == pad
-            if is_pad.any():
-                pads = np.cumsum(is_pad)
-                before = np.concatenate(([0], pads))[starts]
-                positions = np.where(is_pad, pad, positions - (pads - np.repeat(before, batch.lengths)))
+        positions = position_ids(batch, encoder.config)
         inputs = {
             "input_ids": _row(batch.input_ids, device),
             "position_ids": _row(positions, device),
@@ -118,12 +117,21 @@ class PackedBackend:
             hidden = encoder.embeddings_project(hidden)
         return PackedTexts(hidden[0], batch.lengths, length_runs(batch.lengths))
 
-    def advance(self, live: PackedTexts, layer: int, num_texts: int) -> PackedTexts:
+    def advance(self, live: PackedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
         live = live.first(num_texts)
         if not len(live.hidden):
             return live
-        return PackedTexts(self.layers[layer - 1](live.hidden, live.runs), live.lengths, live.runs)
+        run = self.layers[layer - 1]
+        if not only_first_tokens_end(self.model, layer, num_texts, continuing):
+            return PackedTexts(run(live.hidden, live.runs), live.lengths, live.runs)
+        going, ending = live.lengths[:continuing], live.lengths[continuing:]
+        border, runs = int(going.sum()), length_runs(going)
+        hidden = run.first_tokens(live.hidden[border:], length_runs(ending), ending)
+        if border:
+            hidden = torch.cat([run(live.hidden[:border], runs), hidden])
+        lengths = np.concatenate([going, np.minimum(ending, 1)])
+        return PackedTexts(hidden, lengths, length_runs(lengths))
 
     def exit_logits(self, live: PackedTexts, layer: int, start: int, stop: int) -> Tensor:
         """Run the classifier of a layer on a range of texts; the range is a view."""
@@ -131,7 +139,8 @@ class PackedBackend:
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
         head: Any = self.model.head_at(layer)
-        return head.forward_packed(hidden, torch.from_numpy(lengths).to(hidden.device))
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+        return head.forward_packed(hidden, offsets.to(hidden.device), int(lengths.max(initial=0)))
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""
@@ -143,6 +152,34 @@ class PackedBackend:
         """Put live texts one after another."""
         lengths = np.concatenate([live.lengths for live in lives])
         return PackedTexts(torch.cat([live.hidden for live in lives]), lengths, length_runs(lengths))
+
+
+def only_first_tokens_end(
+    model: GeepForSequenceClassification, layer: int, num_texts: int, continuing: int | None
+) -> bool:
+    """Whether some texts end at a layer and its exit reads nothing but their first tokens; see `Backend.advance`."""
+    if continuing is None or continuing >= num_texts:
+        return False
+    head: Any = model.head_at(layer)
+    return bool(head.reads_first_token_only)
+
+
+def position_ids(batch: TokenBatch, config: Any) -> Integers:
+    """Position of every token in its text, as the encoder of this config counts, (num_tokens,)."""
+    after_pad = family_of(config).positions_after_pad
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths)
+    if not after_pad:
+        return positions
+    positions += config.pad_token_id + 1
+    # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the tokens
+    # after it are counted without it, as in Hugging Face's model.
+    is_pad = batch.input_ids == config.pad_token_id
+    if is_pad.any():
+        pads = np.cumsum(is_pad)
+        before = np.concatenate(([0], pads))[starts]
+        positions = np.where(is_pad, config.pad_token_id, positions - (pads - np.repeat(before, batch.lengths)))
+    return positions
 
 
 def _row(values: Integers, device: torch.device) -> Tensor:

@@ -75,7 +75,7 @@ class PaddedBackend:
         calls = layer_calls(model.encoder, inputs)
         return PaddedTexts(calls.embedding_output, batch, mask, calls.layers)
 
-    def advance(self, live: PaddedTexts, layer: int, num_texts: int) -> PaddedTexts:
+    def advance(self, live: PaddedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PaddedTexts:
         """Run a layer on a prefix of the rows; the prefix is a view."""
         batch = live.batch
         if num_texts < len(batch):

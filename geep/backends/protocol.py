@@ -75,7 +75,7 @@ class LiveTexts(Protocol):
 
     @property
     def lengths(self) -> Integers:
-        """Tokens of each text, shape (num_texts,)."""
+        """Tokens of each text that may run further layers, shape (num_texts,)."""
 
 
 Live = TypeVar("Live", bound=LiveTexts)
@@ -107,8 +107,17 @@ class Backend(Protocol[Live]):
     def start(self, batch: TokenBatch) -> Live:
         """Embed texts."""
 
-    def advance(self, live: Live, layer: int, num_texts: int) -> Live:
-        """Run layer `layer` (counted from 1) on the first `num_texts` texts; the others are let go."""
+    def advance(self, live: Live, layer: int, num_texts: int, *, continuing: int | None = None) -> Live:
+        """Run layer `layer` (counted from 1) on the first `num_texts` texts; the others are let go.
+
+        Args:
+            live: The texts.
+            layer: The layer.
+            num_texts: How many texts run it.
+            continuing: How many of them may run further layers. Of the others only `exit_logits` of this layer will
+                be asked, so a backend may keep no more of them than that exit reads, and may report any length of
+                them. None: all may go on.
+        """
 
     def exit_logits(self, live: Live, layer: int, start: int, stop: int) -> Tensor:
         """Run the classifier of `layer` on texts start … stop - 1: logits (stop - start, num_labels), on the device."""
