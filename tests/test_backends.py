@@ -147,7 +147,7 @@ def test_texts_of_the_longest_length_fit(backend: str, family: str) -> None:
 def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
     assert LAYER_PARTS.keys() == {name for name, family in FAMILIES.items() if family.packed}
     with pytest.raises(ValueError, match="'modernbert'; use backend='padded'"):
-        BACKENDS["packed"].build(make_model("modernbert"))
+        BACKENDS["packed"].build(make_model("modernbert"), dtype="float32")
     assert not any(backend.supports("gpt2") for backend in BACKENDS.values())
     assert all(any(backend.supports(family) for backend in BACKENDS.values()) for family in FAMILIES)
 
@@ -156,7 +156,7 @@ def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
 def test_the_packed_layer_knows_the_encoders_activation() -> None:
     model = make_model(hidden_act="gelu_new")
     batch = random_batch(4)
-    built = BACKENDS["packed"].build(model)
+    built = BACKENDS["packed"].build(model, dtype="float32")
     assert close(built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 4), alone(model, batch)[-1])
 
 
