@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -31,7 +32,7 @@ def test_the_documents_are_what_the_results_give() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["study", "recipes", "report"])
+@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table"])
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,3 +66,29 @@ def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp
     lines = (tmp_path / "results" / "study-trec.jsonl").read_text(encoding="utf-8").splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds == ["training", "calibration", "profile", "run"]
+
+
+def test_hash_table_measurements_agree_and_are_not_made_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = load("hash_table")
+    monkeypatch.setitem(bench.SCALES, "quick", bench.Scale((64,), 100, (3,), 2))
+    arguments = ["hash_table.py", "--quick", "--device", "cpu", "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench.main()
+    (path,) = tmp_path.glob("hash_table-*.jsonl")
+    text = path.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["method"] for line in lines} == {"reference", "searchsorted", "dict", "gather", "embedding_bag"}
+    assert {line.get("load_factor") for line in lines} == {*bench.LOAD_FACTORS, None}
+    assert all(min(line["rounds"]) <= line["seconds"] <= max(line["rounds"]) for line in lines)
+    assert "left out" in capsys.readouterr().out
+    bench.main()
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_hash_table_methods_that_disagree_are_not_timed() -> None:
+    bench = load("hash_table")
+    methods = {"one": lambda: torch.tensor([1]), "other": lambda: torch.tensor([2])}
+    with pytest.raises(RuntimeError, match="another answer of other than of one"):
+        bench.measure(bench.Case({"kind": "x"}, 1, methods), 1, torch.device("cpu"))
