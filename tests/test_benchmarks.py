@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ def test_the_documents_are_what_the_results_give() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table"])
+@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table", "gpu"])
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -92,3 +93,44 @@ def test_hash_table_methods_that_disagree_are_not_timed() -> None:
     methods = {"one": lambda: torch.tensor([1]), "other": lambda: torch.tensor([2])}
     with pytest.raises(RuntimeError, match="another answer of other than of one"):
         bench.measure(bench.Case({"kind": "x"}, 1, methods), 1, torch.device("cpu"))
+
+
+def test_the_gpu_benchmark_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "found no CUDA device. It needs an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "gemm,magic"])
+    assert gpu.main() == 2
+    assert "Unknown measurements ['magic']" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
+    gpu = load("gpu")
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    model, tokenizer = gpu.random_model(vocab_size=200, **shape)
+    engine = gpu.Engine(model, tokenizer, config=gpu.EngineConfig(device="cpu", backend="cuda", compile=False))
+    sizes = gpu.Sizes(
+        gemm=32, tokens=(128,), mean_lengths=(16, 150), attention_tokens=300, texts=(20,), full_texts=2, raw_texts=8,
+        pipeline_texts=4, pipeline_batches=(2,), rounds=1, inner=1,
+    )  # fmt: skip
+    bench = gpu.Bench(engine, sizes)
+    path = tmp_path / "results" / "gpu-toy.jsonl"
+    counts = {}
+    for kind, measure in gpu.KINDS.items():
+        rows = measure(bench)
+        counts[kind] = len(rows)
+        for _ in range(2):  # measured again, rows are replaced
+            gpu.write(path, kind, rows, {"encoder": "toy", "device": "cpu"})
+    assert counts == {"gemm": 4, "full_depth": 1, "layer": 3, "attention": 5, "staircase": 2, "texts": 4}
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(found) == sum(counts.values())
+    numbers = [value for row in found for value in row.values() if isinstance(value, float)]
+    assert all(value > 0 for value in numbers)
+    # The work that is counted for a text of n tokens: 24 n width² of products at BERT's proportions, 4 n² width beside.
+    shape["intermediate_size"] = 128
+    wide = gpu.Bench(gpu.Engine(*gpu.random_model(vocab_size=200, **shape), config=engine.config), sizes)
+    assert wide.flops(np.array([10])) == 24 * 10 * 32**2 + 4 * 100 * 32
