@@ -97,7 +97,7 @@ class Bench:
 
     def backend(self, **options: Any) -> CudaBackend:
         """Another backend on the same weights."""
-        return CudaBackend.build(self.model, CudaOptions(**options))
+        return CudaBackend.build(self.model, dtype=self.engine.dtype, options=CudaOptions(**options))
 
     def seconds(self, work: Callable[[], object], *, inner: int = 1) -> float:
         """Median wall-clock seconds of one call, after warm-up; `inner` calls are queued before the wait."""

@@ -122,7 +122,7 @@ def test_any_lengths_give_the_packed_answers(lengths: list[int]) -> None:
     model = make_model(max_position_embeddings=300)
     batch = batch_of(lengths)
     with torch.no_grad():
-        ours, packed = (backend.build(model) for backend in (CudaBackend, PackedBackend))
+        ours, packed = (backend.build(model, dtype="float32") for backend in (CudaBackend, PackedBackend))
         found, expected = (
             backend.exit_logits(built_run(backend, batch), 4, 0, len(lengths)) for backend in (ours, packed)
         )
@@ -132,7 +132,7 @@ def test_any_lengths_give_the_packed_answers(lengths: list[int]) -> None:
 
 @torch.no_grad()
 def test_texts_around_the_size_of_a_tile_equal_hugging_face(long_model: GeepForSequenceClassification) -> None:
-    built = CudaBackend.build(long_model)
+    built = CudaBackend.build(long_model, dtype="float32")
     for lengths in ([1, 128, 127, 2], [129, 1, 128]):
         batch = batch_of(lengths)
         logits = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, len(lengths))
@@ -142,12 +142,12 @@ def test_texts_around_the_size_of_a_tile_equal_hugging_face(long_model: GeepForS
 @torch.no_grad()
 def test_attention_can_be_forced() -> None:
     model = make_model(max_position_embeddings=300)
-    runs = CudaBackend.build(model, CudaOptions(attention="runs"))
+    runs = CudaBackend.build(model, dtype="float32", options=CudaOptions(attention="runs"))
     assert runs.start(batch_of([3])).tiles is None
     with pytest.raises(ValueError, match="at most 128"):
-        CudaBackend.build(model, CudaOptions(attention="tiles")).start(batch_of([129]))
+        CudaBackend.build(model, dtype="float32", options=CudaOptions(attention="tiles")).start(batch_of([129]))
     with pytest.raises(ValueError, match=r"needs float16 or bfloat16 on a CUDA device.*float32 on cpu"):
-        CudaBackend.build(model, CudaOptions(attention="varlen"))
+        CudaBackend.build(model, dtype="float32", options=CudaOptions(attention="varlen"))
 
 
 # One upload
@@ -206,7 +206,9 @@ def test_replays_on_buffers_full_of_leftovers_change_nothing(head: str) -> None:
     model = make_model(head=head)
     batch = random_batch(50, seed=1)  # some 400 tokens: several buckets on the way down
     expected = alone(model, batch)
-    built = CudaBackend.build(model, CudaOptions(graphs=True, record_after=2, first_tokens_from=60))
+    built = CudaBackend.build(
+        model, dtype="float32", options=CudaOptions(graphs=True, record_after=2, first_tokens_from=60)
+    )
     assert sum(one_walk(model, built, batch, expected, seed) for seed in range(10)) > 100
     assert isinstance(built.graphs, LayerGraphs)
     assert {size for size, bucket in built.graphs._buckets.items() if bucket.replays} >= {128, 256}
@@ -223,7 +225,7 @@ def test_hidden_states_that_lie_in_the_buffer_are_not_copied_again(monkeypatch: 
 
     monkeypatch.setattr(_Bucket, "load", counted)
     model, batch = make_model(), random_batch(12, seed=3)
-    built = CudaBackend.build(model, CudaOptions(graphs=True, record_after=0))
+    built = CudaBackend.build(model, dtype="float32", options=CudaOptions(graphs=True, record_after=0))
     built_run(built, batch)  # all is recorded
     loads.clear()
     live = built.start(batch)
@@ -261,7 +263,7 @@ def test_a_batch_without_a_bucket_runs_as_usual() -> None:
 
 def test_several_threads_may_replay() -> None:
     model = make_model()
-    built = CudaBackend.build(model, CudaOptions(graphs=True, record_after=0))
+    built = CudaBackend.build(model, dtype="float32", options=CudaOptions(graphs=True, record_after=0))
     batches = [random_batch(8, seed=seed) for seed in range(4)]
     expected = [alone(model, batch)[-1] for batch in batches]
     wrong: list[int] = []
@@ -286,10 +288,12 @@ def test_several_threads_may_replay() -> None:
 
 def backends_for(model: GeepForSequenceClassification) -> dict[str, Any]:
     return {
-        "packed": PackedBackend.build(model),
-        "padded": BACKENDS["padded"].build(model),
-        "cuda": CudaBackend.build(model, CudaOptions(first_tokens_from=0)),
-        "cuda-long": CudaBackend.build(model, CudaOptions(first_tokens_from=0, attention="runs")),
+        "packed": PackedBackend.build(model, dtype="float32"),
+        "padded": BACKENDS["padded"].build(model, dtype="float32"),
+        "cuda": CudaBackend.build(model, dtype="float32", options=CudaOptions(first_tokens_from=0)),
+        "cuda-long": CudaBackend.build(
+            model, dtype="float32", options=CudaOptions(first_tokens_from=0, attention="runs")
+        ),
     }
 
 
@@ -392,7 +396,9 @@ def test_bfloat16_stays_near_float32(first_tokens_from: int) -> None:
     model = make_model(head="cls", num_attention_heads=2)
     batch = batch_of([1, 5, 30, 64, 17])
     expected = alone(model, batch)[-1]
-    built = CudaBackend.build(model.to(torch.bfloat16), CudaOptions(first_tokens_from=first_tokens_from))
+    built = CudaBackend.build(
+        model.to(torch.bfloat16), dtype="float32", options=CudaOptions(first_tokens_from=first_tokens_from)
+    )
     live = built.start(batch)
     for layer in range(1, NUM_LAYERS + 1):
         live = built.advance(live, layer, 5, continuing=0 if layer == NUM_LAYERS else 5)
@@ -411,7 +417,7 @@ def test_one_compilation_serves_all_layers_and_sizes() -> None:
         graphs.append(graph)
         return graph.forward
 
-    built = CudaBackend.build(make_model())
+    built = CudaBackend.build(make_model(), dtype="float32")
     finish = compiled(built.finish, built.layers, backend=count)
     for rows in (5, 9, 200, 2):
         for weights in built.layers:
@@ -481,7 +487,7 @@ def test_a_gpu_gives_the_answers_of_float32_on_the_cpu(dtype: torch.dtype, optio
     model = make_model(head="cls", max_position_embeddings=300, num_attention_heads=2)
     batch = batch_of([1, 5, 90, 128, 30, 30, 17, 64, 2])
     expected = alone(model, batch)
-    built = CudaBackend.build(model.to("cuda", dtype), options)
+    built = CudaBackend.build(model.to("cuda", dtype), dtype="float32", options=options)
     for _ in range(3):  # the second time compiled code and graphs are there
         live = built.start(batch)
         for layer, num_texts, continuing in ((1, 9, 9), (2, 9, 7), (3, 7, 7), (4, 7, 0)):
@@ -498,7 +504,7 @@ def test_texts_beyond_a_tile_equal_the_cpu() -> None:
     model = make_model(max_position_embeddings=300, num_attention_heads=2)
     batch = batch_of([200, 5, 129, 60])
     expected = alone(model, batch)[-1]
-    built = CudaBackend.build(model.to("cuda", torch.bfloat16), CudaOptions(compile=False))
+    built = CudaBackend.build(model.to("cuda", torch.bfloat16), dtype="float32", options=CudaOptions(compile=False))
     found = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 4).float().cpu()
     assert torch.allclose(found, expected, atol=0.1 * float(expected.abs().max()), rtol=0)
 
@@ -510,7 +516,7 @@ def test_texts_beyond_a_tile_equal_the_cpu() -> None:
 def test_a_staircase_that_stops_waits_for_nothing(head: str, longest: int) -> None:
     model = gpu_model(torch.bfloat16, head=head, num_attention_heads=2)
     options = CudaOptions(compile=False, record_after=0, first_tokens_from=0)
-    built = CudaBackend.build(model, options)
+    built = CudaBackend.build(model, dtype="float32", options=options)
     batch = batch_of([longest, 7, 60, 33, 12, 5])
 
     def staircase() -> list[Tensor]:

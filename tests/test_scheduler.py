@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geep.scheduler import Staircase, budget_cuts, schedule
+from geep.scheduler import CostModel, Staircase, budget_cuts, schedule
 
 TEXTS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 40)), max_size=60)
 BUDGETS = st.integers(1, 200)
@@ -91,3 +91,27 @@ def test_a_small_case_by_hand() -> None:
 def test_impossible_tasks_are_refused(layers: list[int], lengths: list[int], budget: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule(layers, lengths, max_batch_tokens=budget)
+
+
+# Costs
+
+
+@given(st.floats(0, 1e-3), st.floats(1e-8, 1e-4))
+def test_a_cost_model_finds_the_two_parts_of_a_cost(fixed: float, slope: float) -> None:
+    tokens = np.array([64, 256, 1024])
+    cost = CostModel.fit(tokens, fixed + slope * tokens)
+    assert np.allclose(cost.seconds(tokens), fixed + slope * tokens, rtol=1e-6)
+    enough = cost.batch_tokens(waste=0.05)
+    assert cost.layer_seconds <= 0.0501 * cost.seconds(enough)
+    assert enough == 1 or cost.layer_seconds > 0.0499 * cost.seconds(enough - 1)
+
+
+def test_a_cost_model_never_has_negative_parts() -> None:
+    falling = CostModel.fit([64, 1024], [2.0, 1.0])
+    assert falling.layer_seconds >= 0
+    assert falling.token_seconds > 0
+    assert CostModel.fit([100, 200], [1.0, 3.0]).layer_seconds == 0
+    with pytest.raises(ValueError, match="at least two sizes"):
+        CostModel.fit([64, 64], [1.0, 1.0])
+    with pytest.raises(ValueError, match="time larger batches"):
+        CostModel(0.1, 0.0)
