@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,7 +36,8 @@ LARGEST = (1 << 63) - 1
 KEYS = st.one_of(st.integers(0, 40), st.integers(0, LARGEST))
 PAIRS = st.lists(st.tuples(KEYS, st.integers(0, LARGEST)), max_size=100)
 VOCAB_SIZE = 50
-SPECIAL_IDS = (0, 1, 2)
+# Not 0, which is what a masked load gives.
+SPECIAL_IDS = (1, 2)
 DEPTHS = (1, 2, 4, 6)
 SPEEDS = (0.2, 0.5, 0.8)
 
@@ -184,7 +186,7 @@ def pack(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
 def draw(count: int, seed: int, longest: int = 14) -> list[list[int]]:
     """Draw texts of few different tokens, special ones among them, so that n-grams repeat and are cut."""
     random = np.random.default_rng(seed)
-    return [random.choice([0, 2, *range(3, 12)], random.integers(5, longest)).tolist() for _ in range(count)]
+    return [random.choice([0, 2, *range(4, 12)], random.integers(5, longest)).tolist() for _ in range(count)]
 
 
 def fit(*, num_labels: int | None = 3, ngram_order: int = 2, multi_label: bool = False) -> ExitPredictor:
@@ -230,7 +232,7 @@ def assert_equal_predictions(predictor: ExitPredictor, found: ExitPrediction, ex
 
 
 # Empty, special tokens alone, one key, and two that take several tiles.
-CORNERS = [[], [0, 2, 1], [7], *draw(2, 9, longest=90), [3] * 33, []]
+CORNERS = [[], [2, 2, 1], [7], *draw(2, 9, longest=90), [4] * 33, []]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +255,17 @@ def test_fused_prediction_equals_the_predictor(options: dict[str, Any], speed: f
     assert_equal_predictions(predictor, found, expected)
     if 0 < speed < 1:
         assert expected.exit_layers.unique().numel() > 1
+
+
+def test_a_score_on_an_edge_is_above_it_in_both() -> None:
+    base = fit(num_labels=None)
+    # A text without keys scores the prior, to the last bit.
+    on_the_prior = base._score_rows.prior[:, None].expand_as(base._levels.edges).contiguous()
+    parts = (base.kind, base.table, base._score_rows, replace(base._levels, edges=on_the_prior))
+    ids, lengths = pack([[]])
+    expected = ExitPredictor(*parts).predict(ids.cpu(), lengths.cpu(), speed=0.5).exit_layers
+    found = ExitPredictor(*parts).to(DEVICE, fused=True).predict(ids, lengths, speed=0.5).exit_layers
+    assert found.tolist() == expected.tolist() == [DEPTHS[-1]]
 
 
 def test_fused_prediction_does_not_depend_on_neighbours() -> None:

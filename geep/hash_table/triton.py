@@ -228,7 +228,14 @@ def count_pairs(rows: Tensor, columns: Tensor, *, num_rows: int, num_columns: in
     counts = torch.zeros(num_rows, num_columns, dtype=torch.int32, device=rows.device)
     with on_device_of(rows):
         _count_kernel[_grid(rows)](
-            rows.contiguous(), columns.contiguous(), counts, rows.numel(), num_rows, num_columns, TILE=_TILE
+            rows.contiguous(),
+            columns.contiguous(),
+            counts,
+            rows.numel(),
+            num_rows,
+            num_columns,
+            TILE=_TILE,
+            num_warps=_WARPS,
         )
     return counts
 
