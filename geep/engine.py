@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils.generic import PaddingStrategy
 from transformers.utils.hub import cached_file
 
 from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
@@ -278,6 +281,8 @@ class Engine:
         name = self.config.backend or _default_backend(model.encoder.config.model_type, device)
         self.dtype = _dtype(self.config.dtype, name, device)
         self.model = nn.Module.to(model, device=device, dtype=DTYPES[self.dtype]).train(mode=False)
+        # The table where it is asked: on a GPU, one kernel foretells a window's exit layers.
+        self._planner = None if predictor is None else _on_device(predictor, device)
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
         self.backend: Backend[Any] = _build_backend(name, self.model, self.dtype, ranges, self.config.compile)
         self.deployed_as = f"{name}, {self.dtype}, at most {self.max_length} tokens"
@@ -367,7 +372,8 @@ class Engine:
         """Return an engine on the same weights with another table or other settings."""
         other = object.__new__(Engine)
         other.__dict__.update(self.__dict__)
-        other.predictor = self.predictor if predictor is None else predictor
+        if predictor is not None:
+            other.predictor, other._planner = predictor, _on_device(predictor, self.model.device)
         other.settings = self.settings if settings is None else settings
         other._check_table(other.settings)
         return other
@@ -393,13 +399,26 @@ class Engine:
         """
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
         predictions: list[Prediction] = []
-        # Tokenised and run window by window: memory does not grow with the number of texts.
-        for start in range(0, len(_checked(texts)), _TEXTS_PER_CALL):
-            tokens = self.tokenize(texts[start : start + _TEXTS_PER_CALL])
+        # Tokenised and run part by part: memory does not grow with the number of texts.
+        starts = range(0, len(_checked(texts)), _TEXTS_PER_CALL)
+        parts = (texts[start : start + _TEXTS_PER_CALL] for start in starts)
+        for start, tokens in zip(starts, self._tokenized_ahead(parts), strict=True):
             result = self.run_tokens(tokens.batch, settings=settings)
             self._check_finite(result, tokens.batch, settings, first=start)
             predictions += self._predictions(result, tokens.truncated)
         return predictions
+
+    def _tokenized_ahead(self, parts: Iterable[Sequence[TextInput]]) -> Iterator[TokenizedTexts]:
+        """Tokenise each part while the one before it runs; the tokenizer's Rust threads leave Python's lock alone."""
+        with ThreadPoolExecutor(1, thread_name_prefix="geep-tokenize") as thread:
+            waiting: Future[TokenizedTexts] | None = None
+            for part in parts:
+                following = thread.submit(self.tokenize, part)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
 
     def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
         """Turn texts into token ids, cut at the longest length; memory grows with the number of texts.
@@ -408,43 +427,14 @@ class Engine:
             TypeError, ValueError: As `predict`.
         """
         texts = _checked(texts)
-        if not len(texts):
-            return TokenizedTexts(TokenBatch(_ints([]), None, _ints([])), np.zeros(0, dtype=bool))
-        # Rust's tokenizer takes texts and pairs mixed, but not through Hugging Face's call: pairs go beside.
-        is_pair = np.fromiter((not isinstance(text, str) for text in texts), dtype=bool, count=len(texts))
-        if is_pair.all() or not is_pair.any():
-            return self._tokenize_alike(texts, pairs=bool(is_pair[0]))
-        order = np.concatenate([np.flatnonzero(~is_pair), np.flatnonzero(is_pair)])
-        parts = [
-            self._tokenize_alike([texts[i] for i in np.flatnonzero(chosen).tolist()], pairs=pairs)
-            for chosen, pairs in ((~is_pair, False), (is_pair, True))
-        ]
-        back = np.argsort(order)
-        return TokenizedTexts(
-            TokenBatch.concat([part.batch for part in parts]).select(back),
-            np.concatenate([part.truncated for part in parts])[back],
+        with_types = family_of(self.model.encoder.config).has_token_type_ids and any(
+            not isinstance(text, str) for text in texts
         )
-
-    def _tokenize_alike(self, texts: Sequence[Any], *, pairs: bool) -> TokenizedTexts:
-        has_types = pairs and family_of(self.model.encoder.config).has_token_type_ids
-        encoded = self.tokenizer(
-            [text[0] for text in texts] if pairs else list(texts),
-            [text[1] for text in texts] if pairs else None,
-            truncation=True,
-            max_length=self.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=has_types,
-        )
-        ids = encoded["input_ids"]
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        types = encoded["token_type_ids"] if has_types else None
-        truncated = lengths >= self.max_length
-        if encoded.encodings is not None:
-            for row in np.flatnonzero(truncated):
-                truncated[row] = bool(encoded.encodings[row].overflowing)
-        return TokenizedTexts(
-            TokenBatch(_flat(ids, lengths), None if types is None else _flat(types, lengths), lengths), truncated
-        )
+        encode = _encode if self.tokenizer.is_fast else _encode_slowly
+        found = encode(self.tokenizer, texts, self.max_length)
+        lengths = np.fromiter(map(len, found.ids), dtype=np.int64, count=len(texts))
+        types = _flat(found.type_ids, lengths) if with_types else None
+        return TokenizedTexts(TokenBatch(_flat(found.ids, lengths), types, lengths), found.truncated)
 
     def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
         broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()
@@ -499,22 +489,24 @@ class Engine:
         count, full = len(batch), self.depths[-1]
         if settings.speed == 0:
             return Plan(np.full(count, full), None)
-        if self.predictor is None:
+        if self._planner is None:
             self._check_table(settings)
             return Plan(np.full(count, self.depths[0]), None)
-        found = self.predictor.predict(
-            torch.from_numpy(batch.input_ids),
-            torch.from_numpy(batch.lengths),
+        place = self._planner.device
+        found = self._planner.predict(
+            torch.from_numpy(batch.input_ids).to(place),
+            torch.from_numpy(batch.lengths).to(place),
             speed=settings.speed,
             quantile=settings.quantile,
         )
-        layers = found.exit_layers.numpy().copy()
+        layers = found.exit_layers.cpu().numpy().copy()
         if not settings.lexical_exit or found.lexical_logits is None:
             return Plan(layers, None)
-        unsure = self.uncertainty(found.lexical_logits, 0, settings)
+        lexical = found.lexical_logits.cpu()
+        unsure = self.uncertainty(lexical, 0, settings)
         # Empty texts have no token to guess from.
         layers[(unsure < settings.speed).numpy() & (batch.lengths > 0)] = 0
-        return Plan(layers, found.lexical_logits)
+        return Plan(layers, lexical)
 
     def run_tokens(
         self, batch: TokenBatch, *, settings: ExitSettings | None = None, exit_layers: Integers | None = None
@@ -540,8 +532,9 @@ class Engine:
             plan = Plan(np.asarray(exit_layers, dtype=np.int64), None)
         run = _Run(self, settings, plan, len(batch))
         with torch.inference_mode():
-            for start, stop in budget_cuts(batch.lengths, max_tokens=self.config.window_tokens):
-                run.window(batch, np.arange(start, stop))
+            rows = run.answer_known()
+            for start, stop in budget_cuts(batch.lengths[rows], max_tokens=self.config.window_tokens):
+                run.window(batch, rows[start:stop])
             return run.result()
 
     def exit_logits(self, batch: TokenBatch, *, report: Callable[[float], None] = lambda _: None) -> Tensor:
@@ -608,13 +601,17 @@ class _Run:
         self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
         self.pools: dict[int, list[tuple[Any, Integers]]] = {}
 
+    def answer_known(self) -> Integers:
+        """Answer the texts that need no encoder, and return the rows of the others."""
+        layers, logits = self.plan.predicted_layers, self.plan.lexical_logits
+        if logits is not None:
+            known = np.flatnonzero(layers == 0)
+            self._answer(known, logits[torch.from_numpy(known)], 0)
+        return np.flatnonzero(layers > 0)
+
     def window(self, batch: TokenBatch, rows: Integers) -> None:
         """Run the texts at `rows`; afterwards no pool holds any."""
         layers = self.plan.predicted_layers[rows]
-        if self.plan.lexical_logits is not None:
-            known = rows[layers == 0]
-            self._answer(known, self.plan.lexical_logits[torch.from_numpy(known)], 0)
-            rows, layers = rows[layers > 0], layers[layers > 0]
         budget = self.engine.max_batch_tokens
         for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
             texts = rows[staircase.indices]
@@ -747,6 +744,10 @@ def fingerprint(model: GeepForSequenceClassification, tokenizer: PreTrainedToken
     return {"model": digest.hexdigest(), "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
 
 
+def _on_device(predictor: ExitPredictor, device: torch.device) -> ExitPredictor:
+    return predictor.to(device) if device.type == "cuda" else predictor
+
+
 def _default_backend(model_type: str, device: torch.device) -> str:
     names = ("cuda", *BACKENDS) if device.type == "cuda" else BACKENDS
     return next(name for name in names if BACKENDS[name].supports(model_type))
@@ -867,6 +868,49 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Token ids and segment ids of each text, and which were cut."""
+
+    ids: Sequence[Sequence[int]]
+    type_ids: Sequence[Sequence[int]]
+    truncated: NDArray[np.bool_]
+
+
+def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+    """Tokenise in Rust, texts and pairs together, and no more than is asked for: no offsets, masks or words."""
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+        max_length=max_length,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    rows = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+    # Built as lists at once: each look at an encoding's ids makes a new list.
+    ids = [row.ids for row in rows]
+    cut = (len(row) >= max_length and bool(row.overflowing) for row in rows)
+    types = [row.type_ids for row in rows] if any(not isinstance(text, str) for text in texts) else []
+    return _Encoded(ids, types, np.fromiter(cut, dtype=bool, count=len(rows)))
+
+
+def _encode_slowly(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+    """Tokenise with a tokenizer that is written in Python: a text at a time, as it would itself."""
+
+    def encode(text: TextInput, **options: Any) -> tuple[list[int], list[int]]:
+        # In lists, for a single empty second text would count as none.
+        parts = [[part] for part in ((text,) if isinstance(text, str) else text)]
+        row = tokenizer(*parts, return_token_type_ids=True, verbose=False, **options)
+        return row["input_ids"][0], row["token_type_ids"][0]
+
+    rows = [encode(text) for text in texts]
+    cut = np.fromiter((len(ids) > max_length for ids, _ in rows), dtype=bool, count=len(rows))
+    for number in np.flatnonzero(cut).tolist():
+        rows[number] = encode(texts[number], truncation=True, max_length=max_length)
+    return _Encoded([ids for ids, _ in rows], [types for _, types in rows], cut)
 
 
 def _ints(values: Sequence[int]) -> Integers:

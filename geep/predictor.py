@@ -725,6 +725,11 @@ class ExitPredictor:
             layers = self._depths[-1].expand_as(layers).clone()
         return ExitPrediction(layers, scores, None if self._lexical is None else logits)
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected."""
+        return self._depths.device
+
     def to(self, device: torch.device | str, *, fused: bool | None = None) -> ExitPredictor:
         """Return a copy that predicts on `device`; the counts, which no prediction reads, stay where they are.
 

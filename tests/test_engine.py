@@ -389,6 +389,56 @@ def test_a_device_or_dtype_that_is_not_there_is_refused() -> None:
         make_engine(make_model("modernbert"), config=EngineConfig(device="cpu", backend="packed"), table=False)
 
 
+class SlowTokenizer:
+    """A tokenizer that is not written in Rust, in front of one that is."""
+
+    is_fast = False
+
+    def __init__(self) -> None:
+        self.fast = make_tokenizer()
+
+    def __call__(self, *parts: str, **options: Any) -> Any:
+        options.pop("verbose", None)
+        return self.fast(*parts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+
+def test_a_tokenizer_in_python_gives_the_same_tokens() -> None:
+    engine = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    slow = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    slow.tokenizer = SlowTokenizer()  # type: ignore[assignment]
+    texts: list[Any] = [*random_texts(20, seed=3, longest=14), ("a b", "c d e f g h i j k l"), "", ("a", "")]
+    ours, theirs = engine.tokenize(texts), slow.tokenize(texts)
+    assert np.array_equal(ours.batch.input_ids, theirs.batch.input_ids)
+    assert np.array_equal(ours.batch.lengths, theirs.batch.lengths)
+    assert np.array_equal(ours.truncated, theirs.truncated)
+    assert ours.truncated.any()
+    assert not ours.truncated.all()
+    assert ours.batch.token_type_ids is not None
+    assert theirs.batch.token_type_ids is not None
+    assert np.array_equal(ours.batch.token_type_ids, theirs.batch.token_type_ids)
+
+
+def test_tokens_equal_those_of_hugging_faces_call() -> None:
+    engine = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    texts = random_texts(30, seed=5, longest=14)
+    expected = engine.tokenizer(texts, truncation=True, max_length=9)["input_ids"]
+    batch = engine.tokenize(texts).batch
+    assert [row.tolist() for row in np.split(batch.input_ids, np.cumsum(batch.lengths)[:-1])] == expected
+
+
+def test_texts_are_tokenised_ahead_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    texts = random_texts(23, seed=9)
+    expected = [prediction.label for prediction in engine.predict(texts)]
+    monkeypatch.setattr("geep.engine._TEXTS_PER_CALL", 5)
+    assert [prediction.label for prediction in engine.predict(texts)] == expected
+    with pytest.raises(ValueError, match="Text 17 holds half a character"):
+        engine.predict([*texts[:17], "\ud800", *texts[17:]])
+
+
 # Copies and folders
 
 
