@@ -82,8 +82,10 @@ Speed = Annotated[
     typer.Option(help="Exit once uncertainty is below this, 0 (full model) to 1. Default: the calibrated speed."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: by device.")]
-Backend_ = Annotated[str | None, typer.Option("--backend", help="packed or padded. Default: by encoder family.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or int8 (onnx). Default: by device.")]
+Backend_ = Annotated[
+    str | None, typer.Option("--backend", help="packed, padded or onnx (CPU). Default: by encoder family.")
+]
 MaxDrop = Annotated[
     float | None, typer.Option(help="Promise: accuracy lost against the full model, at most, in points (0.5).")
 ]

@@ -38,6 +38,14 @@ TextInput = str | tuple[str, str]
 TABLE_FILE = "exit_table.safetensors"
 SETTINGS_FILE = "calibration.json"
 
+# Dtypes an engine may be asked for, and the dtype its model then has; which of them a backend runs, it says itself.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Records
@@ -122,7 +130,8 @@ class EngineConfig:
     Attributes:
         backend: Row of `BACKENDS`; None: packed where the encoder's family allows it, else padded.
         device: "cpu", "cuda", …; None: a GPU where there is one.
-        dtype: "float32", "bfloat16" or "float16"; None: float32 on a CPU, bfloat16 on a GPU.
+        dtype: Row of `DTYPES`; None: the backend's default, float32 on a CPU, bfloat16 on a GPU. "int8" multiplies in
+            8 bits and keeps all else in float32.
         max_batch_tokens: Tokens of a staircase.
         window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
         max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
@@ -138,8 +147,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
             raise ValueError(f"Unknown backend {self.backend!r}; known: {sorted(BACKENDS)}.")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}.")
         for name in ("max_batch_tokens", "window_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -258,12 +267,12 @@ class Engine:
         # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
         self.identity = fingerprint(model, tokenizer) if identity is None else identity
         device = _device(self.config.device)
-        self.model = nn.Module.to(model, device=device, dtype=_dtype(self.config.dtype, device)).train(mode=False)
-        self.max_length = _max_length(self.config.max_length, model, tokenizer)
         name = self.config.backend or _default_backend(model.encoder.config.model_type)
-        self.backend: Backend[Any] = BACKENDS[name].build(self.model)
-        dtype_name = str(self.model.dtype).removeprefix("torch.")
-        self.deployed_as = f"{name}, {dtype_name}, at most {self.max_length} tokens"
+        self.dtype = _dtype(self.config.dtype, name, device)
+        self.model = nn.Module.to(model, device=device, dtype=DTYPES[self.dtype]).train(mode=False)
+        self.max_length = _max_length(self.config.max_length, model, tokenizer)
+        self.backend: Backend[Any] = BACKENDS[name].build(self.model, dtype=self.dtype)
+        self.deployed_as = f"{name}, {self.dtype}, at most {self.max_length} tokens"
         if self.settings.certified_on not in (None, self.deployed_as):
             logger.warning(
                 "The speed was certified for [%s], this engine runs [%s]: the promise does not cover it. "
@@ -408,7 +417,7 @@ class Engine:
         if len(broken):
             raise FloatingPointError(
                 f"Text {first + int(broken[0])} has logits that are not finite; nothing can be said of it. "
-                f"If the dtype is {self.model.dtype}, try float32."
+                f"If the dtype is {self.dtype}, try float32."
             )
         probabilities = torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-1)
         best = probabilities.argmax(-1).tolist()
@@ -695,14 +704,21 @@ def _device(asked: str | None) -> torch.device:
     return device
 
 
-def _dtype(asked: str | None, device: torch.device) -> torch.dtype:
+def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
+    known = BACKENDS[backend].dtypes(device.type)
+    if not known:
+        raise ValueError(f"The {backend} backend does not run on {device.type}; use device='cpu' or another backend.")
     if asked is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if device.type == "cpu" and asked == "float16":
-        raise ValueError("float16 is not run on CPUs (no fast kernels); use float32, or bfloat16 where supported.")
+        return known[0]
+    if asked not in known:
+        others = [name for name, row in BACKENDS.items() if asked in row.dtypes(device.type)]
+        raise ValueError(
+            f"{asked} is not run by the {backend} backend on {device.type}, which runs {' or '.join(known)}; "
+            f"use one of them{f', or backend={others[0]!r}' if others else ''}."
+        )
     if device.type == "cpu" and asked == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
-    return torch.float32 if asked == "float32" else getattr(torch, asked)
+    return asked
 
 
 def _max_length(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -451,7 +451,7 @@ class _ShrinkingBatch:
 
     @classmethod
     def of(cls, engine: Engine) -> _ShrinkingBatch:
-        return cls(engine, BACKENDS["padded"].build(engine.model))
+        return cls(engine, BACKENDS["padded"].build(engine.model, dtype=str(engine.model.dtype).removeprefix("torch.")))
 
     def __call__(self, texts: Sequence[Any], batch_size: int) -> Tensor:
         engine, backend, settings = self.engine, self.backend, self.engine.settings
@@ -490,7 +490,7 @@ def machine(engine: Engine) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "dtype": engine.dtype,
         "torch": torch.__version__,
     }
 

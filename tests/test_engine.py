@@ -351,7 +351,7 @@ def test_a_speed_asked_for_later_needs_the_table_as_well() -> None:
     ("changes", "message"),
     [
         ({"backend": "magic"}, "Unknown backend 'magic'.*packed"),
-        ({"dtype": "int8"}, "dtype must be"),
+        ({"dtype": "int4"}, "dtype must be"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1"),
         ({"window_tokens": 0}, "window_tokens must be at least 1"),
         ({"max_length": 2}, "max_length must be at least 3"),
@@ -380,7 +380,9 @@ def test_exit_settings_that_make_no_sense_are_refused(changes: dict[str, Any], m
 
 
 def test_a_device_or_dtype_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="float16 is not run on CPUs"):
+    with pytest.raises(
+        ValueError, match="float16 is not run by the packed backend on cpu, which runs float32 or bfloat16"
+    ):
         make_engine(config=EngineConfig(device="cpu", dtype="float16"), table=False)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device; use device='cpu'"):

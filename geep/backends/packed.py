@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from geep.backends.protocol import Integers, TokenBatch, token_positions
+from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
 
 # Where a family keeps the parts of its layer.
@@ -66,6 +66,13 @@ class PackedTexts:
     hidden: Tensor
     lengths: Integers
     runs: tuple[LengthRun, ...]
+
+    def first(self, num_texts: int) -> PackedTexts:
+        """Return the first texts; their hidden states are a view."""
+        if num_texts == len(self.lengths):
+            return self
+        lengths = self.lengths[:num_texts]
+        return PackedTexts(self.hidden[: int(lengths.sum())], lengths, length_runs(lengths))
 
 
 def length_runs(lengths: Integers) -> tuple[LengthRun, ...]:
@@ -131,22 +138,29 @@ class PackedLayer:
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden)."""
-        mixed = self._attend(F.linear(hidden, *self.qkv), runs)
+        mixed = attend(F.linear(hidden, *self.qkv), runs, self.num_heads)
         hidden = self.attention_norm(F.linear(mixed, *self.out).add_(hidden))
         wide = self.activation(F.linear(hidden, *self.up))
         return self.output_norm(F.linear(wide, *self.down).add_(hidden))
 
-    def _attend(self, qkv: Tensor, runs: Sequence[LengthRun]) -> Tensor:
-        num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
-        head = width // self.num_heads
-        out = qkv.new_empty(num_tokens, width)
-        for run in runs:
-            stop = run.start + run.num_texts * run.length
-            block = qkv[run.start : stop].view(run.num_texts, run.length, 3, self.num_heads, head)
-            query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
-            mixed = F.scaled_dot_product_attention(query, key, value)
-            out[run.start : stop].view(run.num_texts, run.length, self.num_heads, head).copy_(mixed.transpose(1, 2))
-        return out
+
+def attend(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int) -> Tensor:
+    """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width)."""
+    num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    head = width // num_heads
+    out = qkv.new_empty(num_tokens, width)
+    for run in runs:
+        stop = run.start + run.num_texts * run.length
+        block = qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head)
+        query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out[run.start : stop].view(run.num_texts, run.length, num_heads, head).copy_(mixed.transpose(1, 2))
+    return out
+
+
+def activation_of(config: Any) -> str:
+    """Name of the activation between the two wide linear layers."""
+    return config.activation if config.model_type == "distilbert" else config.hidden_act
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +177,12 @@ class PackedBackend:
         return model_type in FAMILIES and FAMILIES[model_type].packed
 
     @classmethod
-    def build(cls, model: GeepForSequenceClassification) -> Self:
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes it runs on a kind of device, its default first."""
+        return FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+
+    @classmethod
+    def build(cls, model: GeepForSequenceClassification, *, dtype: str) -> Self:
         """Take a model that is on its device, in its dtype, in eval mode.
 
         Raises:
@@ -176,7 +195,7 @@ class PackedBackend:
             )
         family = family_of(config)
         modules = model.encoder.get_submodule(family.layers)
-        activation = config.activation if config.model_type == "distilbert" else config.hidden_act
+        activation = activation_of(config)
         return cls(
             model=model,
             layers=tuple(
@@ -215,9 +234,7 @@ class PackedBackend:
 
     def advance(self, live: PackedTexts, layer: int, num_texts: int) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
-        if num_texts < len(live.lengths):
-            lengths = live.lengths[:num_texts]
-            live = PackedTexts(live.hidden[: int(lengths.sum())], lengths, length_runs(lengths))
+        live = live.first(num_texts)
         return PackedTexts(self.layers[layer - 1](live.hidden, live.runs), live.lengths, live.runs)
 
     def exit_logits(self, live: PackedTexts, layer: int, start: int, stop: int) -> Tensor:

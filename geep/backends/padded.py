@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geep.backends.protocol import Integers, TokenBatch
+from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch
 from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCall, layer_calls
 
 
@@ -48,7 +48,12 @@ class PaddedBackend:
         return model_type in FAMILIES
 
     @classmethod
-    def build(cls, model: GeepForSequenceClassification) -> Self:
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes it runs on a kind of device, its default first."""
+        return FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+
+    @classmethod
+    def build(cls, model: GeepForSequenceClassification, *, dtype: str) -> Self:
         """Take a model that is on its device, in its dtype, in eval mode."""
         return cls(model)
 

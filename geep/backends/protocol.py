@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -11,6 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
+
+# Dtypes of the backends that compute in the model's own dtype, by kind of device, the default first. float16 is left
+# out on CPUs, which have no fast kernels for it.
+FLOAT_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("float32", "bfloat16"),
+    "cuda": ("bfloat16", "float16", "float32"),
+    "other": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +94,12 @@ class Backend(Protocol[Live]):
         """Whether the backend runs encoders of this family."""
 
     @classmethod
-    def build(cls, model: object) -> Self:
-        """Take a model that is on its device, in its dtype, in eval mode."""
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes ("float32", "bfloat16", "float16", "int8") it runs on a kind of device, its default first."""
+
+    @classmethod
+    def build(cls, model: object, *, dtype: str) -> Self:
+        """Take a model that is on its device, in eval mode, in `dtype`; for "int8" the model itself is float32."""
 
     def start(self, batch: TokenBatch) -> Live:
         """Embed texts."""
