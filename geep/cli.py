@@ -43,7 +43,7 @@ from geep.data import (
 )
 from geep.engine import Engine, EngineConfig, ExitSettings, load_model
 from geep.evaluation import EvaluationReport, draw, evaluate, headline
-from geep.exits import OnMiss, Promise, TooFewTextsError
+from geep.exits import AGREEMENT, OnMiss, Promise, TooFewTextsError
 from geep.modeling import HEADS, GeepForSequenceClassification
 from geep.predictor import PREDICTORS
 from geep.scoring import score_file
@@ -181,7 +181,7 @@ def train_command(
         summary: dict[str, Any] = {"output": str(output), **result}
         if calibrate and RECIPES[recipe].has_exits:
             engine = Engine.from_pretrained(output, device=device)
-            found = _profile(console, engine, parts, output, None, None)
+            found = _profile(console, engine, parts, output, None, AGREEMENT)
             summary["profile"] = _profile_summary(found)
             summary["calibration"] = _try_calibrate(console, found, parts, output, max_drop)
         _finish(console, summary, as_json)
@@ -261,8 +261,8 @@ def profile_command(
         str | None, typer.Option(help=f"{' or '.join(PREDICTORS)}. Default: what ranks held-out texts best.")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option(help="entropy, confidence or margin. Default: what saves most layers.")
-    ] = None,
+        str, typer.Option(help="agreement (learned, needs fewest layers), entropy, confidence or margin.")
+    ] = AGREEMENT,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend_ = None,
@@ -289,7 +289,7 @@ def profile_command(
 
 
 def _profile(
-    console: Console, engine: Engine, parts: Parts, folder: Path, predictor: str | None, criterion: str | None
+    console: Console, engine: Engine, parts: Parts, folder: Path, predictor: str | None, criterion: str
 ) -> ProfileResult:
     with _bars(console) as report:
         found = profile(engine, parts.train, parts.profile, kind=predictor, criterion=criterion, report=report)
@@ -337,6 +337,9 @@ def calibrate_command(
     lexical: Annotated[
         bool | None, typer.Option("--lexical/--no-lexical", help="Answers by the table alone. Default: if they pay.")
     ] = None,
+    by_time: Annotated[
+        bool, typer.Option("--by-time", help="Choose settings by time on this CPU, not by layers; may ask fewer exits.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend_ = None,
@@ -366,6 +369,7 @@ def calibrate_command(
                 promise,
                 on_miss=_on_miss(on_miss),
                 lexical_exit=lexical,
+                cost=engine.cost if by_time else None,
                 report=report,
             )
         summary = _calibration_summary(result)
@@ -414,6 +418,7 @@ def _calibration_summary(result: PromiseResult) -> dict[str, Any]:
         "speed": settings.speed,
         "on_miss": settings.on_miss,
         "quantile": settings.quantile,
+        "check_layers": settings.check_layers,
         "lexical_exit": settings.lexical_exit,
         "criterion": settings.criterion,
         "promise": asdict(result.promise),
@@ -702,7 +707,7 @@ def demo_command(
         if not _is_calibrated(output):
             engine = Engine.from_pretrained(output)
             console.rule("3. profile: exit table, temperatures, criterion")
-            found = _profile(console, engine, parts, output, None, None)
+            found = _profile(console, engine, parts, output, None, AGREEMENT)
             console.rule("4. calibrate: lose at most 1 point, 95 % sure")
             _try_calibrate(console, found, parts, output, 1.0)
         engine = Engine.from_pretrained(output)

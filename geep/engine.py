@@ -14,7 +14,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from transformers.utils.hub import cached_file
 
 from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
 from geep.backends.int8 import ActivationRanges
-from geep.exits import CRITERIA, OnMiss, uncertainty
+from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
 from geep.modeling import GeepForSequenceClassification, family_of
 from geep.predictor import ExitPredictor
-from geep.scheduler import CostModel, budget_cuts, schedule
+from geep.scheduler import CostModel, Timings, budget_cuts, schedule
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,15 @@ class ExitSettings:
 
     Attributes:
         speed: FastBERT's knob in [0, 1]: an exit answers once its uncertainty is below it; 0 is the full model.
-        criterion: Row of `CRITERIA`.
+        criterion: Row of `CRITERIA`, or "agreement" (`AgreementScore`).
         temperatures: Divides the logits at each depth (0 is the lexical exit), so that scores mean the same everywhere.
+        agreement: Score of each depth but the last, for the criterion "agreement"; empty where none were learned.
         on_miss: "continue": an answer at the predicted exit that is not certain enough goes on and is asked again.
             "stop" (the paper): it is final.
         quantile: Of a text's distribution over exits, the quantile that is its predicted layer. Low quantiles ask
             early and often (a check is cheap), high ones late (a stop is final).
+        check_layers: Exits at which texts are asked; None: all. The full model answers whoever is left. Where a check
+            costs as much as layers do (a GPU with small batches), few are best; fewer also err less often.
         lexical_exit: Whether texts may be answered by the table alone, without the encoder.
         certified_on: Backend, dtype and longest text (`Engine.deployed_as`) for which the speed was certified; an
             engine that runs otherwise says so, since exits differ.
@@ -78,8 +82,10 @@ class ExitSettings:
     speed: float = 0.0
     criterion: str = "entropy"
     temperatures: dict[int, float] = field(default_factory=dict)
+    agreement: dict[int, AgreementScore] = field(default_factory=dict)
     on_miss: OnMiss = "continue"
     quantile: float = 0.5
+    check_layers: tuple[int, ...] | None = None
     lexical_exit: bool = False
     certified_on: str | None = None
 
@@ -88,12 +94,15 @@ class ExitSettings:
             raise ValueError(f"speed must lie in [0, 1], got {self.speed}.")
         if not isinstance(self.lexical_exit, bool):
             raise TypeError(f"lexical_exit must be true or false, got {self.lexical_exit!r}.")
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"Unknown criterion {self.criterion!r}; known: {sorted(CRITERIA)}.")
+        if self.criterion not in (*CRITERIA, AGREEMENT):
+            raise ValueError(f"Unknown criterion {self.criterion!r}; known: {sorted((*CRITERIA, AGREEMENT))}.")
         if self.on_miss not in ("stop", "continue"):
             raise ValueError(f"on_miss must be 'stop' or 'continue', got {self.on_miss!r}.")
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must lie between 0 and 1, got {self.quantile}.")
+        checks = self.check_layers
+        if checks is not None and (list(checks) != sorted(set(checks)) or any(layer < 1 for layer in checks)):
+            raise ValueError(f"check_layers must be layers from 1 up, in ascending order, got {checks}.")
         if any(not 0 < value < float("inf") for value in self.temperatures.values()):
             raise ValueError(f"temperatures must be positive and finite, got {self.temperatures}.")
 
@@ -101,10 +110,16 @@ class ExitSettings:
         """Temperature at a depth; 1 where none was fitted."""
         return self.temperatures.get(depth, 1.0)
 
+    def asked_layers(self, depths: tuple[int, ...]) -> Integers:
+        """Return those of a model's depths at which texts are asked; the last, the full model, always is."""
+        asked = depths if self.check_layers is None else (*self.check_layers, depths[-1])
+        return np.asarray(asked, dtype=np.int64)
+
     def save(self, folder: str | Path, record: dict[str, Any] | None = None) -> None:
         """Write `calibration.json`, with what else is worth keeping of how the settings were found."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["temperatures"] = {str(depth): value for depth, value in self.temperatures.items()}
+        values["agreement"] = {str(depth): astuple(score) for depth, score in self.agreement.items()}
         text = json.dumps({"settings": values, "record": record or {}}, indent=2, ensure_ascii=False)
         path = Path(folder) / SETTINGS_FILE
         partial = path.with_suffix(".partial")
@@ -124,6 +139,10 @@ class ExitSettings:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))["settings"]
             values["temperatures"] = {int(depth): float(value) for depth, value in values["temperatures"].items()}
+            scores = values.get("agreement", {}).items()  # absent from files written before there were any
+            values["agreement"] = {int(depth): AgreementScore(*map(float, score)) for depth, score in scores}
+            if values.get("check_layers") is not None:
+                values["check_layers"] = tuple(map(int, values["check_layers"]))
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); run `geep calibrate` again, or delete it.") from error
@@ -215,7 +234,7 @@ class Plan:
 
     Attributes:
         predicted_layers: Layer at which each text is asked first; 0: answered by the table, (num_texts,).
-        lexical_logits: The table's guess at the label, (num_texts, num_labels); None without a lexical exit.
+        lexical_logits: The table's guess at the label, (num_texts, num_labels); None where there is none.
     """
 
     predicted_layers: Integers
@@ -288,7 +307,9 @@ class Engine:
         self.deployed_as = f"{name}, {self.dtype}, at most {self.max_length} tokens"
         # The cost of a layer on this machine, and the tokens of a staircase that follow from it.
         self.cost = (
-            measure_cost(self.backend) if device.type == "cpu" and self.config.max_batch_tokens is None else None
+            measure_cost(self.backend, self.depths[0])
+            if device.type == "cpu" and self.config.max_batch_tokens is None
+            else None
         )
         self.max_batch_tokens = self.config.max_batch_tokens or _batch_tokens(self.cost)
         if self.settings.certified_on not in (None, self.deployed_as):
@@ -483,15 +504,17 @@ class Engine:
     def plan(self, batch: TokenBatch, *, settings: ExitSettings | None = None) -> Plan:
         """Say, before the run, at which layer each text is to be asked first.
 
-        Without a table every text is asked at the first exit ("continue"), and speed 0 always runs all layers.
+        Without a table every text is asked at the first exit ("continue"), and speed 0 always runs all layers. Where
+        only some exits are asked, it is the next of them.
         """
         settings = self.settings if settings is None else settings
         count, full = len(batch), self.depths[-1]
+        asked = settings.asked_layers(self.depths)
         if settings.speed == 0:
             return Plan(np.full(count, full), None)
         if self._planner is None:
             self._check_table(settings)
-            return Plan(np.full(count, self.depths[0]), None)
+            return Plan(np.full(count, asked[0]), None)
         place = self._planner.device
         found = self._planner.predict(
             torch.from_numpy(batch.input_ids).to(place),
@@ -499,13 +522,14 @@ class Engine:
             speed=settings.speed,
             quantile=settings.quantile,
         )
-        layers = found.exit_layers.cpu().numpy().copy()
-        if not settings.lexical_exit or found.lexical_logits is None:
+        layers = asked[np.searchsorted(asked, found.exit_layers.cpu().numpy())]
+        if found.lexical_logits is None:
             return Plan(layers, None)
         lexical = found.lexical_logits.cpu()
-        unsure = self.uncertainty(lexical, 0, settings)
-        # Empty texts have no token to guess from.
-        layers[(unsure < settings.speed).numpy() & (batch.lengths > 0)] = 0
+        if settings.lexical_exit:
+            unsure = self.uncertainty(lexical, 0, settings)
+            # Empty texts have no token to guess from.
+            layers[(unsure < settings.speed).numpy() & (batch.lengths > 0)] = 0
         return Plan(layers, lexical)
 
     def run_tokens(
@@ -529,7 +553,8 @@ class Engine:
             unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
             if unknown:
                 raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
-            plan = Plan(np.asarray(exit_layers, dtype=np.int64), None)
+            guess = self.plan(batch, settings=settings).lexical_logits if settings.criterion == AGREEMENT else None
+            plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
         run = _Run(self, settings, plan, len(batch))
         with torch.inference_mode():
             rows = run.answer_known()
@@ -562,8 +587,18 @@ class Engine:
                 report(done / total)
         return out
 
-    def uncertainty(self, logits: Tensor, depth: int, settings: ExitSettings) -> Tensor:
-        """Uncertainty of logits (num_texts, num_labels) of the exit at a depth, (num_texts,)."""
+    def uncertainty(self, logits: Tensor, depth: int, settings: ExitSettings, lexical: Tensor | None = None) -> Tensor:
+        """Uncertainty of logits (num_texts, num_labels) of the exit at a depth, (num_texts,).
+
+        Args:
+            logits: Of an exit other than the full model.
+            depth: Layers run; 0 is the lexical exit.
+            settings: The criterion and what it has learned.
+            lexical: The table's logits of the same texts, where there are some; the criterion "agreement" reads them.
+        """
+        if settings.criterion == AGREEMENT:
+            guess = None if depth == 0 else lexical
+            return settings.agreement[depth].uncertainty(logits, guess, multi_label=self.multi_label)
         return uncertainty(
             logits, settings.criterion, temperature=settings.temperature(depth), multi_label=self.multi_label
         )
@@ -577,6 +612,16 @@ class Engine:
             )
             if needed
         ]
+        unknown = sorted(set(settings.check_layers or ()) - set(self.depths[:-1]))
+        if unknown:
+            raise ValueError(f"check_layers names layers {unknown}, the model has exits at {list(self.depths[:-1])}.")
+        if settings.criterion == AGREEMENT:
+            missing = sorted(set(self.depths[:-1]) - set(settings.agreement))
+            missing += [0] if settings.lexical_exit and 0 not in settings.agreement else []
+            if missing:
+                raise ValueError(
+                    f"The criterion {AGREEMENT!r} has no scores for the exits at layers {missing}; run `geep profile`."
+                )
         if self.predictor is None and needs:
             raise ValueError(f"{' and '.join(needs)} needs an exit table, found none; run `geep profile` first.")
         if self.predictor is not None and tuple(self.predictor.depths) != self.depths:
@@ -624,7 +669,9 @@ class _Run:
                     self._ask(live, layer, due, texts)
         # Survivors of all staircases wait at the layer they have run. From the shallowest pool upwards they are packed
         # into full batches again and run to the next exit, so no batch shrinks as its texts leave.
-        for layer, following in zip(self.engine.depths, self.engine.depths[1:], strict=False):
+        asked = self.settings.asked_layers(self.engine.depths)
+        for layer in self.engine.depths[:-1]:
+            following = int(asked[np.searchsorted(asked, layer, side="right")])
             for live, texts in self._merged(self.pools.pop(layer, []), budget):
                 for step in range(layer + 1, following + 1):
                     continuing = 0 if self._is_final(step) else None
@@ -641,7 +688,8 @@ class _Run:
             return
         # The one wait for the device: who is certain enough decides who goes on.
         logits = logits.cpu()
-        sure = (self.engine.uncertainty(logits, layer, self.settings) < self.settings.speed).numpy()
+        unsure = self.engine.uncertainty(logits, layer, self.settings, self._guess(asked))
+        sure = (unsure < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
         self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
         if len(missed):
@@ -652,6 +700,13 @@ class _Run:
     def _is_final(self, layer: int) -> bool:
         """Whether the texts that are asked at a layer end there, whatever the answer."""
         return self.settings.on_miss == "stop" or layer == self.engine.depths[-1]
+
+    def _guess(self, texts: Integers) -> Tensor | None:
+        """The table's logits of some texts, where the criterion reads them."""
+        guess = self.plan.lexical_logits
+        if guess is None or self.settings.criterion != AGREEMENT:
+            return None
+        return guess[torch.from_numpy(texts)]
 
     def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
         if len(texts):
@@ -776,25 +831,37 @@ _TIMED_TEXTS, _TIMED_LENGTH = (2, 8, 32), 32
 _LEAST_BATCH_TOKENS, _MOST_BATCH_TOKENS = 1024, 8192
 
 
-def measure_cost(backend: Backend[Any]) -> CostModel:
-    """Time the first layer on a few small batches of the CPU: a few layers' time, well below a second.
+def measure_cost(backend: Backend[Any], depth: int) -> CostModel:
+    """Time the first layer and the exit at `depth` on a few small batches of a CPU, well below a second.
 
     The best of three calls counts, since other programs only ever add time.
     """
-    tokens, seconds = [], []
+    layers, checks = [], []
     with torch.inference_mode():
         for count in _TIMED_TEXTS:
             lengths = np.full(count, _TIMED_LENGTH)
             live = backend.start(TokenBatch(np.zeros(int(lengths.sum()), dtype=np.int64), None, lengths))
-            backend.advance(live, 1, count)
-            times = []
-            for _ in range(3):
-                begun = time.perf_counter()
-                backend.advance(live, 1, count)
-                times.append(time.perf_counter() - begun)
-            tokens.append(int(lengths.sum()))
-            seconds.append(min(times))
-    return CostModel.fit(tokens, seconds)
+            layers.append(_seconds(partial(backend.advance, live, 1, count)))
+            checks.append(_seconds(partial(_check, backend, live, depth, count)))
+    tokens = tuple(count * _TIMED_LENGTH for count in _TIMED_TEXTS)
+    return CostModel.fit(Timings(tokens, tuple(layers)), Timings(_TIMED_TEXTS, tuple(checks)))
+
+
+def _check(backend: Backend[Any], live: Any, depth: int, count: int) -> Any:
+    """What asking an exit takes: its classifier, and picking those that go on."""
+    sure = backend.exit_logits(live, depth, 0, count).softmax(-1).amax(-1) > 2
+    return backend.select(live, np.flatnonzero(~sure.numpy()))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds of the best of three calls, after one that does not count."""
+    work()
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
 
 
 def _batch_tokens(cost: CostModel | None) -> int:

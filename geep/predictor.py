@@ -604,6 +604,7 @@ class ExitPredictor:
         min_count: int = 2,
         max_ngrams: int = 200_000,
         num_bins: int = 16,
+        lexical: Lexical | None = None,
     ) -> ExitPredictor:
         """Fill the table and fit scores and exit 0 on training texts, and the levels on held-out ones.
 
@@ -626,6 +627,8 @@ class ExitPredictor:
             min_count: Occurrences that an n-gram needs.
             max_ngrams: Most n-grams that get a row.
             num_bins: Bins of scores; see `fit_levels`.
+            lexical: Exit 0 of a predictor fitted on the same texts and labels, which is not fitted again: it does not
+                depend on the exits.
 
         Returns:
             The predictor, on the CPU.
@@ -654,8 +657,7 @@ class ExitPredictor:
             min_count=min_count,
             max_ngrams=max_ngrams,
         )
-        lexical = None
-        if train_labels is not None:
+        if lexical is None and train_labels is not None:
             lexical = fit_lexical(
                 table.keys,
                 texts.input_ids,
@@ -680,6 +682,11 @@ class ExitPredictor:
     def speeds(self) -> tuple[float, ...]:
         """The speeds for which there is a prediction; others take the nearest."""
         return self.table.speeds
+
+    @property
+    def lexical(self) -> Lexical | None:
+        """Exit 0, `None` if there is none."""
+        return self._lexical
 
     @property
     def num_labels(self) -> int | None:
