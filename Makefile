@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/geep demo
@@ -17,7 +17,13 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/report.py
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/hash_table.py --device cuda
+	$(MAKE) bench
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geep needs Python 3.11 or newer, found %d.%d; run: make PYTHON=python3.11" % sys.version_info[:2])'

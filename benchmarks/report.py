@@ -7,16 +7,15 @@ python benchmarks/report.py --check    # say whether the documents are what the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
+
+from report_more import more_parts
+from tables import Line, describe, of_kind, percent, read, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- results: written by `make bench` -->", "<!-- end of results -->"
-
-Line = dict[str, Any]
 
 
 def main() -> None:
@@ -42,41 +41,17 @@ def main() -> None:
         print(f"wrote {path.relative_to(ROOT)}")
 
 
-def read(path: Path) -> list[Line]:
-    """Read a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def studies() -> dict[str, list[Line]]:
     """Lines of every study, by data set."""
     return {path.stem.removeprefix("study-"): read(path) for path in sorted(RESULTS.glob("study-*.jsonl"))}
 
 
-def of_kind(lines: list[Line], kind: str, **fields: object) -> list[Line]:
-    """Lines of a kind with these fields."""
-    return [line for line in lines if line["kind"] == kind and all(line.get(k) == v for k, v in fields.items())]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned right."""
-    marks = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
-
-
-def percent(value: float | None) -> str:
-    """A share in percent, or a dash."""
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
-def times(value: float | None) -> str:
-    """A factor, or a dash where nothing ran."""
-    return "–" if value is None else f"{value:.2f}x"
-
-
 def summary_table() -> str:
-    """One line a data set: what the calibrated engine gains."""
+    """One line a data set: what the calibrated engine gains, and int8 beside it where that was measured."""
     rows = []
     machine = ""
+    int8 = {name: int8_ratios(name) for name in studies()}
+    has_int8 = any(ratio is not None for ratios in int8.values() for ratio in ratios)
     for name, lines in studies().items():
         runs = of_kind(lines, "run")
         ours, full = of_kind(runs, "run", group="geep-continue")[0], of_kind(runs, "run", group="full")[0]
@@ -94,6 +69,7 @@ def summary_table() -> str:
                 f"{ours['throughput'] / pipeline['throughput']:.2f}x",
                 best_constant(runs, ours),
                 f"{100 * ours['lexical_share']:.0f} %",
+                *([times(ratio) for ratio in int8[name]] if has_int8 else []),
             ]
         )
     header = [
@@ -106,8 +82,22 @@ def summary_table() -> str:
         "faster than HF pipeline",
         "against constant depth at least as good",
         "answered by the table alone",
+        *(["GEEP int8 over HF pipeline", "ONNX Runtime int8 over HF pipeline"] if has_int8 else []),
     ]
     return f"{table(header, rows)}\n\nMeasured on: {machine}. All rows and rivals: [docs/results.md](docs/results.md)."
+
+
+def int8_ratios(data: str) -> tuple[float | None, float | None]:
+    """Throughput over the HF pipeline's: of our fastest calibrated int8 engine, of ONNX Runtime int8 at full depth."""
+    path = RESULTS / f"throughput-{data}.jsonl"
+    runs = of_kind(read(path), "throughput") if path.exists() else []
+    ours = [run for run in runs if run["group"] == "geep" and "int8" in run["engine"]]
+    theirs = [run for run in runs if run["group"] == "onnxruntime-int8"]
+
+    def best(some: list[Line]) -> float | None:
+        return max((run["over_pipeline"] for run in some if run["over_pipeline"] is not None), default=None)
+
+    return best(ours), best(theirs)
 
 
 def best_constant(runs: list[Line], ours: Line) -> str:
@@ -120,17 +110,12 @@ def best_constant(runs: list[Line], ours: Line) -> str:
     return f"{ours['throughput'] / rival['throughput']:.2f}x ({depth})"
 
 
-def describe(machine: Line) -> str:
-    """A machine in words."""
-    return f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}"
-
-
 def results_page() -> str:
     """The whole of docs/results.md."""
     parts = [
         "# Results",
-        "Written by `make bench` from `benchmarks/results/*.jsonl`; every number was printed by the commands named in "
-        "`benchmarks/study.py` and `benchmarks/recipes.py`. Absolute speeds mean nothing without the machine named "
+        "Written by `make bench` from `benchmarks/results/*.jsonl`; every number was printed by the commands named at "
+        "the top of the scripts in `benchmarks/`. Absolute speeds mean nothing without the machine named "
         "beside them; ratios were taken in one interleaved run.",
         "## Summary",
         summary_table(),
@@ -140,6 +125,7 @@ def results_page() -> str:
     recipes = RESULTS / "recipes.jsonl"
     if recipes.exists():
         parts += ["## Recipes and heads", recipes_part(read(recipes))]
+    parts += more_parts(RESULTS)
     return "\n\n".join(parts) + "\n"
 
 

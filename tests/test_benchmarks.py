@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_engine, make_model, random_texts
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -33,7 +34,7 @@ def test_the_documents_are_what_the_results_give() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table", "gpu"])
+@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table", "gpu", "throughput", "scaling", "plot"])
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,3 +135,329 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
     shape["intermediate_size"] = 128
     wide = gpu.Bench(gpu.Engine(*gpu.random_model(vocab_size=200, **shape), config=engine.config), sizes)
     assert wide.flops(np.array([10])) == 24 * 10 * 32**2 + 4 * 100 * 32
+
+
+# --- throughput: the protocol between parent and workers
+
+FAKE = """
+import os, sys, time
+from worker import Outcome, Way, best_batch_size, serve
+
+def load(job):
+    print("libraries print")  # must not reach the parent's channel
+    def answer(count):
+        return Outcome(list(job.labels[:count]), [2] * count)
+    def fail(count):
+        raise ValueError("no such thing")
+    def die(count):
+        sys.stderr.write("out of everything")
+        sys.stderr.flush()
+        os._exit(7)
+    def sleep(count):
+        time.sleep(60)
+    runs = {"answer": answer, "fail": fail, "die": die, "sleep": sleep}
+    chosen = job.options.get("ways", list(runs))
+    return [Way(name, "pipeline", "", runs[name], 0.001, 8) for name in chosen], {"fake": "1"}, {"depths": [2, 4]}
+
+serve(load)
+"""
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def fake_rival(tmp_path: Path, rivals: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts workers that run a script of a few lines."""
+    from rivals.runner import Worker, worker_env
+    from rivals.worker import Job
+
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "rivals"))
+    script, job = tmp_path / "fake.py", tmp_path / "job.json"
+    script.write_text(FAKE, encoding="utf-8")
+    Job(["a", "bb", "c"], [0, 1, 0], [], ["x", "y"], "", "", 8, 1).save(job)
+
+    def start(name: str = "fake", **options: Any) -> Any:
+        command = [sys.executable, script, "--job", job, "--options", json.dumps(options)]
+        return Worker(name, command, log=tmp_path / f"{name}.log", env=worker_env(1))
+
+    return start
+
+
+def test_a_worker_loads_and_answers(fake_rival: Any) -> None:
+    with fake_rival() as worker:
+        loaded = worker.ask({"do": "load"}, seconds=30)
+        assert [way["name"] for way in loaded["ways"]] == ["answer", "fail", "die", "sleep"]
+        assert loaded["versions"] == {"fake": "1"}
+        outcome = worker.ask({"do": "run", "way": "answer", "count": 2}, seconds=30)
+        assert outcome["answers"] == [0, 1]
+        assert outcome["seconds"] >= 0
+    assert not worker.alive
+
+
+def test_a_worker_that_fails_dies_or_hangs_says_so(fake_rival: Any) -> None:
+    from rivals.runner import RivalFailed
+
+    with fake_rival() as worker:
+        worker.ask({"do": "load"}, seconds=30)
+        with pytest.raises(RivalFailed, match="ValueError: no such thing"):
+            worker.ask({"do": "run", "way": "fail", "count": 1}, seconds=30)
+        assert worker.ask({"do": "run", "way": "answer", "count": 1}, seconds=30)["answers"] == [0]
+        with pytest.raises(RivalFailed, match="(?s)died with code 7.*out of everything"):
+            worker.ask({"do": "run", "way": "die", "count": 1}, seconds=30)
+        with pytest.raises(RivalFailed, match="died with code 7"):
+            worker.ask({"do": "run", "way": "answer", "count": 1}, seconds=30)
+    with fake_rival() as worker:
+        worker.ask({"do": "load"}, seconds=30)
+        with pytest.raises(RivalFailed, match="no answer within"):
+            worker.ask({"do": "run", "way": "sleep", "count": 1}, seconds=0.2)
+        assert not worker.alive
+
+
+def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) -> None:
+    from contextlib import ExitStack
+
+    from rivals.lines import Entry, Timed, lines_of
+
+    throughput = load("throughput")
+    with ExitStack() as stack:
+        field = throughput.Field(tmp_path / "job.json", tmp_path, 1, stack, lambda _what, _share: None)
+        for name, ways in (("sound", ["answer"]), ("mortal", ["die"])):
+            worker = stack.enter_context(fake_rival(name, ways=ways))
+            loaded = worker.ask({"do": "load"}, seconds=30)
+            field.workers.append(worker)
+            field.entries += [Entry(worker, way, loaded["versions"]) for way in loaded["ways"]]
+        field.run_rounds(count=3, rounds=2)
+    assert list(field.failures) == ["die"]
+    # Waiting on standard input takes no CPU.
+    assert max(field.idle.values()) < 0.5
+    lines = lines_of("toy", field.entries, field.failures, Timed(3, [0, 1, 1], [4, 4, 8], 4))
+    (ran,) = [line for line in lines if line["kind"] == "throughput"]
+    assert ran["name"] == "answer"
+    assert ran["accuracy"] == pytest.approx(2 / 3)
+    assert ran["layer_speedup"] == 2.0
+    assert [line["name"] for line in lines if line["kind"] == "failed"] == ["die"]
+
+
+def test_a_rival_that_cannot_load_is_left_out(rivals: None, tmp_path: Path) -> None:
+    from contextlib import ExitStack
+
+    throughput = load("throughput")
+    (tmp_path / "job.json").write_text("{}", encoding="utf-8")
+    with ExitStack() as stack:
+        field = throughput.Field(tmp_path / "job.json", tmp_path, 1, stack, lambda _what, _share: None)
+        field.enter("peak", "peak.py")
+    assert "TypeError" in field.failures["peak"]
+    assert not field.entries
+
+
+def test_engines_are_read_with_the_folders_that_belong_to_them(rivals: None) -> None:
+    throughput = load("throughput")
+    choices = throughput.engine_choices("packed:float32, onnx:int8=runs-int8/{data}", "trec", Path("runs/trec"))
+    assert [choice.name for choice in choices] == ["packed float32", "onnx int8"]
+    assert [choice.folder for choice in choices] == [Path("runs/trec"), Path("runs-int8/trec")]
+    with pytest.raises(ValueError, match="backend:dtype"):
+        throughput.engine_choices("int8", "trec", Path("runs/trec"))
+
+
+def test_the_cut_model_is_the_shallowest_as_good_as_ours(rivals: None) -> None:
+    static_depth = load("throughput").static_depth
+    about = {"depths": [1, 2, 3, 4], "quality": {"1": 0.5, "2": 0.8, "3": 0.9, "4": 0.9}, "geep_quality": 0.8}
+    assert static_depth(about) == 2
+    assert static_depth({**about, "geep_quality": 0.95}) == 3
+    assert static_depth(None) is None
+
+
+def test_padded_batches_hold_every_text_once_sorted_by_length(rivals: None) -> None:
+    from rivals.worker import padded_batches
+
+    ids = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], []]
+    seen: dict[int, list[int]] = {}
+    widths = []
+    for rows, padded, mask in padded_batches(ids[:4], 2, pad=1):
+        widths.append(padded.shape[1])
+        assert (padded[mask == 0] == 1).all()
+        seen |= {int(row): padded[at][mask[at] == 1].tolist() for at, row in enumerate(rows)}
+    assert seen == dict(enumerate(ids[:4]))
+    assert widths == [2, 4]
+
+
+def test_the_pipeline_cut_to_its_first_layers_answers_as_the_exit_there(
+    rivals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "rivals"))
+    hf = load("rivals/hf")
+    model = make_model()
+    ids = torch.arange(6, 18).view(2, 6)
+    with torch.no_grad():
+        wanted = model(ids, exit_layer=2).logits
+        found = hf.first_layers(model, 2)(ids).logits
+        untouched = model(ids, exit_layer=3).logits
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(untouched, wanted)
+
+
+def test_operations_are_those_of_the_products(rivals: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "rivals"))
+    flops = load("rivals/geep_engine").encoder_flops
+    hidden, inner, lengths = 4, 16, (3, 5)
+    linears = sum(2 * n * (4 * hidden * hidden + 2 * hidden * inner) for n in lengths)
+    attention = sum(2 * 2 * n * n * hidden for n in lengths)
+    assert flops(np.array(lengths), 2, hidden, inner) == 2 * (linears + attention)
+
+
+# --- scaling
+
+
+def test_scaling_measures_a_tiny_model_and_a_file(rivals: None, tmp_path: Path) -> None:
+    scaling = load("scaling")
+    case = scaling.RandomCase("layers", layers=2, width=32, length=8, tokens=64, every_exit=True)
+    measured = scaling.time_random(scaling.random_engine(case), case, repeats=1)
+    assert measured["value"] == 2
+    assert measured["tokens_per_second"] == pytest.approx(8 * measured["throughput"])
+    found = scaling.time_file(make_engine(), random_texts(5), 12, tmp_path)
+    assert found["value"] == 12
+    assert len((tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_scaling_goes_on_with_what_is_missing(rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = load("scaling")
+    asked: list[dict[str, Any]] = []
+
+    def fake(case: dict[str, Any], _args: Any) -> dict[str, Any]:
+        asked.append(case)
+        return {"throughput": 1.0}
+
+    monkeypatch.setattr(scaling, "run_child", fake)
+    arguments = ["scaling.py", "--results", str(tmp_path), "--model-dir", "runs/toy", "--max-texts", "10000"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    scaling.main()
+    # A text a second: ten thousand of them are above the budget of ten minutes.
+    assert [case["texts"] for case in asked if "texts" in case] == [1000]
+    first = len(asked)
+    scaling.main()
+    assert len(asked) - first <= 1
+
+
+# --- figures and report
+
+
+def fake_results(folder: Path) -> None:
+    """Tiny results of every kind that the report and the figures read."""
+    machine = {"device": "a machine", "threads": 1, "dtype": "float32", "torch": "2"}
+    about = {
+        "kind": "about",
+        "data": "toy",
+        "texts": 64,
+        "rounds": 1,
+        "machine": machine,
+        "load_before": 0.1,
+        "idle_cpu": {"hf": 0.01},
+    }
+
+    def run(name: str, group: str, rate: float, **changes: Any) -> dict[str, Any]:
+        fields = {
+            "kind": "throughput",
+            "data": "toy",
+            "name": name,
+            "group": group,
+            "engine": None,
+            "setting": "",
+            "batch_size": 8,
+            "versions": {"torch": "2"},
+            "texts": 64,
+            "accuracy": 0.5,
+            "agreement": 0.75,
+            "not_comparable": None,
+            "mean_exit_layer": 3.0,
+            "layer_speedup": 4.0,
+            "throughput": rate,
+            "throughput_low": rate,
+            "throughput_high": rate,
+            "ids_throughput": None,
+            "over_pipeline": rate / 10,
+            "over_full": None,
+        }
+        return fields | changes
+
+    budget = {"kind": "budget", "data": "toy", "throughput": 2.0, "full_throughput": 1.0, "speedup": 2.0}
+    throughput = [
+        about,
+        run("HF pipeline", "pipeline", 10.0),
+        run("other", "sentence-transformers", 11.0, accuracy=None, not_comparable="the head is another"),
+        run("packed int8: GEEP", "geep", 77.0, engine="packed int8"),
+        run("ONNX Runtime int8", "onnxruntime-int8", 33.0),
+        *(
+            {**budget, "system": system, "texts_per_call": size, "layer_speedup": 2.5, "kept": 0.8}
+            for system in ("geep", "fastbert")
+            for size in (32, 128)
+        ),
+        {
+            "kind": "parts",
+            "data": "toy",
+            "engine": "packed int8",
+            "line": "geep",
+            "shares": {"tokenise": 0.1, "plan": 0.1, "schedule": 0.1, "run": 0.7},
+        },
+        {"kind": "peak", "data": "toy", "dtype": "int8", "gflops": {"1x1x1": 321.0}},
+        {
+            "kind": "utilisation",
+            "data": "toy",
+            "engine": "packed int8",
+            "tokens": [25, 30],
+            "texts": 8,
+            "throughput": 5.0,
+            "gflops": 100.0,
+            "peak_gflops": 321.0,
+            "utilisation": 0.31,
+        },
+        {"kind": "failed", "data": "toy", "name": "infinity", "why": "it could not be installed"},
+    ]
+    grown = {"kind": "scaling", "machine": machine, "loaded_mib": 9.0, "peak_mib": 1234.0, "mean_exit_layer": 1.5}
+    scaling = [
+        {**grown, "axis": axis, "value": value, "throughput": 8.0, "tokens_per_second": 80.0, "every_exit": False}
+        for axis in ("texts", "length", "layers", "labels")
+        for value in (2, 4)
+    ]
+    others = {"prediction": [{"step": "probe", "data": "toy", "depth": 2, "costs": [1]}]}
+    for name, lines in {"throughput-toy": throughput, "scaling": scaling, **others}.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_every_result_is_drawn(rivals: None, tmp_path: Path) -> None:
+    fake_results(tmp_path)
+    names = [path.name for path in load("plot").draw_all(tmp_path)]
+    assert names == ["throughput-toy.png", "budget-toy.png", "utilisation-toy.png", "scaling.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_path: Path) -> None:
+    more = load("report_more")
+    assert more.more_parts(tmp_path) == ["## On a GPU", more.NO_GPU]
+    fake_results(tmp_path)
+    page = "\n\n".join(more.more_parts(tmp_path))
+    for piece in (
+        "| packed int8: GEEP, batch 8 | 50.00 | 75.00 | 4.00x | 77.0 |",
+        "other: no accuracy, since the head is another.",
+        "infinity was left out: it could not be installed.",
+        "int8 321",
+        "| 4 | 8 | 1.50 | 9 | 1234 |",
+        "## Prediction of exit layers",
+        more.NO_GPU,
+    ):
+        assert piece in page
+    (tmp_path / "hash_table-nvidia.jsonl").write_text('{"kind": "hash_table", "device": "NVIDIA", "rate": 1.5}\n')
+    assert more.NO_GPU not in more.more_parts(tmp_path)
+
+
+def test_the_summary_gains_int8_where_it_was_measured(
+    rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = load("report")
+    assert report.int8_ratios("no such data") == (None, None)
+    fake_results(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.int8_ratios("toy") == (7.7, 3.3)

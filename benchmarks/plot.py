@@ -1,0 +1,128 @@
+"""Draw benchmarks/results/*.jsonl as PNG files beside them; measures nothing, draws what is there.
+
+python benchmarks/plot.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Line = dict[str, Any]
+Draw = Callable[[Figure, list[Line]], None]
+
+
+def main() -> None:
+    """Draw every figure that there are results for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for path in draw_all(args.results):
+        print(f"wrote {path.name}")
+
+
+def draw_all(results: Path) -> list[Path]:
+    """Draw the figures of a folder of results; returns the files written."""
+    written = []
+    for path in sorted(results.glob("throughput-*.jsonl")):
+        lines = read(path)
+        for kind, draw in (("throughput", draw_throughput), ("budget", draw_budgets), ("utilisation", draw_use)):
+            of_kind = [line for line in lines if line["kind"] == kind]
+            if of_kind:
+                name = path.stem if kind == "throughput" else f"{kind}-{path.stem.removeprefix('throughput-')}"
+                written.append(_save(results / f"{name}.png", draw, of_kind))
+    scaling = results / "scaling.jsonl"
+    if scaling.exists():
+        written.append(_save(results / "scaling.png", draw_scaling, read(scaling)))
+    return written
+
+
+def read(path: Path) -> list[Line]:
+    """Read a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _save(path: Path, draw: Draw, lines: list[Line]) -> Path:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    draw(figure, lines)
+    # Without the date in it, the same results give the same file.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return path
+
+
+def draw_throughput(figure: Figure, lines: list[Line]) -> None:
+    """Bars: throughput over that of Hugging Face's pipeline; the constant depths are left to the table."""
+    rows = sorted((line for line in lines if line["group"] != "constant"), key=lambda line: line["throughput"])
+    has_pipeline = all(row["over_pipeline"] is not None for row in rows)
+    values = [row["over_pipeline"] if has_pipeline else row["throughput"] for row in rows]
+    colours = ["tab:red" if row["group"] == "geep" else "tab:gray" for row in rows]
+    figure.set_figheight(1.5 + 0.32 * len(rows))
+    axes = figure.subplots()
+    bars = axes.barh([row["name"] for row in rows], values, color=colours)
+    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
+    axes.margins(x=0.1)
+    axes.set_xlabel("throughput over HF pipeline's" if has_pipeline else "texts per second")
+    axes.set_title(f"{rows[0]['data']}: raw text to label, {rows[0]['texts']} texts")
+
+
+def draw_budgets(figure: Figure, lines: list[Line]) -> None:
+    """Lines: share of the layers saved that became time, against the number of texts in a call."""
+    axes = figure.subplots()
+    for system, style, name in (("geep", "s-", "GEEP, packed"), ("fastbert", "D-", "FastBERT, shrinking batch")):
+        rows = sorted((line for line in lines if line["system"] == system), key=lambda line: line["texts_per_call"])
+        if rows and all(row["kept"] is not None for row in rows):
+            label = f"{name} ({rows[0]['layer_speedup']:.2f}x fewer layers)"
+            axes.plot([row["texts_per_call"] for row in rows], [row["kept"] for row in rows], style, label=label)
+    axes.axhline(1, color="tab:gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("texts a call")
+    axes.set_ylabel("measured speed-up / layer speed-up")
+    axes.set_title(f"{lines[0]['data']}: layers saved that became time, each against its own full depth")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def draw_use(figure: Figure, lines: list[Line]) -> None:
+    """Bars: operations a second of the full model over the machine's peak."""
+    rows = [line for line in lines if line["utilisation"] is not None]
+    axes = figure.subplots()
+    names = [f"{row['engine']}\n{row['tokens'][0]}-{row['tokens'][1]} tokens" for row in rows]
+    bars = axes.bar(names, [100 * row["utilisation"] for row in rows], color="tab:blue")
+    axes.bar_label(bars, fmt="%.0f %%")
+    axes.set_ylabel("% of the measured peak in matrix products")
+    axes.set_title(f"{lines[0]['data']}: full model, packed")
+
+
+def draw_scaling(figure: Figure, lines: list[Line]) -> None:
+    """Four panels: memory against texts, throughput against length, layers and labels."""
+    figure.set_size_inches(10, 7)
+    panels = figure.subplots(2, 2).ravel()
+    for axes, axis in zip(panels, ("texts", "length", "layers", "labels"), strict=True):
+        rows = sorted((line for line in lines if line["axis"] == axis), key=lambda line: line["value"])
+        for every_exit, name in ((False, "full model"), (True, "every exit asked")):
+            some = [row for row in rows if bool(row.get("every_exit")) == every_exit]
+            if not some:
+                continue
+            measured = "peak_mib" if axis == "texts" else "throughput"
+            label = None if axis == "texts" else name
+            axes.plot([row["value"] for row in some], [row[measured] for row in some], "o-", label=label)
+        axes.set_xlabel({"texts": "texts in the file", "length": "tokens a text"}.get(axis, axis))
+        axes.set_ylabel("peak memory, MiB" if axis == "texts" else "texts per second")
+        axes.set_ylim(bottom=0)
+        if axis in ("texts", "length"):
+            axes.set_xscale("log")
+        if axis == "labels" and axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        axes.grid(visible=True, alpha=0.3)
+
+
+if __name__ == "__main__":
+    main()

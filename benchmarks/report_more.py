@@ -1,0 +1,239 @@
+"""Sections of docs/results.md beyond the studies: throughput, scaling, hash table, prediction, GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tables import describe, of_kind, percent, read, table, times
+
+Line = dict[str, Any]
+
+NO_GPU = "Not yet measured on a GPU; `make bench-gpu` measures and writes this section."
+
+
+def more_parts(results: Path) -> list[str]:
+    """All sections that there are results for; the GPU section always, since its absence is a fact to be told."""
+    parts: list[str] = []
+    throughput = sorted(results.glob("throughput-*.jsonl"))
+    if throughput:
+        parts += ["## Throughput", THROUGHPUT_WORDS]
+        for path in throughput:
+            parts += throughput_part(results, path.stem.removeprefix("throughput-"), read(path))
+    scaling = results / "scaling.jsonl"
+    if scaling.exists():
+        parts += ["## How time and memory grow", *scaling_part(results, read(scaling))]
+    gpu = sorted(results.glob("gpu-*.jsonl"))
+    on_gpu = [path for path in sorted(results.glob("hash_table-*.jsonl")) if _is_gpu(path)]
+    for title, paths in (
+        ("Hash table", [path for path in sorted(results.glob("hash_table-*.jsonl")) if path not in on_gpu]),
+        ("Prediction of exit layers", sorted(results.glob("prediction*.jsonl"))),
+    ):
+        if paths:
+            parts += [f"## {title}", *(part for path in paths for part in plain_tables(read(path)))]
+    parts.append("## On a GPU")
+    parts += [part for path in (*gpu, *on_gpu) for part in plain_tables(read(path))] or [NO_GPU]
+    return parts
+
+
+THROUGHPUT_WORDS = (
+    "Printed by `benchmarks/throughput.py`: raw text to label ids, every rival in a process of its own at its best "
+    "batch size, interleaved rounds, the same texts and weights. Accuracy and agreement (with Hugging Face's float32 "
+    "model) are of the timed texts alone; the studies above have them for the whole test split. A dash: see the note "
+    "below the table, or not measured."
+)
+
+
+def _is_gpu(path: Path) -> bool:
+    names = {path.stem, *(str(line.get("device", "")) for line in read(path))}
+    return any(word in name.lower() for name in names for word in ("cuda", "nvidia"))
+
+
+def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
+    """One data set: rivals, budgets, where time goes, use of the machine, what was left out."""
+    about, runs = of_kind(lines, "about")[0], of_kind(lines, "throughput")
+    rows = [
+        [
+            run["name"] + (f", batch {run['batch_size']}" if run["batch_size"] else ""),
+            percent(run["accuracy"]),
+            percent(run["agreement"]),
+            times(run["layer_speedup"]),
+            f"{run['throughput']:.1f}",
+            f"{run['throughput_low']:.1f} – {run['throughput_high']:.1f}",
+            "–" if run["ids_throughput"] is None else f"{run['ids_throughput']:.1f}",
+            times(run["over_pipeline"]),
+            times(run["over_full"]),
+        ]
+        for run in runs
+    ]
+    header = [
+        "",
+        "accuracy, %",
+        "agreement, %",
+        "layer speed-up",
+        "texts/s",
+        "slowest – fastest round",
+        "texts/s from ids",
+        "over HF pipeline",
+        "over packed full",
+    ]
+    idle = max(about["idle_cpu"].values(), default=0.0)
+    parts = [
+        f"### {data}",
+        f"{about['texts']:,} test texts, median of {about['rounds']} rounds. Machine: {describe(about['machine'])}; "
+        f"load {about['load_before']:g} before the run; waiting rivals used at most {100 * idle:.0f} % of a core.",
+        table(header, rows),
+    ]
+    versions = {name: version for run in runs for name, version in run["versions"].items()}
+    notes = sorted(
+        {f"{run['name']}: no accuracy, since {run['not_comparable']}." for run in runs if run["not_comparable"]}
+    )
+    notes += [f"{line['name']} was left out: {line['why']}." for line in of_kind(lines, "failed")]
+    parts += notes
+    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".")
+    parts += _figure(results, f"throughput-{data}")
+    if budgets := of_kind(lines, "budget"):
+        parts += [
+            "Texts that come in calls of a size; each beside the full depth of its own kind (packed for GEEP, padded "
+            "in arrival order for FastBERT):",
+            table(
+                ["", "texts a call", "texts/s", "full depth, texts/s", "speed-up", "layer speed-up", "kept"],
+                [
+                    [
+                        {"geep": "GEEP", "fastbert": "FastBERT, shrinking batch"}[row["system"]],
+                        f"{row['texts_per_call']:,}",
+                        f"{row['throughput']:.1f}",
+                        f"{row['full_throughput']:.1f}",
+                        times(row["speedup"]),
+                        times(row["layer_speedup"]),
+                        "–" if row["kept"] is None else f"{row['kept']:.2f}",
+                    ]
+                    for row in budgets
+                ],
+            ),
+            *_figure(results, f"budget-{data}"),
+        ]
+    if shares := of_kind(lines, "parts"):
+        names = {"tokenise": "tokenise, %", "plan": "predict, %", "schedule": "schedule, %", "run": "run, %"}
+        parts += [
+            "Where the time of a call goes:",
+            table(
+                ["", *names.values()],
+                [
+                    [
+                        f"{row['engine']}, {'GEEP' if row['line'] == 'geep' else 'full model'}",
+                        *(percent(row["shares"][name]) for name in names),
+                    ]
+                    for row in shares
+                ],
+            ),
+        ]
+    if use := of_kind(lines, "utilisation"):
+        peaks = {line["dtype"]: max(line["gflops"].values()) for line in of_kind(lines, "peak")}
+        measured = ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in sorted(peaks.items()))
+        parts += [
+            f"Use of the machine by the full model, packed. Peak of matrix products in the same run, billions of "
+            f"operations a second: {measured}.",
+            table(
+                ["", "tokens a text", "texts/s", "useful GFLOP/s", "% of the peak"],
+                [
+                    [
+                        row["engine"],
+                        f"{row['tokens'][0]}–{row['tokens'][1]}",
+                        f"{row['throughput']:.1f}",
+                        f"{row['gflops']:.0f}",
+                        "–" if row["utilisation"] is None else f"{100 * row['utilisation']:.0f}",
+                    ]
+                    for row in use
+                ],
+            ),
+        ]
+    return parts
+
+
+def scaling_part(results: Path, lines: list[Line]) -> list[str]:
+    """Files of growing size, then the encoders of random weights."""
+    parts = [
+        f"Printed by `benchmarks/scaling.py`, each row in a fresh process. Machine: {describe(lines[0]['machine'])}."
+    ]
+    if rows := sorted(of_kind(lines, "scaling", axis="texts"), key=lambda row: row["value"]):
+        parts += [
+            "A file scored into another by a calibrated model:",
+            table(
+                ["texts", "texts/s", "mean layer", "memory after loading, MiB", "peak memory, MiB"],
+                [
+                    [
+                        f"{row['value']:,}",
+                        f"{row['throughput']:.0f}",
+                        f"{row['mean_exit_layer']:.2f}",
+                        _mib(row["loaded_mib"]),
+                        _mib(row["peak_mib"]),
+                    ]
+                    for row in rows
+                ],
+            ),
+        ]
+    for axis, words in (("length", "tokens a text"), ("layers", "layers"), ("labels", "labels")):
+        if rows := sorted(of_kind(lines, "scaling", axis=axis), key=lambda row: (row["every_exit"], row["value"])):
+            parts.append(
+                table(
+                    [words, "texts/s", "tokens/s", "peak memory, MiB"],
+                    [
+                        [
+                            f"{row['value']:,}" + (", every exit asked" if row["every_exit"] else ""),
+                            f"{row['throughput']:.1f}",
+                            f"{row['tokens_per_second']:.0f}",
+                            _mib(row["peak_mib"]),
+                        ]
+                        for row in rows
+                    ],
+                )
+            )
+    return parts + _figure(results, "scaling")
+
+
+def _mib(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _figure(results: Path, name: str) -> list[str]:
+    return [f"![{name}](../benchmarks/results/{name}.png)"] if (results / f"{name}.png").exists() else []
+
+
+def plain_tables(lines: Sequence[Line]) -> list[str]:
+    """A table for each kind of line: what all lines share is said once, above; nested values are left to the file."""
+    parts = []
+    for kind in dict.fromkeys(_kind(line) for line in lines):
+        rows = [_flat(line) for line in lines if _kind(line) == kind]
+        names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("kind", "step")]
+        same = [name for name in names if len(rows) > 1 and len({str(row.get(name)) for row in rows}) == 1]
+        varied = [name for name in names if name not in same]
+        shared = ", ".join(f"{_words(name)} {_cell(rows[0][name])}" for name in same)
+        parts.append(f"{_words(kind).capitalize()}" + (f" ({shared}):" if shared else ":"))
+        parts.append(
+            table([_words(name) for name in varied], [[_cell(row.get(name)) for name in varied] for row in rows])
+        )
+    return parts
+
+
+def _kind(line: Line) -> str:
+    return line["kind"] if "kind" in line else line["step"]
+
+
+def _flat(line: Line) -> Line:
+    """Fields with one value, those of the machine among them."""
+    fields = {**line, **line["machine"]} if isinstance(line.get("machine"), dict) else line
+    return {name: value for name, value in fields.items() if not isinstance(value, dict | list)}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
