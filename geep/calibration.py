@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from geep.backends import TokenBatch
+from geep.backends import PackedBackend, TokenBatch
+from geep.backends.int8 import observe
+from geep.backends.packed_layer import packed_layers
 from geep.data import Split
-from geep.engine import Engine, ExitSettings
+from geep.engine import RANGES_FILE, Engine, ExitSettings
 from geep.exits import (
-    CRITERIA,
+    AGREEMENT,
+    AgreementScore,
     Calibration,
     ExitProfile,
     OnMiss,
@@ -31,16 +35,18 @@ from geep.exits import (
     calibrate,
     check_enough,
     fit_temperature,
+    follow,
     profile_exits,
     try_speed,
 )
-from geep.predictor import PREDICTORS, ExitPredictor
+from geep.predictor import PREDICTORS, ExitPredictor, Lexical
+from geep.scheduler import CostModel, expected_seconds, schedule, thin_out
 
 Integers = NDArray[np.int64]
 Report = Callable[[str, float], None]
 
-# Speeds for which the table holds counts; a run takes the nearest.
-TABLE_SPEEDS: tuple[float, ...] = (0.02, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+# Speeds for which the table holds counts; a run takes the nearest. Dense where probabilities of disagreement live.
+TABLE_SPEEDS: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 
 # Speeds that `keep_promise` walks, fixed before any text is seen: dense where well-trained exits live, near 0.
 TRIAL_SPEEDS: tuple[float, ...] = tuple(
@@ -59,37 +65,28 @@ class ExitRun:
         batch: The texts' tokens.
         exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
         labels: Label ids, or 0/1 for multi-label; None where unknown.
+        reference: Logits of the float32 full model where the engine is quantised, (num_texts, num_labels).
     """
 
     batch: TokenBatch
     exit_logits: Tensor
     labels: Tensor | None
+    reference: Tensor | None = None
 
     @classmethod
     def of(cls, engine: Engine, split: Split, report: Callable[[float], None] = lambda _: None) -> ExitRun:
         """Run the exits of an engine over texts."""
         batch = engine.tokenize(split.inputs).batch
         labels = None if split.labels is None else torch.from_numpy(split.labels)
-        return cls(batch, engine.exit_logits(batch, report=report), labels)
+        reference = None
+        if engine.dtype == "int8":
+            reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
+        return cls(batch, engine.exit_logits(batch, report=report), labels, reference)
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
         """Token ids and lengths as the predictor takes them."""
         return torch.from_numpy(self.batch.input_ids), torch.from_numpy(self.batch.lengths)
-
-    def trials(self, engine: Engine, settings: ExitSettings, promise: Promise) -> list[TrialPoint]:
-        """Hold every one of `TRIAL_SPEEDS` against a promise."""
-        profile = full_profile(engine, self, settings)
-        return [
-            try_speed(
-                profile,
-                planned_columns(engine, self.batch, replace(settings, speed=speed)),
-                promise,
-                speed=speed,
-                on_miss=settings.on_miss,
-            )
-            for speed in TRIAL_SPEEDS
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +128,11 @@ class ProfileResult:
 
 def profile(
     engine: Engine,
-    train: Split,
-    heldout: Split,
+    train: Split | ExitRun,
+    heldout: Split | ExitRun,
     *,
     kind: str | None = None,
-    criterion: str | None = None,
+    criterion: str = AGREEMENT,
     ngram_order: int = 2,
     report: Report = lambda _what, _share: None,
 ) -> ProfileResult:
@@ -143,49 +140,45 @@ def profile(
 
     Args:
         engine: Engine of a trained model; its table and settings are replaced.
-        train: Texts that fill the table and teach the lexical exit (its labels, if there).
-        heldout: Texts the model was not trained on: temperatures, criterion and levels come from them.
+        train: Texts that fill the table and teach the lexical exit (its labels, if there), or their run.
+        heldout: Texts the model was not trained on, or their run: temperatures, agreement scores and levels come from
+            them.
         kind: Row of `PREDICTORS`; None: the one whose scores rank the held-out texts best.
-        criterion: Row of `CRITERIA`; None: the one that saves most layers at equal agreement.
+        criterion: "agreement", or a row of `CRITERIA`.
         ngram_order: Longest n-gram of the table's keys.
         report: Told what is being done, and the share of it that is done.
 
     Raises:
-        ValueError: If either split is empty.
+        ValueError: If either split is empty, the criterion is unknown, or a quantised engine answers otherwise than
+            its float32 model too often.
     """
     if len(engine.depths) < 2:
         raise ValueError(
             "The model has no exits, so there is nothing to profile; train it with a recipe that has some."
         )
-    for name, split in (("training", train), ("held-out", heldout)):
-        if not len(split):
+    for name, texts in (("training", train), ("held-out", heldout)):
+        if not len(texts.batch if isinstance(texts, ExitRun) else texts):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
-    held = ExitRun.of(engine, heldout, partial(report, "all exits, held-out texts"))
-    seen = ExitRun.of(engine, train, partial(report, "all exits, training texts"))
+    ExitSettings(criterion=criterion)  # refuses an unknown one before any work is done
+    held, seen = heldout, train
+    if isinstance(held, Split):
+        held = ExitRun.of(engine, held, partial(report, "all exits, held-out texts"))
+    _check_quantised(held, multi_label=engine.multi_label)
+    if isinstance(seen, Split):
+        seen = ExitRun.of(engine, seen, partial(report, "all exits, training texts"))
     depths, many = engine.depths, engine.multi_label
 
     report("temperatures, criterion, exit table", 0.0)
-    target = answer_of(held.exit_logits[-1], multi_label=many) if held.labels is None else held.labels
-    temperatures = [fit_temperature(logits, target, multi_label=many) for logits in held.exit_logits]
-
-    def profiles(logits: Tensor, name: str) -> ExitProfile:
-        return profile_exits(logits, depths, criterion=name, temperatures=temperatures, multi_label=many)
-
-    if criterion is None:
-        criterion = min(CRITERIA, key=lambda name: _layers_at_equal_agreement(profiles(held.exit_logits, name)))
-    held_profile, train_profile = profiles(held.exit_logits, criterion), profiles(seen.exit_logits, criterion)
-    held_exits, train_exits = _exit_grid(held_profile), _exit_grid(train_profile)
-
-    tried = [kind] if kind is not None else list(PREDICTORS)
     config = engine.model.encoder.config
-    fitted = {
-        name: ExitPredictor.fit(
+
+    def fit(name: str, exits: list[Tensor], lexical: Lexical | None) -> ExitPredictor:
+        return ExitPredictor.fit(
             name,
             *seen.flat,
-            train_exits,
+            exits[0],
             seen.labels,
             *held.flat,
-            held_exits,
+            exits[1],
             depths=depths,
             speeds=TABLE_SPEEDS,
             num_labels=len(engine.label_names),
@@ -193,32 +186,118 @@ def profile(
             special_ids=sorted(set(engine.tokenizer.all_special_ids)),
             multi_label=many,
             ngram_order=ngram_order,
+            lexical=lexical,
         )
-        for name in tried
-    }
+
+    # The lexical exit does not depend on where the exits are, but they on it: the criterion reads its logits.
+    nowhere = [torch.zeros(len(run.batch), len(TABLE_SPEEDS), dtype=torch.int64) for run in (seen, held)]
+    draft = fit(next(iter(PREDICTORS)), nowhere, None)
+    settings = _fit_settings(engine.replace(predictor=draft, settings=ExitSettings()), held, criterion)
+    drafted = engine.replace(predictor=draft, settings=settings)
+    seen_profile, held_profile = (full_profile(drafted, run, settings).from_depth(1) for run in (seen, held))
+    exits = [_exit_grid(seen_profile), _exit_grid(held_profile)]
+    fitted = {name: fit(name, exits, draft.lexical) for name in ([kind] if kind is not None else PREDICTORS)}
     quality = {
         name: [predictor_quality(held_profile, held.batch, predictor, speed) for speed in TABLE_SPEEDS]
         for name, predictor in fitted.items()
     }
     best = max(fitted, key=lambda name: float(np.mean([row.rank_correlation for row in quality[name]])))
-    predictor = fitted[best]
-    by_depth = dict(zip(depths, temperatures, strict=True))
-    lexical = predictor.predict(*held.flat, speed=0.5).lexical_logits
-    if lexical is not None:
-        by_depth[0] = fit_temperature(lexical, target, multi_label=many)
     table_layers = np.asarray(depths)
     report("temperatures, criterion, exit table", 1.0)
     return ProfileResult(
-        engine=engine.replace(
-            predictor=predictor, settings=ExitSettings(criterion=criterion, temperatures=by_depth, speed=0.0)
-        ),
+        engine=engine.replace(predictor=fitted[best], settings=settings),
         quality=tuple(row for rows in quality.values() for row in rows),
         heldout=held,
         mean_exit_layers=tuple(
             (speed, float(table_layers[known].mean()), float(table_layers[fresh].mean()))
-            for speed, known, fresh in zip(TABLE_SPEEDS, train_exits.T.numpy(), held_exits.T.numpy(), strict=True)
+            for speed, known, fresh in zip(TABLE_SPEEDS, *(part.T.numpy() for part in exits), strict=True)
         ),
     )
+
+
+# A quantised model that is further off than this, before any exit, is broken rather than a little less accurate.
+MAX_QUANTISED_DROP = 0.01
+MAX_QUANTISED_DISAGREEMENT = 0.05
+
+# Texts on which activations are observed; their ranges hardly move beyond a few hundred.
+_OBSERVED_TEXTS = 1024
+
+
+def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) -> Engine:
+    """Return the int8 engine of a float32 one on the packed backend, without table.
+
+    Args:
+        engine: Engine whose weights are float32.
+        texts: Texts on which the ranges of the activations are observed; the first thousand are taken.
+        folder: The model's folder, where the ranges are kept for `Engine.from_pretrained`; None: nowhere.
+
+    Raises:
+        ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
+    """
+    batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
+    plain, packed = packed_layers(engine.model), PackedBackend.build(engine.model, dtype="float32")
+    everyone = np.full(len(batch), engine.depths[-1])
+    with torch.inference_mode():
+        cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.max_batch_tokens)
+        starts = (packed.start(batch.select(cut.indices)) for cut in cuts)
+        ranges = observe(plain, ((live.hidden, live.runs) for live in starts))
+    quantised = Engine(
+        engine.model,
+        engine.tokenizer,
+        config=replace(engine.config, backend="packed", dtype="int8"),
+        identity=engine.identity,
+        ranges=ranges,
+    )
+    if folder is not None:
+        ranges.save(Path(folder) / RANGES_FILE, fingerprint=engine.identity)
+    return quantised
+
+
+def _check_quantised(run: ExitRun, *, multi_label: bool) -> None:
+    """Refuse a quantised engine that is far from its float32 model with all layers run."""
+    if run.reference is None:
+        return
+    every = profile_exits(
+        run.exit_logits[-1:], [1], labels=run.labels, reference=run.reference, multi_label=multi_label
+    )
+    if every.correct is not None and every.reference_correct is not None:
+        lost, most = float(every.reference_correct.mean() - every.correct.mean()), MAX_QUANTISED_DROP
+        what = "points of accuracy"
+    else:
+        lost, most = float((~every.agrees).mean()), MAX_QUANTISED_DISAGREEMENT
+        what = "% of the answers"
+    if lost > most:
+        raise ValueError(
+            f"int8 loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all layers "
+            f"run, expected at most {100 * most:g}; use float32 or bfloat16."
+        )
+
+
+def _fit_settings(engine: Engine, run: ExitRun, criterion: str) -> ExitSettings:
+    """Temperatures of all depths, and agreement scores if they are the criterion, from held-out texts."""
+    depths, logits = _all_logits(engine, run)
+    target = answer_of(logits[-1], multi_label=engine.multi_label) if run.labels is None else run.labels
+    return ExitSettings(
+        criterion=criterion,
+        temperatures={
+            depth: fit_temperature(each, target, multi_label=engine.multi_label)
+            for depth, each in zip(depths, logits, strict=True)
+        },
+        agreement=fit_agreement(engine, run) if criterion == AGREEMENT else {},
+    )
+
+
+def fit_agreement(engine: Engine, run: ExitRun) -> dict[int, AgreementScore]:
+    """Learn the criterion "agreement" for every exit, and the lexical one, on texts the model was not trained on."""
+    depths, logits = _all_logits(engine, run)
+    agrees = full_profile(engine, run, ExitSettings()).agrees
+    lexical = logits[0] if depths[0] == 0 else None
+    return {
+        depth: AgreementScore.fit(
+            logits[column], None if depth == 0 else lexical, agrees[:, column], multi_label=engine.multi_label
+        )
+        for column, depth in enumerate(depths[:-1])
+    }
 
 
 def predictor_quality(
@@ -256,26 +335,30 @@ class PromiseResult:
 def keep_promise(
     engine: Engine,
     tuning: Split | ExitRun,
-    fresh: Split,
+    fresh: Split | ExitRun,
     promise: Promise,
     *,
     on_miss: OnMiss = "continue",
     lexical_exit: bool | None = None,
+    cost: CostModel | None = None,
     report: Report = lambda _what, _share: None,
 ) -> PromiseResult:
     """Set the engine to the highest speed that keeps a promise.
 
-    The lexical exit, the quantile and the order of the speeds are chosen on the `tuning` texts (the profile's held-out
-    ones will do); the speed is certified on the `fresh` ones, which nothing was fitted or chosen on.
+    Lexical exit, quantile, the layers asked and the order of the speeds are chosen on the `tuning` texts
+    (the profile's held-out ones will do); the speed is certified on the `fresh` ones, which nothing was fitted or
+    chosen on.
 
     Args:
         engine: Engine with a table (see `profile`), or without: then every exit is asked.
         tuning: Texts to choose settings on, or their run.
-        fresh: Texts to certify on.
+        fresh: Texts to certify on, or their run.
         promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
             tuning texts, each at half of its error probability; the faster result is kept.
         on_miss: The rule to calibrate for.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
+        cost: What a run takes on this machine: settings are chosen for the least time, and where a check costs time
+            only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
         report: Told what is being done, and the share of it that is done.
 
     Raises:
@@ -284,23 +367,18 @@ def keep_promise(
     """
     # Two walks share the error probability, so that the better of their results still keeps the promise.
     each = promise.halved()
-    check_enough(len(fresh), each)
+    check_enough(len(fresh.batch if isinstance(fresh, ExitRun) else fresh), each)
     if isinstance(tuning, Split):
         tuning = ExitRun.of(engine, tuning, partial(report, "all exits, texts to choose settings on"))
-    certified_on = ExitRun.of(engine, fresh, partial(report, "all exits, texts to certify the promise on"))
-    base = replace(engine.settings, on_miss=on_miss, lexical_exit=False)
-    settings = [base]
-    if engine.predictor is not None:
-        has_lexical = engine.predictor.num_labels is not None and lexical_exit is not False
-        switches = [True] if has_lexical and lexical_exit else [False, True] if has_lexical else [False]
-        settings = [
-            replace(base, quantile=quantile, lexical_exit=lexical)
-            for quantile in TRIAL_QUANTILES
-            for lexical in switches
-        ]
-    trials = {number: tuning.trials(engine, each, promise) for number, each in enumerate(settings)}
-    best = min(trials, key=lambda number: _fewest_layers(trials[number], promise))
-    chosen = settings[best]
+    certified_on = fresh
+    if isinstance(certified_on, Split):
+        certified_on = ExitRun.of(engine, certified_on, partial(report, "all exits, texts to certify the promise on"))
+    base = replace(engine.settings, on_miss=on_miss, lexical_exit=False, check_layers=None)
+    weighed = [_weigh(engine, tuning, each, promise, cost) for each in _choices(engine, base, lexical_exit)]
+    best = min(weighed, key=lambda choice: choice.least)
+    if cost is not None and on_miss == "continue":
+        best = _with_fewer_checks(engine, tuning, best, promise, cost)
+    chosen = best.settings
     profile_of_fresh = full_profile(engine, certified_on, chosen)
     walks = [
         calibrate(
@@ -310,16 +388,91 @@ def keep_promise(
             on_miss=on_miss,
             speeds=speeds,
         )
-        for speeds in (TRIAL_SPEEDS, _from_safest(trials[best]))
+        for speeds in (TRIAL_SPEEDS, _from_safest(best.trials))
     ]
     result = max(walks, key=lambda walk: walk.speed)
     kept = replace(chosen, speed=result.speed, certified_on=engine.deployed_as)
     return PromiseResult(engine.replace(settings=kept), result, promise)
 
 
-def _fewest_layers(trials: Sequence[TrialPoint], promise: Promise) -> float:
-    """Fewest mean layers whose observed risk stays within the promise."""
-    return min((trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed), default=float("inf"))
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Settings that were weighed on the tuning texts: every speed's trial and plan, and the least that they take."""
+
+    settings: ExitSettings
+    plans: tuple[Integers, ...]
+    trials: tuple[TrialPoint, ...]
+    least: float
+
+
+def _choices(engine: Engine, base: ExitSettings, lexical_exit: bool | None) -> list[ExitSettings]:
+    """Settings worth weighing."""
+    quantiles, switches = [base.quantile], [False]
+    if engine.predictor is not None:
+        quantiles = list(TRIAL_QUANTILES)
+        if engine.predictor.num_labels is not None and lexical_exit is not False:
+            switches = [True] if lexical_exit else [False, True]
+    return [replace(base, quantile=quantile, lexical_exit=lexical) for quantile in quantiles for lexical in switches]
+
+
+def _weigh(
+    engine: Engine,
+    run: ExitRun,
+    settings: ExitSettings,
+    promise: Promise,
+    cost: CostModel | None,
+    plans: tuple[Integers, ...] | None = None,
+) -> _Choice:
+    """Try every speed; the least is over those whose observed risk stays within the promise."""
+    profile = full_profile(engine, run, settings)
+    if plans is None:
+        plans = tuple(planned_columns(engine, run.batch, replace(settings, speed=speed)) for speed in TRIAL_SPEEDS)
+    trials = tuple(
+        try_speed(profile, plan, promise, speed=speed, on_miss=settings.on_miss)
+        for speed, plan in zip(TRIAL_SPEEDS, plans, strict=True)
+    )
+    # Where the tuning texts could certify a speed, the fresh ones, about as many, probably can; what merely looks good
+    # would be chosen for its luck. Too few tuning texts certify nothing: then what looks good has to do.
+    kept = [pair for pair in zip(trials, plans, strict=True) if pair[0].passed]
+    kept = kept or [pair for pair in zip(trials, plans, strict=True) if pair[0].risk <= promise.allowed]
+    if cost is None:
+        least = min((trial.mean_exit_layer for trial, _ in kept), default=np.inf)
+    else:
+        seconds = (_seconds(engine, run, profile, plan, trial, settings, cost) for trial, plan in kept)
+        least = min(seconds, default=np.inf)
+    return _Choice(settings, plans, trials, float(least))
+
+
+def _seconds(
+    engine: Engine,
+    run: ExitRun,
+    profile: ExitProfile,
+    plan: Integers,
+    trial: TrialPoint,
+    settings: ExitSettings,
+    cost: CostModel,
+) -> float:
+    depths = np.asarray(profile.depths)
+    column = follow(profile, plan, speed=trial.speed, on_miss=settings.on_miss)
+    return expected_seconds(
+        depths[plan],
+        depths[column],
+        run.batch.lengths,
+        settings.asked_layers(engine.depths).tolist(),
+        cost,
+        max_batch_tokens=engine.max_batch_tokens,
+        window_tokens=engine.config.window_tokens,
+    )
+
+
+def _with_fewer_checks(engine: Engine, run: ExitRun, choice: _Choice, promise: Promise, cost: CostModel) -> _Choice:
+    """Leave out the exits that cost more time than they save."""
+
+    def weighed(layers: tuple[int, ...]) -> _Choice:
+        # A plan is the first layer at which a text may be asked: fewer checks do not change it.
+        return _weigh(engine, run, replace(choice.settings, check_layers=layers), promise, cost, choice.plans)
+
+    return weighed(thin_out(engine.depths[:-1], lambda layers: weighed(layers).least))
 
 
 def _from_safest(trials: Sequence[TrialPoint]) -> list[float]:
@@ -333,22 +486,35 @@ def _from_safest(trials: Sequence[TrialPoint]) -> list[float]:
     return [trial.speed for trial in trials[safest:]]
 
 
-def full_profile(engine: Engine, run: ExitRun, settings: ExitSettings) -> ExitProfile:
-    """Profile of all exits, with the lexical exit as column 0 where the engine's table has one."""
-    depths, logits = engine.depths, run.exit_logits
+def _all_logits(engine: Engine, run: ExitRun) -> tuple[tuple[int, ...], Tensor]:
+    """Depths and logits of all exits, with the lexical exit in front where the engine's table has one."""
     lexical = None
     if engine.predictor is not None:
         lexical = engine.predictor.predict(*run.flat, speed=0.5).lexical_logits
-    if lexical is not None:
-        depths, logits = (0, *depths), torch.cat([lexical[None].float(), logits])
-    return profile_exits(
+    if lexical is None:
+        return engine.depths, run.exit_logits
+    return (0, *engine.depths), torch.cat([lexical[None].float(), run.exit_logits])
+
+
+def full_profile(engine: Engine, run: ExitRun, settings: ExitSettings) -> ExitProfile:
+    """Profile of all exits, with the lexical exit as column 0 where the engine's table has one.
+
+    An exit that the settings do not ask has uncertainty 1: it is never certain enough.
+    """
+    depths, logits = _all_logits(engine, run)
+    profile = profile_exits(
         logits,
         depths,
         criterion=settings.criterion,
         temperatures=[settings.temperature(depth) for depth in depths],
+        agreement=[settings.agreement[depth] for depth in depths[:-1]] if settings.criterion == AGREEMENT else None,
         labels=run.labels,
+        reference=run.reference,
         multi_label=engine.multi_label,
     )
+    silent = ~np.isin(depths, [0, *settings.asked_layers(engine.depths)])
+    profile.uncertainty[:, silent] = 1.0
+    return profile
 
 
 def planned_columns(engine: Engine, batch: TokenBatch, settings: ExitSettings) -> Integers:
@@ -361,13 +527,3 @@ def planned_columns(engine: Engine, batch: TokenBatch, settings: ExitSettings) -
 def _exit_grid(profile: ExitProfile) -> Tensor:
     """Column of each text's exit at each of `TABLE_SPEEDS`, (num_texts, num_speeds)."""
     return torch.from_numpy(np.stack([profile.exit_indices(speed) for speed in TABLE_SPEEDS], axis=1))
-
-
-def _layers_at_equal_agreement(profile: ExitProfile, levels: Sequence[float] = (0.98, 0.99, 0.995)) -> float:
-    """Mean exit layer at the highest speeds that still agree with the full model this often; lower is better."""
-    speeds = np.unique(np.quantile(profile.uncertainty[:, :-1], np.linspace(0, 1, 200)))
-    rows, depths = np.arange(len(profile)), np.asarray(profile.depths)
-    columns = [profile.exit_indices(float(speed)) for speed in speeds]
-    agreement = np.array([profile.agrees[rows, column].mean() for column in columns])
-    layers = np.array([depths[column].mean() for column in columns])
-    return float(np.mean([layers[agreement >= level].min(initial=depths[-1]) for level in levels]))

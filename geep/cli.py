@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from geep._version import __version__
-from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile
+from geep.calibration import ProfileResult, PromiseResult, keep_promise, profile, quantise
 from geep.data import (
     DATASETS,
     ENCODERS,
@@ -43,7 +43,7 @@ from geep.data import (
 )
 from geep.engine import Engine, EngineConfig, ExitSettings, load_model
 from geep.evaluation import EvaluationReport, draw, evaluate, headline
-from geep.exits import OnMiss, Promise, TooFewTextsError
+from geep.exits import AGREEMENT, OnMiss, Promise, TooFewTextsError
 from geep.modeling import HEADS, GeepForSequenceClassification
 from geep.predictor import PREDICTORS
 from geep.scoring import score_file
@@ -82,8 +82,10 @@ Speed = Annotated[
     typer.Option(help="Exit once uncertainty is below this, 0 (full model) to 1. Default: the calibrated speed."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: by device.")]
-Backend_ = Annotated[str | None, typer.Option("--backend", help="packed or padded. Default: by encoder family.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or, on CPUs, int8. Default: by device.")]
+Backend_ = Annotated[
+    str | None, typer.Option("--backend", help="packed, padded, onnx or cuda. Default: by encoder and device.")
+]
 MaxDrop = Annotated[
     float | None, typer.Option(help="Promise: accuracy lost against the full model, at most, in points (0.5).")
 ]
@@ -179,7 +181,7 @@ def train_command(
         summary: dict[str, Any] = {"output": str(output), **result}
         if calibrate and RECIPES[recipe].has_exits:
             engine = Engine.from_pretrained(output, device=device)
-            found = _profile(console, engine, parts, output, None, None)
+            found = _profile(console, engine, parts, output, None, AGREEMENT)
             summary["profile"] = _profile_summary(found)
             summary["calibration"] = _try_calibrate(console, found, parts, output, max_drop)
         _finish(console, summary, as_json)
@@ -259,8 +261,8 @@ def profile_command(
         str | None, typer.Option(help=f"{' or '.join(PREDICTORS)}. Default: what ranks held-out texts best.")
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option(help="entropy, confidence or margin. Default: what saves most layers.")
-    ] = None,
+        str, typer.Option(help="agreement (learned, needs fewest layers), entropy, confidence or margin.")
+    ] = AGREEMENT,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend_ = None,
@@ -277,14 +279,17 @@ def profile_command(
     """
     with _errors(as_json):
         console = _console(as_json)
-        engine = _bare_engine(model, device, dtype, backend)
         parts = _DataPlan.of(model).parts()
+        if dtype == "int8" and backend in (None, "packed"):
+            engine = quantise(_bare_engine(model, device, "float32", "packed"), parts.train, folder=model)
+        else:
+            engine = _bare_engine(model, device, dtype, backend)
         found = _profile(console, engine, parts, Path(model), predictor, criterion)
         _finish(console, _profile_summary(found), as_json)
 
 
 def _profile(
-    console: Console, engine: Engine, parts: Parts, folder: Path, predictor: str | None, criterion: str | None
+    console: Console, engine: Engine, parts: Parts, folder: Path, predictor: str | None, criterion: str
 ) -> ProfileResult:
     with _bars(console) as report:
         found = profile(engine, parts.train, parts.profile, kind=predictor, criterion=criterion, report=report)
@@ -332,6 +337,9 @@ def calibrate_command(
     lexical: Annotated[
         bool | None, typer.Option("--lexical/--no-lexical", help="Answers by the table alone. Default: if they pay.")
     ] = None,
+    by_time: Annotated[
+        bool, typer.Option("--by-time", help="Choose settings by time on this CPU, not by layers; may ask fewer exits.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend_ = None,
@@ -361,6 +369,7 @@ def calibrate_command(
                 promise,
                 on_miss=_on_miss(on_miss),
                 lexical_exit=lexical,
+                cost=engine.cost if by_time else None,
                 report=report,
             )
         summary = _calibration_summary(result)
@@ -409,6 +418,7 @@ def _calibration_summary(result: PromiseResult) -> dict[str, Any]:
         "speed": settings.speed,
         "on_miss": settings.on_miss,
         "quantile": settings.quantile,
+        "check_layers": settings.check_layers,
         "lexical_exit": settings.lexical_exit,
         "criterion": settings.criterion,
         "promise": asdict(result.promise),
@@ -697,7 +707,7 @@ def demo_command(
         if not _is_calibrated(output):
             engine = Engine.from_pretrained(output)
             console.rule("3. profile: exit table, temperatures, criterion")
-            found = _profile(console, engine, parts, output, None, None)
+            found = _profile(console, engine, parts, output, None, AGREEMENT)
             console.rule("4. calibrate: lose at most 1 point, 95 % sure")
             _try_calibrate(console, found, parts, output, 1.0)
         engine = Engine.from_pretrained(output)

@@ -489,6 +489,16 @@ class Split:
             labels=None if self.labels is None else self.labels[index],
         )
 
+    def join(self, other: Split) -> Split:
+        """Return these rows and those of a split with the same columns after them."""
+        pairs, more_pairs = self.text_pairs, other.text_pairs
+        labels, more_labels = self.labels, other.labels
+        return Split(
+            texts=self.texts + other.texts,
+            text_pairs=None if pairs is None or more_pairs is None else pairs + more_pairs,
+            labels=None if labels is None or more_labels is None else np.concatenate([labels, more_labels]),
+        )
+
     @property
     def inputs(self) -> list[str] | list[tuple[str, str]]:
         """The texts as an engine takes them: strings, or pairs of strings."""
@@ -1028,17 +1038,18 @@ class Parts:
 
 
 def divide(
-    dataset: Dataset, *, fraction: float = 0.2, max_heldout: int = 4000, max_train: int | None = None, seed: int = 0
+    dataset: Dataset, *, fraction: float = 0.2, max_heldout: int = 8000, max_train: int | None = None, seed: int = 0
 ) -> Parts:
     """Decide which rows of a data set are learned from, profiled and calibrated on; the test rows are not touched.
 
-    The held-out rows are the development split where there is one, else a share of the training rows. The same data
+    The held-out rows are the development split where there is one, else a share of the training rows. Training rows
+    that `max_train` leaves out join them: promises are the tighter, the more rows they are certified on. The same data
     set and arguments always give the same parts.
 
     Args:
         dataset: The data set.
         fraction: Share of the training rows held out where there is no development split.
-        max_heldout: Limit on them.
+        max_heldout: Limit on the rows held out.
         max_train: Limit on the rows learned from, drawn after holding out. None: all.
         seed: Seed of the cuts.
     """
@@ -1047,8 +1058,14 @@ def divide(
     else:
         cut = holdout(dataset.train, fraction, seed=seed, max_rows=max_heldout)
         rest, held = cut.rest, cut.held
+    train = rest
+    if max_train is not None and max_train < len(rest):
+        train = _subset(rest, max_train, seed)
+        if (held.labels is None) == (rest.labels is None):
+            spare = np.random.default_rng(seed).permutation(len(rest))[max_train:]  # what `_subset` leaves
+            held = held.join(rest.select(spare[: max(max_heldout - len(held), 0)]))
     parts = halves(held, seed=seed)
-    return Parts(rest if max_train is None else _subset(rest, max_train, seed), parts.profile, parts.calibration)
+    return Parts(train, parts.profile, parts.calibration)
 
 
 def halves(split: Split, *, seed: int = 0) -> Halves:

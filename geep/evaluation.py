@@ -28,7 +28,7 @@ from geep.backends import BACKENDS, Backend, TokenBatch
 from geep.calibration import ExitRun, PredictorQuality, full_profile, layer_quality, planned_columns, predictor_quality
 from geep.data import Split
 from geep.engine import Engine, RunResult
-from geep.exits import ExitProfile, follow
+from geep.exits import AGREEMENT, ExitProfile, follow
 
 Integers = NDArray[np.int64]
 Report = Callable[[str, float], None]
@@ -451,12 +451,13 @@ class _ShrinkingBatch:
 
     @classmethod
     def of(cls, engine: Engine) -> _ShrinkingBatch:
-        return cls(engine, BACKENDS["padded"].build(engine.model))
+        return cls(engine, BACKENDS["padded"].build(engine.model, dtype=str(engine.model.dtype).removeprefix("torch.")))
 
     def __call__(self, texts: Sequence[Any], batch_size: int) -> Tensor:
         engine, backend, settings = self.engine, self.backend, self.engine.settings
         batch = engine.tokenize(texts).batch
         out = torch.empty(len(texts), len(engine.label_names))
+        guess = engine.plan(batch, settings=settings).lexical_logits if settings.criterion == AGREEMENT else None
         with torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(texts)))
@@ -466,9 +467,11 @@ class _ShrinkingBatch:
                     if layer not in engine.depths:
                         continue
                     logits = backend.exit_logits(live, layer, 0, len(rows)).float().cpu()
-                    sure = engine.uncertainty(logits, layer, settings).numpy() < settings.speed
                     if layer == engine.depths[-1]:
-                        sure[:] = True
+                        sure = np.ones(len(rows), dtype=bool)
+                    else:
+                        lexical = None if guess is None else guess[torch.from_numpy(rows)]
+                        sure = engine.uncertainty(logits, layer, settings, lexical).numpy() < settings.speed
                     out[torch.from_numpy(rows[sure])] = logits[torch.from_numpy(sure)]
                     rows = rows[~sure]
                     if not len(rows):
@@ -490,7 +493,7 @@ def machine(engine: Engine) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "dtype": engine.dtype,
         "torch": torch.__version__,
     }
 

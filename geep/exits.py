@@ -1,21 +1,24 @@
 """When an exit's answer is certain enough: criteria, profiles of what every exit would say, and calibrated promises.
 
-Read in this order: `CRITERIA` (logits -> uncertainty), `ExitProfile` (texts x exits), `follow` (which exit answers),
-`calibrate` (which threshold keeps a promise). All of it is arithmetic on logits that were computed elsewhere; the room
-knows nothing of batches, tokens or backends.
+Read in this order: `CRITERIA` (logits -> uncertainty), `AgreementScore` (the learned one), `ExitProfile` (texts x
+exits), `follow` (which exit answers), `calibrate` (which threshold keeps a promise). All of it is arithmetic on logits
+that were computed elsewhere; the room knows nothing of batches, tokens or backends.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.stats import beta, binom
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,6 +92,84 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False
     return 2 / (low + high)
 
 
+AGREEMENT = "agreement"
+"""Name of the criterion that is learned (`AgreementScore`) and therefore no row of `CRITERIA`."""
+
+# Margins beyond this say no more; the lexical logits of labels that no training text had are this far off.
+_MARGIN_LIMIT = 12.0
+
+# scikit-learn's C on standardised margins: exits near the top disagree on a handful of texts only.
+_INVERSE_PENALTY = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementScore:
+    """How likely an exit's answer is the full model's: logistic(bias + own * margin + table * lexical margin).
+
+    The margin is what the exit's answer is ahead of its best rival by, in logits; the lexical margin is what the exit
+    table's guess says of the same answer against its best rival, below 0 where the table would answer otherwise.
+    Probabilities calibrated on labels (temperatures) answer another question: near the last layer an exit that is
+    unsure of the label still agrees with the full model, so one threshold on them keeps texts far too long.
+
+    Attributes:
+        bias: Log-odds of agreement at margins of 0.
+        own: Weight of the exit's margin.
+        table: Weight of the lexical margin; 0 for the lexical exit itself.
+    """
+
+    bias: float
+    own: float
+    table: float
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in astuple(self)):
+            raise ValueError(f"Weights of an agreement score must be finite, got {astuple(self)}.")
+
+    @classmethod
+    def fit(cls, logits: Tensor, lexical: Tensor | None, agrees: Flags, *, multi_label: bool = False) -> AgreementScore:
+        """Fit the weights on texts that the model was not trained on.
+
+        Args:
+            logits: Of the exit, (num_texts, num_labels).
+            lexical: The table's logits of the same texts; None where there is no table or the exit is the table.
+            agrees: Whether the exit's answer is the full model's, (num_texts,).
+            multi_label: Whether several labels may hold at once.
+        """
+        features = torch.stack(_margins(logits, lexical, multi_label=multi_label), dim=-1).double().numpy()
+        differing = int((~agrees).sum())
+        if differing in (0, len(agrees)):
+            # Nothing to tell apart: the smoothed share, whatever the margins.
+            return cls(math.log((len(agrees) - differing + 1) / (differing + 1)), 0.0, 0.0)
+        mean, scale = features.mean(0), features.std(0)
+        scale[scale == 0] = 1.0
+        model = LogisticRegression(C=_INVERSE_PENALTY).fit((features - mean) / scale, agrees)
+        weights = model.coef_[0] / scale
+        return cls(float(model.intercept_[0] - weights @ mean), float(weights[0]), float(weights[1]))
+
+    def uncertainty(self, logits: Tensor, lexical: Tensor | None, *, multi_label: bool = False) -> Tensor:
+        """Probability that the full model would answer otherwise, (num_texts,); arguments as in `fit`."""
+        own, table = _margins(logits, lexical, multi_label=multi_label)
+        return torch.sigmoid(-(self.bias + self.own * own + self.table * table))
+
+
+def _margins(logits: Tensor, lexical: Tensor | None, *, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Margin of an exit's answer in its own logits and in the table's; 0 for the latter where there is no table."""
+    logits = logits.float()
+    if multi_label:
+        # Each label is a two-way choice with the margin |logit|; the least certain one decides.
+        own = logits.abs().amin(-1)
+        table = own.new_zeros(own.shape) if lexical is None else torch.where(logits > 0, lexical, -lexical).amin(-1)
+    else:
+        top = logits.topk(2, dim=-1).values
+        own = top[..., 0] - top[..., 1]
+        table = own.new_zeros(own.shape)
+        if lexical is not None:
+            answer = logits.argmax(-1, keepdim=True)
+            rivals = lexical.float().scatter(-1, answer, -torch.inf).amax(-1)
+            table = lexical.gather(-1, answer)[..., 0] - rivals
+    return own.clamp(max=_MARGIN_LIMIT), table.float().clamp(-_MARGIN_LIMIT, _MARGIN_LIMIT)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Profiles
 # --------------------------------------------------------------------------------------------------------------------
@@ -98,22 +179,33 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False
 class ExitProfile:
     """What every exit would answer on texts, and how sure it would be.
 
-    The last column is the full model. Column 0 may be the lexical exit, at depth 0.
+    The last column is all layers as deployed. Column 0 may be the lexical exit, at depth 0. The full model, which
+    promises are about, is the last column too, or, for a quantised engine, the model that was quantised.
 
     Attributes:
         depths: Encoder layers run at each column, ascending, (num_depths,).
         uncertainty: Uncertainty in [0, 1], (num_texts, num_depths).
         agrees: Whether the answer equals the full model's, (num_texts, num_depths).
         correct: Whether the answer equals the label, (num_texts, num_depths); None without labels.
+        full_correct: Whether the full model's answer equals the label, (num_texts,); None without labels, or where
+            the full model is the last column.
     """
 
     depths: tuple[int, ...]
     uncertainty: Floats
     agrees: Flags
     correct: Flags | None
+    full_correct: Flags | None = None
 
     def __len__(self) -> int:
         return len(self.uncertainty)
+
+    @property
+    def reference_correct(self) -> Flags | None:
+        """Whether the full model's answer equals the label, (num_texts,); None without labels."""
+        if self.full_correct is not None or self.correct is None:
+            return self.full_correct
+        return self.correct[:, -1]
 
     def exit_indices(self, speed: float) -> Integers:
         """Column of the first exit with an uncertainty below `speed`, else of the full model, (num_texts,)."""
@@ -130,6 +222,7 @@ class ExitProfile:
             self.uncertainty[rows],
             self.agrees[rows],
             None if self.correct is None else self.correct[rows],
+            None if self.full_correct is None else self.full_correct[rows],
         )
 
     def from_depth(self, depth: int) -> ExitProfile:
@@ -140,6 +233,7 @@ class ExitProfile:
             self.uncertainty[:, first:],
             self.agrees[:, first:],
             None if self.correct is None else self.correct[:, first:],
+            self.full_correct,
         )
 
 
@@ -149,7 +243,9 @@ def profile_exits(
     *,
     criterion: str = "entropy",
     temperatures: Sequence[float] | None = None,
+    agreement: Sequence[AgreementScore] | None = None,
     labels: Tensor | None = None,
+    reference: Tensor | None = None,
     multi_label: bool = False,
 ) -> ExitProfile:
     """Describe texts by the logits of all their exits.
@@ -158,10 +254,12 @@ def profile_exits(
 
     Args:
         exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
-        depths: Encoder layers run at each, ascending.
-        criterion: Row of `CRITERIA`.
+        depths: Encoder layers run at each, ascending; 0 is the lexical exit.
+        criterion: Row of `CRITERIA`, or "agreement".
         temperatures: One for each depth; None: 1.
+        agreement: Scores of all depths but the last, for the criterion "agreement", which takes no temperatures.
         labels: Label ids (num_texts,), or 0/1 (num_texts, num_labels) for multi-label; None where unknown.
+        reference: Logits of the full model (num_texts, num_labels), where it is not the last exit.
         multi_label: Whether several labels may hold at once.
 
     Raises:
@@ -169,23 +267,43 @@ def profile_exits(
     """
     if len(depths) != len(exit_logits):
         raise ValueError(f"Got logits of {len(exit_logits)} exits and {len(depths)} depths; they must be as many.")
-    scales = [1.0] * len(depths) if temperatures is None else list(temperatures)
-    unsure = torch.stack(
-        [
-            uncertainty(logits, criterion, temperature=t, multi_label=multi_label)
-            for logits, t in zip(exit_logits, scales, strict=True)
-        ],
-        dim=1,
-    )
+    if criterion == AGREEMENT:
+        unsure = _disagreement(exit_logits, depths, agreement or (), multi_label=multi_label)
+    else:
+        scales = [1.0] * len(depths) if temperatures is None else list(temperatures)
+        unsure = torch.stack(
+            [
+                uncertainty(logits, criterion, temperature=t, multi_label=multi_label)
+                for logits, t in zip(exit_logits, scales, strict=True)
+            ],
+            dim=1,
+        )
     answers = answer_of(exit_logits, multi_label=multi_label)  # (num_depths, num_texts[, num_labels])
-    full = answers[-1]
-    same = (answers == full).flatten(2).all(-1) if multi_label else answers == full
-    right = None
+    full = answers[-1] if reference is None else answer_of(reference, multi_label=multi_label)
+
+    def equal(left: Tensor, right: Tensor) -> Tensor:
+        return (left == right).all(-1) if multi_label else left == right
+
+    right = full_right = None
     if labels is not None:
         truth = labels.bool() if multi_label else labels
-        hits = (answers == truth).flatten(2).all(-1) if multi_label else answers == truth
-        right = hits.T.numpy()
-    return ExitProfile(tuple(depths), unsure.float().numpy(), same.T.numpy(), right)
+        right = equal(answers, truth).T.numpy()
+        full_right = None if reference is None else equal(full, truth).numpy()
+    return ExitProfile(tuple(depths), unsure.float().numpy(), equal(answers, full).T.numpy(), right, full_right)
+
+
+def _disagreement(
+    exit_logits: Tensor, depths: Sequence[int], scores: Sequence[AgreementScore], *, multi_label: bool
+) -> Tensor:
+    """Uncertainty by the learned criterion, (num_texts, num_depths); the full model agrees with itself."""
+    if len(scores) != len(depths) - 1:
+        raise ValueError(f"Got {len(scores)} agreement scores for {len(depths)} depths; all but the last need one.")
+    lexical = exit_logits[0] if depths[0] == 0 else None
+    columns = [
+        score.uncertainty(logits, None if depth == 0 else lexical, multi_label=multi_label)
+        for score, logits, depth in zip(scores, exit_logits, depths, strict=False)
+    ]
+    return torch.stack([*columns, torch.zeros(exit_logits.shape[1])], dim=1)
 
 
 def answer_of(logits: Tensor, *, multi_label: bool) -> Tensor:
@@ -257,8 +375,12 @@ class Promise:
     @property
     def texts_needed(self) -> int:
         """Fewest texts with which certifying is tried: those on which a run that changes nothing just suffices."""
-        tail = (1 - self.confidence) * (1 if self.max_accuracy_drop is None else _DISCORDANT_SHARE)
-        return math.ceil(math.log(tail) / math.log1p(-self.allowed))
+        tail = 1 - self.confidence
+        if self.max_accuracy_drop is None:
+            return math.ceil(math.log(tail) / math.log1p(-self.allowed))
+        # With so many texts the bound on the share of changed answers suffices by itself.
+        enough = math.ceil(math.log(tail * _CHANGED_SHARE) / math.log1p(-self.allowed))
+        return bisect_left(range(1, enough), True, key=lambda n: drop_bound(0, 0, n, tail) <= self.allowed) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,24 +412,52 @@ def clopper_pearson_upper(successes: int, trials: int, tail: float) -> float:
     return 1.0 if trials == 0 or successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
 
 
-# Share of the error probability spent on the number of texts whose correctness changes; the rest goes to the
-# direction of the change. A third is near the best from a handful of changed texts to hundreds.
-_DISCORDANT_SHARE = 0.35
+# Share of the error probability spent on bounding how many answers change. A fifth is near the best from none to
+# hundreds of changed texts; the bound is flat around it.
+_CHANGED_SHARE = 0.2
 
 
 def risk_bound(full: Flags, deployed: Flags, tail: float) -> float:
     """Upper bound, at confidence 1 - tail, on accuracy(full) - accuracy(deployed), from paired outcomes.
 
-    A pair matters only if exactly one of the two is right. With d the probability of that and q the probability that
-    it is then the full model, the drop is d (2 q - 1). Each of d and q gets an exact Clopper-Pearson bound, and the
-    two error probabilities add up to `tail`. Bounding only the texts spoilt, without those repaired, needs no q but
-    charges every changed answer as a loss: on tasks where exits err differently but equally often nothing would pass.
+    A pair matters only if exactly one of the two is right: see `drop_bound`.
     """
-    spoilt = int((full & ~deployed).sum())
-    repaired = int((~full & deployed).sum())
-    changed = clopper_pearson_upper(spoilt + repaired, len(full), tail * _DISCORDANT_SHARE)
-    direction = clopper_pearson_upper(spoilt, spoilt + repaired, tail * (1 - _DISCORDANT_SHARE))
-    return changed * max(2 * direction - 1, 0.0)
+    return drop_bound(int((full & ~deployed).sum()), int((~full & deployed).sum()), len(full), tail)
+
+
+@lru_cache(maxsize=2**16)
+def drop_bound(spoilt: int, repaired: int, num_texts: int, tail: float) -> float:
+    """Upper bound, at confidence 1 - tail, on P(spoilt) - P(repaired), from counts among `num_texts` texts.
+
+    The exact test of Berger and Boos (1994). The share of changed answers d = P(spoilt) + P(repaired) is bounded by
+    Clopper and Pearson at a part of `tail`; a drop is refuted if, at every d up to that bound, a difference as small
+    as the one seen is less probable than the rest of `tail`. The difference of counts plus `num_texts` is a sum of
+    Bernoulli variables while d <= 1/2, so it is unimodal with a mode less than 1 from its mean (Darroch 1964), and its
+    lower tail grows with d wherever the tail ends 2 below the mean: there the largest d alone has to be looked at.
+    Drops nearer to what was seen than that are not refuted, and with d above 1/2 the bound is d itself.
+
+    Bounding changes and direction each by itself and multiplying is simpler, and a quarter to a third wider.
+    """
+    spent = tail * _CHANGED_SHARE
+    changed = clopper_pearson_upper(spoilt + repaired, num_texts, spent)
+    nearest = max((spoilt - repaired + 2) / max(num_texts - 1, 1), 0.0)
+    if changed > 0.5 or nearest >= changed:
+        return changed
+    count = np.arange(binom.ppf(1e-12, num_texts, changed), binom.isf(1e-12, num_texts, changed) + 1)
+    weight = binom.pmf(count, num_texts, changed)
+    most_spoilt = np.floor((count + spoilt - repaired) / 2)
+
+    def probability(drop: float) -> float:
+        """Of a difference at most as large as the one seen; the counts left out add at most 2e-12."""
+        return float(weight @ binom.cdf(most_spoilt, count, (1 + drop / changed) / 2)) + 2e-12
+
+    low, high = nearest, changed
+    if probability(low) <= tail - spent:
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if probability(middle) <= tail - spent else (middle, high)
+    return high
 
 
 def calibrate(
@@ -376,8 +526,8 @@ def try_speed(
     if promise.min_agreement is not None:
         differs = int((~profile.agrees[rows, column]).sum())
         risk, bound = differs / len(rows), clopper_pearson_upper(differs, len(rows), tail)
-    elif profile.correct is not None:
-        full, deployed = profile.correct[:, -1], profile.correct[rows, column]
+    elif profile.correct is not None and profile.reference_correct is not None:
+        full, deployed = profile.reference_correct, profile.correct[rows, column]
         risk, bound = float(full.mean() - deployed.mean()), risk_bound(full, deployed, tail)
     else:
         raise ValueError("max_accuracy_drop needs labelled texts, got none with labels; use min_agreement instead.")

@@ -228,6 +228,9 @@ def layer_calls(encoder: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -
 class ClsHead(nn.Module):
     """First token -> linear + tanh -> linear: Hugging Face's pooler and classifier; exit k is then a plain model."""
 
+    # Whether nothing but a text's first token is read: its last layer then needs no other row.
+    reads_first_token_only: ClassVar[bool] = True
+
     def __init__(self, config: GeepConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -239,13 +242,19 @@ class ClsHead(nn.Module):
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
         return self._classify(hidden[:, 0])
 
-    def forward_packed(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """Map packed hidden states (num_tokens, hidden) of texts of these `lengths` (num_texts,) to logits."""
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
+
+        Args:
+            hidden: Hidden states of the texts' tokens, one text after another, (num_tokens, hidden).
+            offsets: Where each text begins, and the end of the last: from 0 to num_tokens, (num_texts + 1,).
+            longest: Tokens of the longest text.
+        """
         if not hidden.shape[0]:
-            return self._classify(hidden.new_zeros(lengths.shape[0], hidden.shape[1]))
-        first = hidden[_starts(lengths).clamp(max=hidden.shape[0] - 1)]
+            return self._classify(hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1]))
+        first = hidden.index_select(0, offsets[:-1].clamp(max=hidden.shape[0] - 1))
         # A text without tokens has no first one; it must not borrow its neighbour's.
-        return self._classify(torch.where(lengths[:, None] > 0, first, 0.0))
+        return self._classify(torch.where((offsets.diff() > 0)[:, None], first, 0.0))
 
     def _classify(self, pooled: Tensor) -> Tensor:
         return self.out(self.dropout(torch.tanh(self.dense(pooled))))
@@ -253,6 +262,8 @@ class ClsHead(nn.Module):
 
 class MeanHead(ClsHead):
     """Masked mean of the tokens -> the same two linears; for sentence encoders, whose inner [CLS] carries little."""
+
+    reads_first_token_only: ClassVar[bool] = False
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
@@ -262,10 +273,10 @@ class MeanHead(ClsHead):
         counts = attention_mask.sum(1, keepdim=True).clamp(min=1)
         return self._classify(total / counts.to(hidden.dtype))
 
-    def forward_packed(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """Map packed hidden states (num_tokens, hidden) of texts of these `lengths` (num_texts,) to logits."""
-        tokens = torch.arange(hidden.shape[0], device=hidden.device)
-        return self._classify(F.embedding_bag(tokens, hidden, _starts(lengths), mode="mean"))
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""
+        tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
+        return self._classify(F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean"))
 
 
 class AttentionHead(nn.Module):
@@ -274,6 +285,7 @@ class AttentionHead(nn.Module):
     """  # noqa: D205
 
     num_heads: ClassVar[int] = 2
+    reads_first_token_only: ClassVar[bool] = False
 
     def __init__(self, config: GeepConfig) -> None:
         super().__init__()
@@ -300,18 +312,14 @@ class AttentionHead(nn.Module):
         first = self.attention_out(mixed.transpose(1, 2).reshape(batch, size))
         return self.out(self.dropout(torch.tanh(self.dense(first))))
 
-    def forward_packed(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """Map packed hidden states (num_tokens, hidden) of texts of these `lengths` (num_texts,) to logits."""
-        longest = int(lengths.max()) if lengths.numel() else 0
-        mask = torch.arange(longest, device=hidden.device) < lengths[:, None]
-        padded = hidden.new_zeros(lengths.shape[0], longest, hidden.shape[1])
-        padded[mask] = hidden
-        return self(padded, mask)
-
-
-def _starts(lengths: Tensor) -> Tensor:
-    """Position of each text's first token in a packed batch."""
-    return torch.cumsum(lengths, 0) - lengths
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""
+        column = torch.arange(longest, dtype=offsets.dtype, device=hidden.device)
+        mask = column < offsets.diff()[:, None]
+        # Gathered by position, for a boolean index would wait for the device to count.
+        token = (offsets[:-1, None] + column).clamp_(max=max(hidden.shape[0] - 1, 0))
+        padded = hidden.index_select(0, token.flatten()).view(*mask.shape, -1)
+        return self(torch.where(mask[..., None], padded, 0.0), mask)
 
 
 def standardise_input(head: nn.Module, mean: Tensor, std: Tensor) -> None:

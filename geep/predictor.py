@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.hash_table import EMPTY_KEY, HashTable
+from geep.hash_table import EMPTY_KEY, HashTable, kernels_run_on
+
+if TYPE_CHECKING:
+    from geep.hash_table.bags import Bags, BagSums
 
 FILE_NAME = "exit_table.safetensors"
 """What a predictor's file is called inside a model folder."""
@@ -351,8 +354,12 @@ class Levels:
         Returns:
             Places in the table's depths, int64, shape (num_texts,), non-decreasing in the score.
         """
-        by_bin = (self.cumulative[speed_index] < quantile).sum(1)
-        return by_bin[torch.bucketize(scores, self.edges[speed_index], right=True)]
+        bins = torch.bucketize(scores, self.edges[speed_index], right=True)
+        return self.exit_indices_of_bins(speed_index, quantile)[bins]
+
+    def exit_indices_of_bins(self, speed_index: int, quantile: float) -> Tensor:
+        """Return what `exit_indices` says for a score in each bin, int64, shape (num_bins,)."""
+        return (self.cumulative[speed_index] < quantile).sum(1)
 
 
 def fit_levels(
@@ -506,8 +513,11 @@ class ExitPrediction:
 class ExitPredictor:
     """Predict the exit layer of each text, and its label where the keys suffice, with one `embedding_bag` a batch.
 
+    On a CUDA device with Triton a batch is one kernel instead (`geep.hash_table.bags`); see `to`.
+
     Invariant: a text's prediction does not depend on its neighbours in the batch, and nothing changes after
-    construction; the rows of a speed are laid out when it is first asked for and kept.
+    construction; the rows of a speed are laid out when it is first asked for and kept. The kernel sums in another
+    order: its scores and logits differ by rounding, its layers only where a score lies that close to a level's edge.
 
     Args:
         kind: The row of `PREDICTORS` that made the scores.
@@ -516,6 +526,7 @@ class ExitPredictor:
         levels: What a score means.
         lexical: Exit 0, or `None`.
         multi_label: Whether the lexical logits are to be read by sigmoids instead of a softmax.
+        fused: Whether to predict with the Triton kernel.
 
     Raises:
         ValueError: If a part does not fit the table, or holds a number that is not finite.
@@ -530,6 +541,7 @@ class ExitPredictor:
         lexical: Lexical | None = None,
         *,
         multi_label: bool = False,
+        fused: bool = False,
     ) -> None:
         if kind not in PREDICTORS:
             raise ValueError(f"Unknown predictor {kind!r}; supported: {sorted(PREDICTORS)}.")
@@ -565,7 +577,10 @@ class ExitPredictor:
         self._score_rows = score_rows
         self._levels = levels
         self._lexical = lexical
+        self._fused = fused
+        self._depths = torch.tensor(table.depths, device=score_rows.rows.device)
         self._matrices: dict[int, Tensor] = {}
+        self._bags: dict[int, Bags] = {}
 
     @classmethod
     def fit(
@@ -589,6 +604,7 @@ class ExitPredictor:
         min_count: int = 2,
         max_ngrams: int = 200_000,
         num_bins: int = 16,
+        lexical: Lexical | None = None,
     ) -> ExitPredictor:
         """Fill the table and fit scores and exit 0 on training texts, and the levels on held-out ones.
 
@@ -611,6 +627,8 @@ class ExitPredictor:
             min_count: Occurrences that an n-gram needs.
             max_ngrams: Most n-grams that get a row.
             num_bins: Bins of scores; see `fit_levels`.
+            lexical: Exit 0 of a predictor fitted on the same texts and labels, which is not fitted again: it does not
+                depend on the exits.
 
         Returns:
             The predictor, on the CPU.
@@ -639,8 +657,7 @@ class ExitPredictor:
             min_count=min_count,
             max_ngrams=max_ngrams,
         )
-        lexical = None
-        if train_labels is not None:
+        if lexical is None and train_labels is not None:
             lexical = fit_lexical(
                 table.keys,
                 texts.input_ids,
@@ -665,6 +682,11 @@ class ExitPredictor:
     def speeds(self) -> tuple[float, ...]:
         """The speeds for which there is a prediction; others take the nearest."""
         return self.table.speeds
+
+    @property
+    def lexical(self) -> Lexical | None:
+        """Exit 0, `None` if there is none."""
+        return self._lexical
 
     @property
     def num_labels(self) -> int | None:
@@ -693,22 +715,36 @@ class ExitPredictor:
             raise ValueError(f"speed must be within [0, 1], got {speed}; 0 is the full model.")
         if not 0.0 < quantile <= 1.0:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}; 0.5 is the median.")
-        rows, offsets = self.table.rows_of(input_ids, lengths)
         index = min(range(len(self.speeds)), key=lambda each: (abs(self.speeds[each] - speed), each))
-        sums = F.embedding_bag(rows, self._matrix(index), offsets, mode="sum")
-        num_keys = sums[:, 0].clamp(min=1)
-        scores = sums[:, 1] / num_keys + self._score_rows.prior[index]
-        exit_indices = self._levels.exit_indices(scores, index, quantile)
+        if self._fused:
+            found = self._reduce_fused(input_ids, lengths, index, quantile)
+            layers, scores, logits = found.layers, found.scores, found.outputs
+        else:
+            rows, offsets = self.table.rows_of(input_ids, lengths)
+            sums = F.embedding_bag(rows, self._matrix(index), offsets, mode="sum")
+            num_keys = sums[:, 0].clamp(min=1)
+            scores = sums[:, 1] / num_keys + self._score_rows.prior[index]
+            layers = self._depths[self._levels.exit_indices(scores, index, quantile)]
+            logits = sums[:, 2:] * num_keys.rsqrt()[:, None]
+            if self._lexical is not None:
+                logits += self._lexical.bias
         if speed == 0.0:
-            exit_indices = torch.full_like(exit_indices, len(self.depths) - 1)
-        logits = None
-        if self._lexical is not None:
-            logits = sums[:, 2:] * num_keys.rsqrt()[:, None] + self._lexical.bias
-        layers = torch.tensor(self.depths, device=exit_indices.device)
-        return ExitPrediction(layers[exit_indices], scores, logits)
+            layers = self._depths[-1].expand_as(layers).clone()
+        return ExitPrediction(layers, scores, None if self._lexical is None else logits)
 
-    def to(self, device: torch.device | str) -> ExitPredictor:
-        """Return a copy that predicts on `device`; the counts, which no prediction reads, stay where they are."""
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected."""
+        return self._depths.device
+
+    def to(self, device: torch.device | str, *, fused: bool | None = None) -> ExitPredictor:
+        """Return a copy that predicts on `device`; the counts, which no prediction reads, stay where they are.
+
+        Args:
+            device: Where token ids will be.
+            fused: Whether to predict with the Triton kernel. `None` does so on CUDA devices where Triton is
+                installed; `True` elsewhere needs Triton's interpreter.
+        """
         keys = replace(self.table.keys, ngrams=self.table.keys.ngrams.to(device))
         return ExitPredictor(
             self.kind,
@@ -717,6 +753,7 @@ class ExitPredictor:
             Levels(*_moved(self._levels, device)),
             None if self._lexical is None else Lexical(*_moved(self._lexical, device)),
             multi_label=self.multi_label,
+            fused=kernels_run_on(torch.device(device).type) if fused is None else fused,
         )
 
     def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> Path:
@@ -864,6 +901,30 @@ class ExitPredictor:
                 parts.append(self._lexical.rows)
             self._matrices[speed_index] = _with_key_weight(self.table.keys, torch.cat(parts, 1))
         return self._matrices[speed_index]
+
+    def _reduce_fused(self, input_ids: Tensor, lengths: Tensor, speed_index: int, quantile: float) -> BagSums:
+        # Triton is no dependency of geep: only who predicts with the kernel needs it.
+        from geep.hash_table.bags import Bags, reduce_bags
+
+        keys = self.table.keys
+        _check_texts(input_ids, lengths, keys.vocab_size)
+        if speed_index not in self._bags:
+            base = [self._score_rows.prior[speed_index : speed_index + 1]]
+            if self._lexical is not None:
+                base.append(self._lexical.bias)
+            self._bags[speed_index] = Bags(
+                table=keys.ngrams,
+                order=keys.ngram_order,
+                symbol_bits=_TOKEN_BITS,
+                size_shift=_ORDER_SHIFT,
+                is_key=_usable(torch.arange(keys.vocab_size, device=input_ids.device), keys.special_ids),
+                # The kernel counts keys itself, so the key weight in the first column stays out.
+                rows=self._matrix(speed_index)[:, 1:],
+                base=torch.cat(base),
+                edges=self._levels.edges[speed_index].contiguous(),
+            )
+        layers = self._depths[self._levels.exit_indices_of_bins(speed_index, quantile)]
+        return reduce_bags(input_ids, lengths, self._bags[speed_index], layers)
 
 
 @dataclass(frozen=True)
@@ -1015,14 +1076,18 @@ def _check_texts(input_ids: Tensor, lengths: Tensor, vocab_size: int) -> None:
             raise TypeError(f"{name} must be torch.int64, got {tensor.dtype}; convert them with .long().")
         if tensor.ndim != 1:
             raise ValueError(f"{name} must be flat, got shape {tuple(tensor.shape)}; pack the texts without padding.")
-    if bool((lengths < 0).any()) or int(lengths.sum()) != input_ids.numel():
+    # One look at the numbers, for each makes the host wait for a GPU.
+    zero = input_ids.new_zeros(1)
+    ids, counts = (tensor if tensor.numel() else zero for tensor in (input_ids, lengths))
+    shortest, total, smallest, largest = torch.stack([counts.min(), counts.sum(), ids.min(), ids.max()]).tolist()
+    if shortest < 0 or total != input_ids.numel():
         raise ValueError(
-            f"lengths must be >= 0 and sum to the number of tokens: found a sum of {int(lengths.sum())} for "
+            f"lengths must be >= 0 and sum to the number of tokens: found a sum of {total} for "
             f"{input_ids.numel()} tokens; give the number of tokens of each text, special ones included."
         )
-    if bool(((input_ids < 0) | (input_ids >= vocab_size)).any()):
+    if smallest < 0 or largest >= vocab_size:
         raise ValueError(
-            f"input_ids must be within 0..{vocab_size - 1}, found {int(input_ids.min())}..{int(input_ids.max())}; "
+            f"input_ids must be within 0..{vocab_size - 1}, found {smallest}..{largest}; "
             "use the tokenizer that the table was built with."
         )
 

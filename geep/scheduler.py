@@ -1,14 +1,17 @@
-"""Cut texts into staircases: whose depth and length are known, who runs with whom.
+"""Cut texts into staircases: whose depth and length are known, who runs with whom, and what it takes.
 
 Integers in, integers out: this room knows nothing of tensors, models or text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
 
 Integers = NDArray[np.int64]
 
@@ -82,3 +85,137 @@ def budget_cuts(lengths: Integers, *, max_tokens: int) -> list[tuple[int, int]]:
         cuts.append((start, stop))
         start, used = stop, int(ends[stop - 1])
     return cuts
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run takes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds of a run as a sum over what it does; the numbers belong to one machine, model, backend and dtype.
+
+    Attributes:
+        layer_seconds: Of a layer on a batch, whatever its size.
+        token_seconds: Of a layer, for each token.
+        check_seconds: Of asking an exit on a batch, whatever its size: classifier, selection, pooling of survivors.
+        text_seconds: Of asking an exit, for each text.
+    """
+
+    layer_seconds: float
+    token_seconds: float
+    check_seconds: float = 0.0
+    text_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= value < math.inf for value in astuple(self)) or not any(astuple(self)):
+            raise ValueError(f"Costs must be finite, at least 0 and not all 0, got {astuple(self)}.")
+
+    @classmethod
+    def fit(cls, layers: Timings, checks: Timings | None = None) -> CostModel:
+        """Fit to timed calls: least squares of the relative error, no part below 0.
+
+        Args:
+            layers: Layer calls, by tokens.
+            checks: Exits asked, by texts; None: they cost nothing.
+
+        Raises:
+            ValueError: If calls are all of one size, or took no time.
+        """
+        return cls(*layers.line(), *((0.0, 0.0) if checks is None else checks.line()))
+
+    def batch_tokens(self, *, waste: float) -> int:
+        """Tokens beyond which the fixed part is at most this share of a layer's time; for a `token_seconds` above 0."""
+        return max(math.ceil(self.layer_seconds / self.token_seconds * (1 - waste) / waste), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Timed calls: how much each worked on, and the seconds it took; both (num_calls,)."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def line(self) -> tuple[float, float]:
+        """Fixed part of a call and part for each unit of size; neither is negative, the second is above 0.
+
+        Raises:
+            ValueError: If the calls are all of one size, or took no time.
+        """
+        sizes, seconds = np.asarray(self.sizes, dtype=np.float64), np.asarray(self.seconds)
+        if len(np.unique(sizes)) < 2 or (seconds <= 0).any():
+            raise ValueError(f"A cost needs calls of at least two sizes that took some time, got {self}.")
+        design = np.stack([1 / seconds, sizes / seconds], axis=1)
+        (fixed, slope), _ = nnls(design, np.ones(len(seconds)))
+        return float(fixed), float(slope) if slope > 0 else float((seconds / sizes).min())
+
+
+def expected_seconds(
+    first_layers: Integers,
+    exit_layers: Integers,
+    lengths: Integers,
+    check_layers: Sequence[int],
+    cost: CostModel,
+    *,
+    max_batch_tokens: int,
+    window_tokens: int,
+) -> float:
+    """Seconds that one text takes on average, in a long stream of texts like these.
+
+    Survivors are pooled, so live tokens fill batches; a layer or exit that any text of a window reaches takes at least
+    one. Texts answered by the lexical exit take nothing.
+
+    Args:
+        first_layers: Layer at which each text is asked first, (num_texts,).
+        exit_layers: Layer at which each is answered, 0 for the lexical exit, (num_texts,).
+        lengths: Tokens of each, (num_texts,).
+        check_layers: Layers at which texts are asked, the full model's among them.
+        cost: What things take.
+        max_batch_tokens: Tokens of a batch.
+        window_tokens: Tokens that are sorted and pooled together.
+
+    Raises:
+        ValueError: If there are no tokens.
+    """
+    total = int(lengths.sum())
+    if not total:
+        raise ValueError("Found no tokens, expected texts to estimate the time of.")
+    windows = total / window_tokens
+
+    def batches(tokens: float) -> float:
+        return max(tokens / max_batch_tokens, windows) if tokens else 0.0
+
+    seconds = 0.0
+    for layer in range(1, int(exit_layers.max()) + 1):
+        tokens = float(lengths[exit_layers >= layer].sum())
+        seconds += cost.layer_seconds * batches(tokens) + cost.token_seconds * tokens
+    for layer in check_layers:
+        asked = (first_layers <= layer) & (exit_layers >= layer)
+        seconds += cost.check_seconds * batches(float(lengths[asked].sum())) + cost.text_seconds * int(asked.sum())
+    return seconds / len(lengths)
+
+
+def thin_out(layers: Sequence[int], seconds: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """Choose the layers worth asking at: drop one after another, each time the one whose loss saves most.
+
+    A text's certainty may fall from one exit to the next, so what a check is worth depends on all the others and not
+    only on the one before: a dynamic programme over the last check would be exact for another rule. This evaluates
+    whole sets, len(layers)² / 2 of them at most.
+
+    Args:
+        layers: Layers to begin with, ascending.
+        seconds: What a set costs, infinity where it is not allowed.
+
+    Returns:
+        The cheapest set on the way; it may be empty.
+    """
+    kept, least = tuple(layers), seconds(tuple(layers))
+    while kept:
+        fewer = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
+        costs = [seconds(each) for each in fewer]
+        best = int(np.argmin(costs))
+        if not costs[best] < least:
+            break
+        kept, least = fewer[best], costs[best]
+    return kept

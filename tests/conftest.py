@@ -8,9 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from typing import Any
 
+import torch
+
+# Where there is no GPU, Triton interprets the kernels; it decides at its import, which may be that of transformers.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece

@@ -75,7 +75,7 @@ def test_logits_equal_those_of_each_text_alone_on_every_way(backend: str, family
     model = make_model(family, head=head)
     batch = random_batch(9, seed=1, pairs=FAMILIES[family].has_token_type_ids)
     expected = alone(model, batch)
-    built = BACKENDS[backend].build(model)
+    built = BACKENDS[backend].build(model, dtype="float32")
     compared = sum(one_walk(model, built, batch, expected, seed) for seed in range(12))
     assert compared > 60
 
@@ -86,8 +86,8 @@ def test_texts_of_special_tokens_alone_are_answered(backend: str, family: str) -
     model = make_model(family)
     batch = TokenBatch.concat([random_batch(3, seed=2, longest=2), random_batch(3, seed=3), random_batch(1, longest=2)])
     expected = alone(model, batch)
-    live = built_run(BACKENDS[backend].build(model), batch)
-    assert close(BACKENDS[backend].build(model).exit_logits(live, NUM_LAYERS, 0, 7), expected[-1])
+    live = built_run(BACKENDS[backend].build(model, dtype="float32"), batch)
+    assert close(BACKENDS[backend].build(model, dtype="float32").exit_logits(live, NUM_LAYERS, 0, 7), expected[-1])
 
 
 def built_run(backend: Any, batch: TokenBatch) -> Any:
@@ -105,7 +105,7 @@ def test_texts_without_any_token_harm_no_other(backend: str, family: str, head: 
     batch = random_batch(3, seed=4)
     empty = TokenBatch(batch.input_ids[:0], None, np.zeros(1, dtype=np.int64))
     mixed = TokenBatch.concat([empty, batch.select(np.array([0])), empty, batch.select(np.array([1, 2])), empty])
-    built = BACKENDS[backend].build(model)
+    built = BACKENDS[backend].build(model, dtype="float32")
     logits = built.exit_logits(built_run(built, mixed), NUM_LAYERS, 0, 6)
     assert close(logits[[1, 3, 4]], alone(model, batch)[-1])
     assert torch.isfinite(logits).all()
@@ -117,7 +117,7 @@ def test_segment_ids_are_honoured(backend: str, family: str) -> None:
     model = make_model(family)
     pairs = random_batch(6, seed=5, pairs=True)
     plain = TokenBatch(pairs.input_ids, None, pairs.lengths)
-    built = BACKENDS[backend].build(model)
+    built = BACKENDS[backend].build(model, dtype="float32")
     with_types, without = (built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 6) for batch in (pairs, plain))
     assert close(with_types, alone(model, pairs)[-1])
     assert close(without, alone(model, plain)[-1])
@@ -130,7 +130,7 @@ def test_a_pad_token_inside_a_text_is_a_token_like_others(backend: str, family: 
     model = make_model(family)
     batch = random_batch(4, seed=6, shortest=6)
     batch.input_ids[[2, 3, 9]] = PAD
-    built = BACKENDS[backend].build(model)
+    built = BACKENDS[backend].build(model, dtype="float32")
     assert close(built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 4), alone(model, batch)[-1])
 
 
@@ -140,14 +140,14 @@ def test_texts_of_the_longest_length_fit(backend: str, family: str) -> None:
     model = make_model(family)
     longest = MAX_LENGTH - (PAD + 1 if FAMILIES[family].positions_after_pad else 0)
     batch = random_batch(3, seed=7, shortest=longest, longest=longest)
-    built = BACKENDS[backend].build(model)
+    built = BACKENDS[backend].build(model, dtype="float32")
     assert close(built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 3), alone(model, batch)[-1])
 
 
 def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
     assert LAYER_PARTS.keys() == {name for name, family in FAMILIES.items() if family.packed}
     with pytest.raises(ValueError, match="'modernbert'; use backend='padded'"):
-        BACKENDS["packed"].build(make_model("modernbert"))
+        BACKENDS["packed"].build(make_model("modernbert"), dtype="float32")
     assert not any(backend.supports("gpt2") for backend in BACKENDS.values())
     assert all(any(backend.supports(family) for backend in BACKENDS.values()) for family in FAMILIES)
 
@@ -156,7 +156,7 @@ def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
 def test_the_packed_layer_knows_the_encoders_activation() -> None:
     model = make_model(hidden_act="gelu_new")
     batch = random_batch(4)
-    built = BACKENDS["packed"].build(model)
+    built = BACKENDS["packed"].build(model, dtype="float32")
     assert close(built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 4), alone(model, batch)[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from geep.calibration import (
 )
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
-from geep.exits import CRITERIA, OnMiss, Promise, TooFewTextsError, follow
+from geep.exits import AGREEMENT, OnMiss, Promise, TooFewTextsError, follow
 from geep.modeling import GeepForSequenceClassification
 from geep.predictor import PREDICTORS
+from geep.scheduler import CostModel
 from geep.training import TrainSettings, encode, train
 
 PROMISES = {"drop": Promise(max_accuracy_drop=0.02), "agreement": Promise(min_agreement=0.98)}
@@ -72,22 +74,30 @@ def profiled(trained: Engine) -> ProfileResult:
 # Profiles
 
 
-def test_a_profile_makes_a_table_that_foretells_exits(trained: Engine, profiled: ProfileResult) -> None:
+def test_a_profile_makes_a_table_and_settings(trained: Engine, profiled: ProfileResult) -> None:
     engine = profiled.engine
     assert trained.predictor is None  # the engine that was given is left as it was
     assert engine.predictor is not None
     assert engine.predictor.depths == engine.depths
     assert engine.predictor.num_labels == 3
     assert engine.settings.speed == 0
-    assert engine.settings.criterion in CRITERIA
+    assert engine.settings.criterion == AGREEMENT
     assert engine.settings.temperatures.keys() == {0, 1, 2, 3, 4}
+    assert engine.settings.agreement.keys() == {0, 1, 2, 3}
     assert len(profiled.quality) == len(PREDICTORS) * len(TABLE_SPEEDS)
+    assert [speed for speed, *_ in profiled.mean_exit_layers] == list(TABLE_SPEEDS)
+
+
+def test_the_predictor_that_ranks_best_is_taken(trained: Engine) -> None:
+    # By agreement all of these texts leave at the first exit, which leaves nothing to foretell.
+    profiled = profile(trained, TRAIN, HELDOUT, criterion="margin")
+    engine = profiled.engine
+    assert engine.predictor is not None
     assert max(row.rank_correlation for row in profiled.quality) > 0.2
     best = {
         kind: np.mean([row.rank_correlation for row in profiled.quality if row.kind == kind]) for kind in PREDICTORS
     }
     assert best[engine.predictor.kind] == max(best.values())
-    assert [speed for speed, *_ in profiled.mean_exit_layers] == list(TABLE_SPEEDS)
 
 
 def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
@@ -95,6 +105,23 @@ def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
         found = profile(trained, TRAIN, HELDOUT, kind=kind, criterion="confidence", ngram_order=1).engine
         assert found.predictor is not None
         assert (found.predictor.kind, found.settings.criterion) == (kind, "confidence")
+        assert not found.settings.agreement
+    with pytest.raises(ValueError, match="Unknown criterion 'luck'"):
+        profile(trained, TRAIN, HELDOUT, criterion="luck")
+
+
+def test_a_profile_may_be_given_runs_in_the_place_of_texts(trained: Engine, profiled: ProfileResult) -> None:
+    found = profile(trained, ExitRun.of(trained, TRAIN), ExitRun.of(trained, HELDOUT))
+    assert found.quality == profiled.quality
+    assert found.engine.settings == profiled.engine.settings
+
+
+def test_agreement_is_the_share_of_texts_that_disagree_with_the_full_model(profiled: ProfileResult) -> None:
+    engine = profiled.engine
+    chosen = replace(engine.settings, criterion=AGREEMENT)
+    found = full_profile(engine, ExitRun.of(engine, FRESH), chosen)
+    for column in range(len(found.depths) - 1):
+        assert found.uncertainty[:, column].mean() == pytest.approx((~found.agrees[:, column]).mean(), abs=0.05)
 
 
 def test_a_profile_without_labels_has_no_lexical_exit_of_its_own(trained: Engine) -> None:
@@ -136,14 +163,21 @@ def test_quality_is_scored_against_the_true_layers() -> None:
 @pytest.mark.parametrize("lexical_exit", [False, True])
 @pytest.mark.parametrize("on_miss", ["stop", "continue"])
 @pytest.mark.parametrize("speed", [0.05, 0.3, 0.8])
+@pytest.mark.parametrize("criterion", ["margin", AGREEMENT])
+@pytest.mark.parametrize("checks", [None, (1, 3)])
 def test_the_engine_goes_where_the_profile_says(
-    profiled: ProfileResult, on_miss: OnMiss, lexical_exit: bool, speed: float
+    profiled: ProfileResult,
+    on_miss: OnMiss,
+    lexical_exit: bool,
+    speed: float,
+    criterion: str,
+    checks: tuple[int, ...] | None,
 ) -> None:
-    base = profiled.engine.settings
-    chosen = ExitSettings(
+    chosen = replace(
+        profiled.engine.settings,  # temperatures for the one criterion, scores for the other
         speed=speed,
-        criterion=base.criterion,
-        temperatures=base.temperatures,
+        criterion=criterion,
+        check_layers=checks,
         on_miss=on_miss,
         lexical_exit=lexical_exit,
     )
@@ -153,7 +187,7 @@ def test_the_engine_goes_where_the_profile_says(
     profiles = full_profile(engine, ExitRun(batch, engine.exit_logits(batch), None), chosen)
     assert profiles.depths == (0, 1, 2, 3, 4)
     assert np.array(profiles.depths)[columns].tolist() == engine.plan(batch).predicted_layers.tolist()
-    assert bool((columns == 0).any()) == lexical_exit
+    assert lexical_exit or not (columns == 0).any()
     found = engine.run_tokens(batch)
     expected = np.array(profiles.depths)[follow(profiles, columns, speed=speed, on_miss=on_miss)]
     near = (np.abs(profiles.uncertainty - speed) < 1e-5).any(1)
@@ -202,6 +236,31 @@ def test_the_engine_keeps_exactly_the_risk_that_was_certified(
     assert risk <= passed[-1].bound <= promise.allowed
     mean_layer = float(np.mean([answer.exit_layer for answer in answers]))
     assert mean_layer == pytest.approx(passed[-1].mean_exit_layer, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", list(PROMISES))
+def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profiled: ProfileResult, kind: str) -> None:
+    engine, promise = profiled.engine, PROMISES[kind]
+    runs = ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)
+    # A check takes as long as three layers of all texts, so that asking more than once is for few.
+    dear = keep_promise(engine, *runs, promise, cost=CostModel(0, 1.0, 0, 30.0))
+    assert dear.engine.settings.check_layers is not None
+    assert len(dear.engine.settings.check_layers) < 3
+    free = keep_promise(engine, *runs, promise, cost=CostModel(0, 1.0, 0, 0)).engine.settings
+    assert free.check_layers is not None
+    assert len(free.check_layers) >= len(dear.engine.settings.check_layers)
+    answers = dear.engine.predict(FRESH.texts)
+    kept = [trial for trial in dear.calibration.trials if trial.passed][-1]
+    assert float(np.mean([answer.exit_layer for answer in answers])) == pytest.approx(kept.mean_exit_layer, abs=1e-9)
+    assert {answer.exit_layer for answer in answers} <= {0, *dear.engine.settings.check_layers, 4}
+
+
+def test_runs_may_be_given_in_the_place_of_texts(profiled: ProfileResult) -> None:
+    engine, promise = profiled.engine, PROMISES["drop"]
+    by_texts = keep_promise(engine, HELDOUT, FRESH, promise)
+    by_runs = keep_promise(engine, ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH), promise)
+    assert by_runs.calibration == by_texts.calibration
+    assert by_runs.engine.settings == by_texts.engine.settings
 
 
 def test_promises_on_this_model_save_layers(profiled: ProfileResult) -> None:

@@ -14,6 +14,7 @@ from conftest import make_tokenizer, random_texts, tiny_encoder, toy_task
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from geep.backends import int8
 from geep.cli import app
 from geep.engine import Engine
 
@@ -76,6 +77,20 @@ def test_training_again_with_the_same_settings_trains_nothing(workplace: Path, m
     assert "already" in run(*train_arguments(workplace), "--no-calibrate")
     assert (workplace / "model" / "model.safetensors").read_bytes() == before
     assert "other settings" in run(*train_arguments(workplace), "--seed", "7", code=2)
+
+
+@pytest.mark.skipif(not int8.is_available(), reason="this build of torch has no oneDNN")
+def test_a_model_is_profiled_calibrated_and_run_in_8_bits(model: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--dtype", "int8")
+    assert "run `geep profile MODEL --dtype int8` first" in run("calibrate", model, *options, code=2)
+    run("profile", model, *options)
+    assert (model / "activation_ranges.safetensors").exists()
+    run("calibrate", model, "--min-agreement", "0.9", *options)
+    engine = Engine.from_pretrained(model, device="cpu", dtype="int8")
+    assert engine.settings.certified_on == engine.deployed_as
+    rows = write_rows(tmp_path / "rows.jsonl", 12, seed=5)
+    run("predict", model, rows, "--output", tmp_path / "out.jsonl", *options)
+    assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 12
 
 
 def test_profile_and_calibrate_write_their_files(model: Path) -> None:

@@ -529,6 +529,24 @@ def test_holdout_cuts_every_label(labels: list[int], fraction: float, seed: int,
         assert set(parts.held.labels.tolist()) == repeated
 
 
+@pytest.mark.parametrize("has_dev", [False, True])
+@pytest.mark.parametrize("max_train", [None, 30, 79])
+def test_every_row_has_one_use_and_rows_left_out_of_training_are_held_out(has_dev: bool, max_train: int | None) -> None:
+    train = Split([f"t{i}" for i in range(100)], labels=np.arange(100) % 3)
+    dev = Split([f"d{i}" for i in range(20)], labels=np.arange(20) % 3) if has_dev else None
+    dataset = data.Dataset("toy", ("a", "b", "c"), train, dev, None, False)
+    parts = data.divide(dataset, max_train=max_train)
+    used = [*parts.train.texts, *parts.profile.texts, *parts.calibration.texts]
+    assert sorted(used) == sorted([*train.texts, *(dev.texts if dev else [])])
+    assert len(parts.train) == min(max_train or 999, 100 if has_dev else 80)
+    for part in (parts.train, parts.profile, parts.calibration):
+        assert part.labels is not None
+        assert all(int(text[1:]) % 3 == label for text, label in zip(part.texts, part.labels, strict=True))
+    few = data.divide(dataset, max_train=max_train, max_heldout=25)
+    assert len(few.profile) + len(few.calibration) <= 25
+    assert few.train.texts == parts.train.texts or not has_dev
+
+
 def test_holdout_without_labels_and_its_limits() -> None:
     split = Split([str(i) for i in range(100)])
     assert len(data.holdout(split, 0.2).held) == 20

@@ -29,16 +29,22 @@ from hypothesis import strategies as st
 
 from geep.backends import BACKENDS
 from geep.engine import Engine, EngineConfig, ExitSettings, Prediction
-from geep.exits import follow, profile_exits
+from geep.exits import AGREEMENT, AgreementScore, follow, profile_exits
 from geep.modeling import FAMILIES
 
 TEXTS = [*random_texts(40, seed=7), "", ("w1 w2", "w3"), ("w9", ""), *random_texts(6, seed=8, longest=30)]
+SCORES = {0: (-0.5, 0.6, 0.0), 1: (-1.0, 0.5, 0.2), 2: (0.3, 0.4, -0.1), 3: (0.5, 0.9, 0.3)}
+AGREEMENTS = {depth: AgreementScore(*weights) for depth, weights in SCORES.items()}
 RULES = {
     "continue": ExitSettings(speed=0.3),
     "stop": ExitSettings(speed=0.3, on_miss="stop", quantile=0.7),
     "lexical": ExitSettings(speed=0.2, lexical_exit=True, quantile=0.3),
     "lexical stop": ExitSettings(speed=0.1, lexical_exit=True, on_miss="stop", quantile=0.9),
     "margin": ExitSettings(speed=0.4, criterion="margin", quantile=0.05),
+    "agreement": ExitSettings(speed=0.3, criterion=AGREEMENT, agreement=AGREEMENTS, lexical_exit=True, quantile=0.05),
+    "few checks": ExitSettings(speed=0.4, check_layers=(2,), quantile=0.05),
+    "few checks stop": ExitSettings(speed=0.3, check_layers=(1, 3), on_miss="stop", lexical_exit=True),
+    "no checks": ExitSettings(speed=0.3, check_layers=(), lexical_exit=True),
 }
 TEMPERATURES = {0: 1.1, 1: 1.3, 2: 0.9, 3: 0.7, NUM_LAYERS: 1.2}
 Expected = tuple[torch.Tensor, np.ndarray, np.ndarray]
@@ -57,10 +63,15 @@ def expected_run(engine: Engine, batch: Any, chosen: ExitSettings) -> Expected:
     )
     depths, logits = (0, *depths), torch.cat([found.lexical_logits[None], logits])
     temperatures = [chosen.temperature(depth) for depth in depths]
+    scores = [chosen.agreement[depth] for depth in depths[:-1]] if chosen.agreement else None
     profile = profile_exits(
-        logits, depths, criterion=chosen.criterion, temperatures=temperatures, multi_label=engine.multi_label
-    )
-    predicted = np.searchsorted(depths, found.exit_layers.numpy())
+        logits, depths, criterion=chosen.criterion, temperatures=temperatures, agreement=scores,
+        multi_label=engine.multi_label,
+    )  # fmt: skip
+    asked = [depth for depth in depths if chosen.check_layers is None or depth in (0, *chosen.check_layers, depths[-1])]
+    predicted = np.array([next(a for a in asked if a >= layer) for layer in found.exit_layers.tolist()])
+    predicted = np.searchsorted(depths, predicted)
+    profile.uncertainty[:, ~np.isin(depths, asked)] = 1.0
     if chosen.lexical_exit:
         predicted = np.where(profile.uncertainty[:, 0] < chosen.speed, 0, predicted)
     column = follow(profile, predicted, speed=chosen.speed, on_miss=chosen.on_miss)
@@ -197,6 +208,20 @@ def test_layers_that_are_given_take_the_place_of_the_prediction(tiny_engine: Eng
     assert torch.allclose(run.logits, logits[torch.from_numpy(layers) - 1, torch.arange(len(TEXTS))], atol=5e-5)
     with pytest.raises(ValueError, match=r"No exit at layers \[7\]"):
         tiny_engine.run_tokens(batch, exit_layers=np.full(len(TEXTS), 7))
+
+
+@pytest.mark.parametrize("checks", [None, (2,), (3,)])
+def test_layers_that_are_given_lose_no_text_between_the_checks(
+    checks: tuple[int, ...] | None, tiny_engine: Engine
+) -> None:
+    batch = tiny_engine.tokenize(TEXTS).batch
+    chosen = ExitSettings(speed=0.2, check_layers=checks, criterion=AGREEMENT, agreement=AGREEMENTS)
+    run = tiny_engine.run_tokens(batch, exit_layers=np.ones(len(TEXTS), dtype=np.int64), settings=chosen)
+    assert bool(run.logits.isfinite().all())
+    guess = tiny_engine.plan(batch).lexical_logits
+    first = AGREEMENTS[1].uncertainty(tiny_engine.exit_logits(batch)[0], guess).numpy()
+    assert np.array_equal(run.exit_layers == 1, first < 0.2)
+    assert set(run.exit_layers.tolist()) - {1} <= set(checks or (2, 3)) | {4}
 
 
 def test_exit_logits_are_those_of_every_exit(engines: dict[str, Engine]) -> None:
@@ -351,7 +376,7 @@ def test_a_speed_asked_for_later_needs_the_table_as_well() -> None:
     ("changes", "message"),
     [
         ({"backend": "magic"}, "Unknown backend 'magic'.*packed"),
-        ({"dtype": "int8"}, "dtype must be"),
+        ({"dtype": "int4"}, "dtype must be one of .*float32"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1"),
         ({"window_tokens": 0}, "window_tokens must be at least 1"),
         ({"max_length": 2}, "max_length must be at least 3"),
@@ -370,6 +395,9 @@ def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
         ({"criterion": "luck"}, "Unknown criterion 'luck'"),
         ({"on_miss": "panic"}, "on_miss must be"),
         ({"quantile": 0.0}, "quantile must lie"),
+        ({"check_layers": (3, 1)}, "check_layers must be layers from 1 up, in ascending order"),
+        ({"check_layers": (0, 1)}, "check_layers must be layers from 1 up"),
+        ({"check_layers": (1, 1)}, "check_layers must be layers from 1 up"),
         ({"temperatures": {1: 0.0}}, "temperatures must be positive"),
         ({"temperatures": {1: float("nan")}}, "temperatures must be positive"),
     ],
@@ -379,14 +407,82 @@ def test_exit_settings_that_make_no_sense_are_refused(changes: dict[str, Any], m
         ExitSettings(**changes)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (ExitSettings(check_layers=(1, 4)), r"check_layers names layers \[4\].*exits at \[1, 2, 3\]"),
+        (ExitSettings(criterion=AGREEMENT), r"no scores for the exits at layers \[1, 2, 3\]; run `geep profile`"),
+        (
+            ExitSettings(criterion=AGREEMENT, agreement={n: AGREEMENTS[n] for n in (1, 2, 3)}, lexical_exit=True),
+            r"no scores for the exits at layers \[0\]",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(
+    chosen: ExitSettings, message: str, tiny_engine: Engine
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_engine.replace(settings=chosen)
+
+
 def test_a_device_or_dtype_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="float16 is not run on CPUs"):
+    with pytest.raises(ValueError, match="float16 is not run by the packed backend on cpu"):
         make_engine(config=EngineConfig(device="cpu", dtype="float16"), table=False)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device; use device='cpu'"):
             make_engine(config=EngineConfig(device="cuda"), table=False)
     with pytest.raises(ValueError, match="use backend='padded'"):
         make_engine(make_model("modernbert"), config=EngineConfig(device="cpu", backend="packed"), table=False)
+
+
+class SlowTokenizer:
+    """A tokenizer that is not written in Rust, in front of one that is."""
+
+    is_fast = False
+
+    def __init__(self) -> None:
+        self.fast = make_tokenizer()
+
+    def __call__(self, *parts: str, **options: Any) -> Any:
+        options.pop("verbose", None)
+        return self.fast(*parts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+
+def test_a_tokenizer_in_python_gives_the_same_tokens() -> None:
+    engine = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    slow = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    slow.tokenizer = SlowTokenizer()  # type: ignore[assignment]
+    texts: list[Any] = [*random_texts(20, seed=3, longest=14), ("a b", "c d e f g h i j k l"), "", ("a", "")]
+    ours, theirs = engine.tokenize(texts), slow.tokenize(texts)
+    assert np.array_equal(ours.batch.input_ids, theirs.batch.input_ids)
+    assert np.array_equal(ours.batch.lengths, theirs.batch.lengths)
+    assert np.array_equal(ours.truncated, theirs.truncated)
+    assert ours.truncated.any()
+    assert not ours.truncated.all()
+    assert ours.batch.token_type_ids is not None
+    assert theirs.batch.token_type_ids is not None
+    assert np.array_equal(ours.batch.token_type_ids, theirs.batch.token_type_ids)
+
+
+def test_tokens_equal_those_of_hugging_faces_call() -> None:
+    engine = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
+    texts = random_texts(30, seed=5, longest=14)
+    expected = engine.tokenizer(texts, truncation=True, max_length=9)["input_ids"]
+    batch = engine.tokenize(texts).batch
+    assert [row.tolist() for row in np.split(batch.input_ids, np.cumsum(batch.lengths)[:-1])] == expected
+
+
+def test_texts_are_tokenised_ahead_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    texts = random_texts(23, seed=9)
+    expected = [prediction.label for prediction in engine.predict(texts)]
+    monkeypatch.setattr("geep.engine._TEXTS_PER_CALL", 5)
+    assert [prediction.label for prediction in engine.predict(texts)] == expected
+    with pytest.raises(ValueError, match="Text 17 holds half a character"):
+        engine.predict([*texts[:17], "\ud800", *texts[17:]])
 
 
 # Copies and folders
@@ -468,6 +564,9 @@ def test_a_table_of_another_model_or_tokenizer_is_refused(tiny_engine: Engine, t
         '{"settings": {"temperatures": {"1": -1}}}',
         '{"settings": {"temperatures": {}, "criterion": "luck"}}',
         '{"settings": {"temperatures": {}, "criterion": []}}',
+        '{"settings": {"temperatures": {}, "check_layers": 3}}',
+        '{"settings": {"temperatures": {}, "agreement": {"1": [0.5]}}}',
+        '{"settings": {"temperatures": {}, "agreement": {"1": [0.5, NaN, 1]}}}',
         "\udcff",
     ],
 )

@@ -10,16 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, multinomial
 
 from geep.exits import (
+    AGREEMENT,
     CRITERIA,
+    AgreementScore,
     ExitProfile,
     Promise,
     TooFewTextsError,
     answer_of,
     calibrate,
     clopper_pearson_upper,
+    drop_bound,
     fit_temperature,
     follow,
     profile_exits,
@@ -117,6 +120,69 @@ def test_temperatures_stay_finite_where_the_loss_has_no_minimum() -> None:
     assert 1 / 20 <= fit_temperature(logits, torch.tensor([0, 1])) < 1
     assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(20, rel=0.01)
     assert 1 / 20 <= fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 0])) <= 20
+
+
+# The learned criterion
+
+
+def test_an_agreement_score_by_hand() -> None:
+    logits, lexical = torch.tensor([[3.0, 1, -2], [0, 1, 4]]), torch.tensor([[0.0, 2, 1], [5, 1, 7]])
+    # Ahead of their best rivals by 2 and 3; the table is for another answer by 2, and for the same by 2.
+    score = AgreementScore(bias=0.5, own=1.0, table=0.25)
+    expected = 1 / (1 + np.exp([0.5 + 2 - 0.5, 0.5 + 3 + 0.5]))
+    assert score.uncertainty(logits, lexical).tolist() == pytest.approx(expected.tolist())
+    without = 1 / (1 + np.exp([0.5 + 2, 0.5 + 3]))
+    assert score.uncertainty(logits, None).tolist() == pytest.approx(without.tolist())
+    # Several labels: the nearest to 0 decides, in the exit (1 and 0) and in the table (-2 and -1).
+    several = AgreementScore(bias=0.0, own=1.0, table=1.0).uncertainty(
+        logits[:, :2] * torch.tensor([1.0, -1]), torch.tensor([[3.0, 2], [5, 1]]), multi_label=True
+    )
+    assert several.tolist() == pytest.approx((1 / (1 + np.exp([1 - 2, 0 - 5]))).tolist())
+
+
+def test_an_agreement_score_is_the_share_that_disagrees() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 3, generator=random) * 2
+    lexical = torch.randn(20_000, 3, generator=random)
+    known = AgreementScore(bias=-0.5, own=1.2, table=0.4)
+    agrees = (torch.rand(20_000, generator=random) > known.uncertainty(logits, lexical)).numpy()
+    found = AgreementScore.fit(logits, lexical, agrees)
+    assert (found.bias, found.own, found.table) == pytest.approx((-0.5, 1.2, 0.4), abs=0.1)
+    unsure = found.uncertainty(logits, lexical).numpy()
+    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.7)):
+        inside = (unsure >= low) & (unsure < high)
+        assert unsure[inside].mean() == pytest.approx((~agrees[inside]).mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_exits_that_always_or_never_agree_have_a_score(agrees: bool) -> None:
+    score = AgreementScore.fit(torch.randn(98, 2), None, np.full(98, agrees))
+    assert score.uncertainty(torch.randn(3, 2), None).tolist() == pytest.approx([0.01 if agrees else 0.99] * 3)
+    # A table whose guess is always the same far-off one, as labels that no training text had, does no harm.
+    flags = np.arange(98) % 2 == 0
+    score = AgreementScore.fit(torch.randn(98, 2), torch.tensor([[-30.0, 30]]).expand(98, 2), flags)
+    assert 0 < float(score.uncertainty(torch.zeros(1, 2), torch.tensor([[-30.0, 30]]))) < 1
+
+
+def test_scores_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        AgreementScore(0.0, math.nan, 0.0)
+    with pytest.raises(ValueError, match="Got 1 agreement scores for 3 depths"):
+        profile_exits(torch.zeros(3, 4, 2), (1, 2, 4), criterion=AGREEMENT, agreement=[AgreementScore(0.0, 1.0, 0.0)])
+
+
+def test_a_profile_by_agreement_lets_the_lexical_exit_vote_on_the_others() -> None:
+    logits = torch.randn(4, 30, 3, generator=torch.Generator().manual_seed(1))
+    scores = [AgreementScore(0.1 * place, 1.0, 0.5) for place in range(3)]
+    found = profile_exits(logits, (0, 1, 2, 4), criterion=AGREEMENT, agreement=scores).uncertainty
+    expected = [
+        scores[0].uncertainty(logits[0], None),
+        *(s.uncertainty(z, logits[0]) for s, z in zip(scores[1:], logits[1:3], strict=True)),
+    ]
+    assert np.allclose(found[:, :3], torch.stack(expected, dim=1).numpy())
+    assert (found[:, 3] == 0).all()
+    no_table = profile_exits(logits, (1, 2, 3, 4), criterion=AGREEMENT, agreement=scores).uncertainty
+    assert np.allclose(no_table[:, 1], scores[1].uncertainty(logits[1], None).numpy())
 
 
 # Profiles
@@ -239,6 +305,36 @@ def test_the_bound_on_the_drop_is_never_below_what_was_seen() -> None:
         assert risk_bound(full, deployed, 0.05) >= full.mean() - deployed.mean()
     same = np.ones(100, dtype=bool)
     assert clopper_pearson_upper(0, 100, 0.05) <= risk_bound(same, same, 0.05) <= clopper_pearson_upper(0, 100, 0.005)
+
+
+def test_the_bound_on_the_drop_is_exact() -> None:
+    """Add up, over everything that 24 texts can show, the probability of a bound that is too low."""
+    num_texts, tail = 24, 0.05
+    counts = [(s, r) for s in range(num_texts + 1) for r in range(num_texts + 1 - s)]
+    bounds = np.array([drop_bound(s, r, num_texts, tail) for s, r in counts])
+    outcomes = np.array([(s, r, num_texts - s - r) for s, r in counts])
+    worst = 0.0
+    for spoilt in (0.03, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9):
+        for repaired in (0.0, 0.02, 0.1, 0.2, 0.35):
+            if spoilt <= repaired or spoilt + repaired > 1:
+                continue
+            weights = multinomial.pmf(outcomes, num_texts, [spoilt, repaired, 1 - spoilt - repaired])
+            worst = max(worst, float(weights[bounds < spoilt - repaired - 1e-9].sum()))
+    assert 0.0 < worst <= tail
+
+
+@pytest.mark.parametrize("num_texts", [200, 1000, 2500])
+def test_more_texts_spoilt_is_a_higher_bound_and_more_repaired_beside_them_costs_little(num_texts: int) -> None:
+    for repaired in (0, 3, 20):
+        bounds = [drop_bound(spoilt, repaired, num_texts, 0.025) for spoilt in (0, 1, 4, 10, 30)]
+        assert bounds == sorted(bounds)
+    for spoilt in (1, 5, 20):
+        # Changes that cancel: wider than none, narrower than if each were bounded by itself and multiplied.
+        even = drop_bound(spoilt, spoilt, num_texts, 0.025)
+        product = clopper_pearson_upper(2 * spoilt, num_texts, 0.025 * 0.35) * (
+            2 * clopper_pearson_upper(spoilt, 2 * spoilt, 0.025 * 0.65) - 1
+        )
+        assert drop_bound(0, 0, num_texts, 0.025) < even < product * 0.9
 
 
 # Promises

@@ -167,9 +167,20 @@ def test_heads_read_packed_texts_like_padded_ones(head: str) -> None:
     mask = padded()["attention_mask"]
     hidden = torch.randn(*mask.shape, 32)
     packed = hidden[mask.bool()]
-    assert torch.allclose(
-        model.teacher.forward_packed(packed, mask.sum(1)), model.teacher(hidden, mask), atol=1e-5, rtol=1e-5
-    )
+    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    for dtype in (torch.int32, torch.int64):
+        found = model.teacher.forward_packed(packed, offsets.to(dtype), int(mask.sum(1).max()))
+        assert torch.allclose(found, model.teacher(hidden, mask), atol=1e-5, rtol=1e-5)
+
+
+@every_head
+@torch.no_grad()
+def test_a_head_that_reads_the_first_token_reads_no_other(head: str) -> None:
+    teacher = make_model(head=head).teacher
+    mask = padded()["attention_mask"]
+    hidden = torch.randn(*mask.shape, 32)
+    changed = torch.cat([hidden[:, :1], torch.randn_like(hidden[:, 1:])], dim=1)
+    assert torch.equal(teacher(hidden, mask), teacher(changed, mask)) == teacher.reads_first_token_only
 
 
 @pytest.mark.parametrize("layer", [0, 2, 5, -1])

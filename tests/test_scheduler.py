@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geep.scheduler import Staircase, budget_cuts, schedule
+from geep.scheduler import CostModel, Staircase, Timings, budget_cuts, expected_seconds, schedule, thin_out
 
 TEXTS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 40)), max_size=60)
 BUDGETS = st.integers(1, 200)
@@ -91,3 +93,92 @@ def test_a_small_case_by_hand() -> None:
 def test_impossible_tasks_are_refused(layers: list[int], lengths: list[int], budget: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule(layers, lengths, max_batch_tokens=budget)
+
+
+# Costs
+
+
+@given(st.floats(0, 1e-3), st.floats(1e-8, 1e-4))
+def test_a_cost_model_finds_the_parts_of_a_cost(fixed: float, slope: float) -> None:
+    sizes = (64, 256, 1024)
+    timings = Timings(sizes, tuple(fixed + slope * size for size in sizes))
+    cost = CostModel.fit(timings, timings)
+    assert np.allclose([cost.layer_seconds, cost.check_seconds], fixed, rtol=1e-5, atol=1e-9)
+    assert np.allclose([cost.token_seconds, cost.text_seconds], slope, rtol=1e-5)
+    enough = cost.batch_tokens(waste=0.05)
+    assert cost.layer_seconds <= 0.0501 * (cost.layer_seconds + enough * cost.token_seconds)
+    assert enough == 1 or cost.layer_seconds > 0.0499 * (cost.layer_seconds + (enough - 1) * cost.token_seconds)
+
+
+def test_a_cost_model_never_has_negative_parts() -> None:
+    falling = CostModel.fit(Timings((64, 1024), (2.0, 1.0)))
+    assert falling.layer_seconds >= 0
+    assert falling.token_seconds > 0
+    assert falling.check_seconds == falling.text_seconds == 0
+    assert CostModel.fit(Timings((100, 200), (1.0, 3.0))).layer_seconds == 0
+    with pytest.raises(ValueError, match="at least two sizes"):
+        CostModel.fit(Timings((64, 64), (1.0, 1.0)))
+
+
+# What a run takes
+
+
+def seconds_of(cost: CostModel, *, budget: int = 10, window: int = 100) -> float:
+    """Three texts of 10 tokens: one asked at 1 and answered there, one asked at 1 and 3, one by the lexical exit."""
+    first, last, lengths = np.array([1, 1, 0]), np.array([1, 3, 0]), np.array([10, 10, 10])
+    return expected_seconds(first, last, lengths, [1, 3], cost, max_batch_tokens=budget, window_tokens=window)
+
+
+def test_seconds_by_hand() -> None:
+    # Live tokens: 20, 10, 10 at layers 1 to 3. Texts asked: 2 at layer 1, 1 at layer 3.
+    assert seconds_of(CostModel(0, 1, 0, 0)) == pytest.approx(40 / 3)
+    assert seconds_of(CostModel(1, 0, 0, 0)) == pytest.approx(4 / 3)
+    assert seconds_of(CostModel(0, 0, 1, 0)) == pytest.approx(3 / 3)
+    assert seconds_of(CostModel(0, 0, 0, 1)) == pytest.approx(3 / 3)
+    # Batches larger than a window are never full: one for each layer, and for each check, of each window.
+    assert seconds_of(CostModel(1, 0, 0, 0), budget=1000, window=30) == pytest.approx(3 / 3)
+    assert seconds_of(CostModel(0, 0, 1, 0), budget=1000, window=15) == pytest.approx(2 * 2 / 3)
+
+
+@given(TEXTS.filter(lambda texts: any(length for _, length in texts)), BUDGETS)
+def test_full_runs_take_every_layer_of_every_token(texts: list[tuple[int, int]], budget: int) -> None:
+    layers, lengths = (np.array(column) for column in zip(*texts, strict=True))
+    cost = CostModel(0, 2.0, 0, 1.0)
+    found = expected_seconds(layers, layers, lengths, range(1, 13), cost, max_batch_tokens=budget, window_tokens=500)
+    assert found * len(texts) == pytest.approx(2.0 * (layers * lengths).sum() + len(texts))
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 0, 0), (-1, 1, 1, 1), (1, float("nan"), 1, 1), (1, 1, 1, float("inf"))])
+def test_costs_that_cannot_be_are_refused(numbers: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="Costs must be finite"):
+        CostModel(*numbers)
+
+
+def test_no_tokens_take_no_estimate() -> None:
+    none = np.array([], dtype=np.int64)
+    with pytest.raises(ValueError, match="no tokens"):
+        expected_seconds(none, none, none, [1], CostModel(1, 1, 1, 1), max_batch_tokens=1, window_tokens=1)
+
+
+@given(st.lists(st.floats(-1, 1), max_size=7))
+def test_thinning_out_finds_the_best_set_where_layers_do_not_depend_on_each_other(worth: list[float]) -> None:
+    layers = tuple(range(1, len(worth) + 1))
+
+    def seconds(kept: tuple[int, ...]) -> float:
+        return 10 - sum(worth[layer - 1] for layer in kept)
+
+    found = thin_out(layers, seconds)
+    best = min(seconds(kept) for size in range(len(layers) + 1) for kept in combinations(layers, size))
+    assert seconds(found) == pytest.approx(best, abs=1e-9)
+    assert list(found) == sorted(found)
+
+
+@given(st.integers(0, 6), st.integers(0, 1000))
+def test_thinning_out_is_never_worse_than_keeping_all(count: int, seed: int) -> None:
+    random, known = np.random.default_rng(seed), {}
+
+    def seconds(kept: tuple[int, ...]) -> float:
+        return known.setdefault(kept, float(random.random()))
+
+    layers = tuple(range(count))
+    assert seconds(thin_out(layers, seconds)) <= seconds(layers)

@@ -138,7 +138,7 @@ class _Lines:
             layers = engine.plan(batch, settings=settings).predicted_layers
             clock.append(time.perf_counter())
             running = layers > 0
-            schedule(layers[running], batch.lengths[running], max_batch_tokens=engine.config.max_batch_tokens)
+            schedule(layers[running], batch.lengths[running], max_batch_tokens=engine.max_batch_tokens)
             clock.append(time.perf_counter())
             engine.run_tokens(batch, settings=settings)
             clock.append(time.perf_counter())
@@ -184,7 +184,7 @@ class _Lines:
     def budgets(self, sizes: Sequence[int], profile: ExitProfile) -> list[Way]:
         """Texts that come in calls of a size: ours and FastBERT's, each beside its own full depth."""
         engine, settings = self.engine, self.engine.settings
-        shrinking, padded = _ShrinkingBatch.of(engine), BACKENDS["padded"].build(engine.model)
+        shrinking, padded = _ShrinkingBatch.of(engine), BACKENDS["padded"].build(engine.model, dtype="float32")
         depths = np.asarray(profile.depths)
         start = np.full(len(profile), int(np.searchsorted(depths, 1)))
         left_at = depths[follow(profile, start, speed=settings.speed, on_miss="continue")]

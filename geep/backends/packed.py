@@ -1,152 +1,55 @@
 """Packed backend: BERT's layer on tokens without padding.
 
-All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention is the
-only place where texts matter: it runs once for each run of texts of equal length, which the scheduler lays side by
-side. The weights are Hugging Face's own; query, key and value are fused into one matrix at build time.
+All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention runs once
+for each run of texts of equal length, which the scheduler lays side by side. The layers come in three forms with the
+same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 8-bit (`Int8Layer`, CPUs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.activations import ACT2FN
+from torch import Tensor
 
-from geep.backends.protocol import Integers, TokenBatch, token_positions
+from geep.backends import int8, onednn
+from geep.backends.int8 import ActivationRanges, Int8Layer
+from geep.backends.onednn import FusedLayer
+from geep.backends.packed_layer import LAYER_PARTS, LengthRun, length_runs, packed_layers
+from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
 
-# Where a family keeps the parts of its layer.
-_BERT_PARTS: Mapping[str, str] = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_DISTILBERT_PARTS: Mapping[str, str] = {
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "out": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "up": "ffn.lin1",
-    "down": "ffn.lin2",
-    "output_norm": "output_layer_norm",
-}
-LAYER_PARTS: dict[str, Mapping[str, str]] = {
-    "bert": _BERT_PARTS,
-    "roberta": _BERT_PARTS,
-    "xlm-roberta": _BERT_PARTS,
-    "electra": _BERT_PARTS,
-    "distilbert": _DISTILBERT_PARTS,
-}
 
+class Layer(Protocol):
+    """A layer on packed tokens, in any of its forms."""
 
-@dataclass(frozen=True, slots=True)
-class LengthRun:
-    """Texts of equal length lying side by side: first token, number of texts, tokens of each."""
+    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+        """Run the layer: (num_tokens, hidden) to the same shape."""
 
-    start: int
-    num_texts: int
-    length: int
+    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+        """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """Live texts of the packed backend: hidden states (num_tokens, hidden) and where the texts lie in them."""
+    """Live texts of the packed backend: hidden states (num_tokens, hidden) and where the texts lie in them.
+
+    Of a text that has ended (see `Backend.advance`) only the first token may be left; its length is then 1.
+    """
 
     hidden: Tensor
     lengths: Integers
     runs: tuple[LengthRun, ...]
 
-
-def length_runs(lengths: Integers) -> tuple[LengthRun, ...]:
-    """Describe a row of lengths as runs of equal ones; empty texts take part in no attention."""
-    if not len(lengths):
-        return ()
-    first = np.concatenate(([0], np.flatnonzero(np.diff(lengths)) + 1))
-    counts = np.diff(np.concatenate((first, [len(lengths)])))
-    starts = (np.cumsum(lengths) - lengths)[first]
-    return tuple(
-        LengthRun(start, count, length)
-        for start, count, length in zip(starts.tolist(), counts.tolist(), lengths[first].tolist(), strict=True)
-        if length
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLayer:
-    """One post-norm encoder layer (Devlin et al. 2019) on packed tokens."""
-
-    qkv: tuple[Tensor, Tensor]  # (3 hidden, hidden), (3 hidden,)
-    out: tuple[Tensor, Tensor]
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    attention_norm: _Norm
-    output_norm: _Norm
-    activation: Callable[[Tensor], Tensor]
-    num_heads: int
-
-    @classmethod
-    def from_module(cls, layer: nn.Module, parts: Mapping[str, str], activation: str, num_heads: int) -> Self:
-        """Take the weights of a Hugging Face layer; only query, key and value are copied, to lie in one matrix."""
-
-        def linear(name: str) -> tuple[Tensor, Tensor]:
-            module: Any = layer.get_submodule(parts[name])
-            return module.weight.detach(), module.bias.detach()
-
-        def norm(name: str) -> _Norm:
-            module: Any = layer.get_submodule(parts[name])
-            return _Norm(module.weight.detach(), module.bias.detach(), module.eps)
-
-        query, key, value = linear("query"), linear("key"), linear("value")
-        return cls(
-            qkv=(torch.cat([query[0], key[0], value[0]]), torch.cat([query[1], key[1], value[1]])),
-            out=linear("out"),
-            up=linear("up"),
-            down=linear("down"),
-            attention_norm=norm("attention_norm"),
-            output_norm=norm("output_norm"),
-            activation=F.gelu if activation == "gelu" else ACT2FN[activation],
-            num_heads=num_heads,
-        )
-
-    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
-        """Run the layer on packed tokens (num_tokens, hidden)."""
-        mixed = self._attend(F.linear(hidden, *self.qkv), runs)
-        hidden = self.attention_norm(F.linear(mixed, *self.out).add_(hidden))
-        wide = self.activation(F.linear(hidden, *self.up))
-        return self.output_norm(F.linear(wide, *self.down).add_(hidden))
-
-    def _attend(self, qkv: Tensor, runs: Sequence[LengthRun]) -> Tensor:
-        num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
-        head = width // self.num_heads
-        out = qkv.new_empty(num_tokens, width)
-        for run in runs:
-            stop = run.start + run.num_texts * run.length
-            block = qkv[run.start : stop].view(run.num_texts, run.length, 3, self.num_heads, head)
-            query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
-            mixed = F.scaled_dot_product_attention(query, key, value)
-            out[run.start : stop].view(run.num_texts, run.length, self.num_heads, head).copy_(mixed.transpose(1, 2))
-        return out
+    def first(self, num_texts: int) -> PackedTexts:
+        """Return the first texts; their hidden states are a view."""
+        if num_texts == len(self.lengths):
+            return self
+        lengths = self.lengths[:num_texts]
+        return PackedTexts(self.hidden[: int(lengths.sum())], lengths, length_runs(lengths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +57,7 @@ class PackedBackend:
     """The packed backend; see the module's docstring and `Backend`."""
 
     model: GeepForSequenceClassification
-    layers: tuple[PackedLayer, ...]
-    first_position: int
+    layers: tuple[Layer, ...]
 
     @classmethod
     def supports(cls, model_type: str) -> bool:
@@ -163,44 +65,46 @@ class PackedBackend:
         return model_type in FAMILIES and FAMILIES[model_type].packed
 
     @classmethod
-    def build(cls, model: GeepForSequenceClassification) -> Self:
-        """Take a model that is on its device, in its dtype, in eval mode.
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes it runs on a kind of device, its default first."""
+        known = FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+        return (*known, "int8") if device_type == "cpu" and int8.is_available() else known
+
+    @classmethod
+    def build(cls, model: GeepForSequenceClassification, *, dtype: str, ranges: ActivationRanges | None = None) -> Self:
+        """Take a model that is on its device, in eval mode, in the dtype; for int8 in float32.
+
+        Args:
+            model: The model.
+            dtype: One of `dtypes`.
+            ranges: For int8: the ranges of the model's activations.
 
         Raises:
-            ValueError: If the family's layer is another one.
+            ValueError: If the family's layer is another one, or int8 comes without ranges.
         """
         config = model.encoder.config
         if not cls.supports(config.model_type):
             raise ValueError(
                 f"The packed backend runs {sorted(LAYER_PARTS)}, got {config.model_type!r}; use backend='padded'."
             )
-        family = family_of(config)
-        modules = model.encoder.get_submodule(family.layers)
-        activation = config.activation if config.model_type == "distilbert" else config.hidden_act
-        return cls(
-            model=model,
-            layers=tuple(
-                PackedLayer.from_module(layer, LAYER_PARTS[config.model_type], activation, config.num_attention_heads)
-                for layer in modules
-            ),
-            first_position=config.pad_token_id + 1 if family.positions_after_pad else 0,
-        )
+        plain = packed_layers(model)
+        layers: tuple[Layer, ...] = plain
+        if dtype == "int8":
+            if ranges is None:
+                raise ValueError(
+                    "int8 on the packed backend needs the ranges of the model's activations, found none; "
+                    "run `geep profile MODEL --dtype int8` first, or use backend='onnx'."
+                )
+            layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
+        elif model.device.type == "cpu" and onednn.is_available():
+            layers = tuple(map(FusedLayer.of, plain))
+        return cls(model, layers)
 
     def start(self, batch: TokenBatch) -> PackedTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
         device = self.model.device
         encoder = self.model.encoder
-        starts = np.cumsum(batch.lengths) - batch.lengths
-        positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths) + self.first_position
-        if family_of(encoder.config).positions_after_pad:
-            # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the
-            # tokens after it are counted without it, as in Hugging Face's model.
-            pad = encoder.config.pad_token_id
-            is_pad = batch.input_ids == pad
-            if is_pad.any():
-                pads = np.cumsum(is_pad)
-                before = np.concatenate(([0], pads))[starts]
-                positions = np.where(is_pad, pad, positions - (pads - np.repeat(before, batch.lengths)))
+        positions = position_ids(batch, encoder.config)
         inputs = {
             "input_ids": _row(batch.input_ids, device),
             "position_ids": _row(positions, device),
@@ -213,12 +117,21 @@ class PackedBackend:
             hidden = encoder.embeddings_project(hidden)
         return PackedTexts(hidden[0], batch.lengths, length_runs(batch.lengths))
 
-    def advance(self, live: PackedTexts, layer: int, num_texts: int) -> PackedTexts:
+    def advance(self, live: PackedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
-        if num_texts < len(live.lengths):
-            lengths = live.lengths[:num_texts]
-            live = PackedTexts(live.hidden[: int(lengths.sum())], lengths, length_runs(lengths))
-        return PackedTexts(self.layers[layer - 1](live.hidden, live.runs), live.lengths, live.runs)
+        live = live.first(num_texts)
+        if not len(live.hidden):
+            return live
+        run = self.layers[layer - 1]
+        if not only_first_tokens_end(self.model, layer, num_texts, continuing):
+            return PackedTexts(run(live.hidden, live.runs), live.lengths, live.runs)
+        going, ending = live.lengths[:continuing], live.lengths[continuing:]
+        border, runs = int(going.sum()), length_runs(going)
+        hidden = run.first_tokens(live.hidden[border:], length_runs(ending), ending)
+        if border:
+            hidden = torch.cat([run(live.hidden[:border], runs), hidden])
+        lengths = np.concatenate([going, np.minimum(ending, 1)])
+        return PackedTexts(hidden, lengths, length_runs(lengths))
 
     def exit_logits(self, live: PackedTexts, layer: int, start: int, stop: int) -> Tensor:
         """Run the classifier of a layer on a range of texts; the range is a view."""
@@ -226,7 +139,8 @@ class PackedBackend:
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
         head: Any = self.model.head_at(layer)
-        return head.forward_packed(hidden, torch.from_numpy(lengths).to(hidden.device))
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+        return head.forward_packed(hidden, offsets.to(hidden.device), int(lengths.max(initial=0)))
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""
@@ -238,6 +152,34 @@ class PackedBackend:
         """Put live texts one after another."""
         lengths = np.concatenate([live.lengths for live in lives])
         return PackedTexts(torch.cat([live.hidden for live in lives]), lengths, length_runs(lengths))
+
+
+def only_first_tokens_end(
+    model: GeepForSequenceClassification, layer: int, num_texts: int, continuing: int | None
+) -> bool:
+    """Whether some texts end at a layer and its exit reads nothing but their first tokens; see `Backend.advance`."""
+    if continuing is None or continuing >= num_texts:
+        return False
+    head: Any = model.head_at(layer)
+    return bool(head.reads_first_token_only)
+
+
+def position_ids(batch: TokenBatch, config: Any) -> Integers:
+    """Position of every token in its text, as the encoder of this config counts, (num_tokens,)."""
+    after_pad = family_of(config).positions_after_pad
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths)
+    if not after_pad:
+        return positions
+    positions += config.pad_token_id + 1
+    # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the tokens
+    # after it are counted without it, as in Hugging Face's model.
+    is_pad = batch.input_ids == config.pad_token_id
+    if is_pad.any():
+        pads = np.cumsum(is_pad)
+        before = np.concatenate(([0], pads))[starts]
+        positions = np.where(is_pad, config.pad_token_id, positions - (pads - np.repeat(before, batch.lengths)))
+    return positions
 
 
 def _row(values: Integers, device: torch.device) -> Tensor:

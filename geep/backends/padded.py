@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geep.backends.protocol import Integers, TokenBatch
+from geep.backends.int8 import ActivationRanges
+from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch
 from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCall, layer_calls
 
 
@@ -48,7 +49,12 @@ class PaddedBackend:
         return model_type in FAMILIES
 
     @classmethod
-    def build(cls, model: GeepForSequenceClassification) -> Self:
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes it runs on a kind of device, its default first."""
+        return FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+
+    @classmethod
+    def build(cls, model: GeepForSequenceClassification, *, dtype: str, ranges: ActivationRanges | None = None) -> Self:
         """Take a model that is on its device, in its dtype, in eval mode."""
         return cls(model)
 
@@ -69,7 +75,7 @@ class PaddedBackend:
         calls = layer_calls(model.encoder, inputs)
         return PaddedTexts(calls.embedding_output, batch, mask, calls.layers)
 
-    def advance(self, live: PaddedTexts, layer: int, num_texts: int) -> PaddedTexts:
+    def advance(self, live: PaddedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PaddedTexts:
         """Run a layer on a prefix of the rows; the prefix is a view."""
         batch = live.batch
         if num_texts < len(batch):

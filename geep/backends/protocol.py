@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -11,6 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
+
+# Dtypes of the backends that compute in the model's own dtype, by kind of device, the default first. float16 is left
+# out on CPUs, which have no fast kernels for it.
+FLOAT_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("float32", "bfloat16"),
+    "cuda": ("bfloat16", "float16", "float32"),
+    "other": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class LiveTexts(Protocol):
 
     @property
     def lengths(self) -> Integers:
-        """Tokens of each text, shape (num_texts,)."""
+        """Tokens of each text that may run further layers, shape (num_texts,)."""
 
 
 Live = TypeVar("Live", bound=LiveTexts)
@@ -86,14 +94,30 @@ class Backend(Protocol[Live]):
         """Whether the backend runs encoders of this family."""
 
     @classmethod
-    def build(cls, model: object) -> Self:
-        """Take a model that is on its device, in its dtype, in eval mode."""
+    def dtypes(cls, device_type: str) -> tuple[str, ...]:
+        """Dtypes ("float32", "bfloat16", "float16", "int8") it runs on a kind of device, its default first."""
+
+    @classmethod
+    def build(cls, model: object, *, dtype: str, ranges: object = None) -> Self:
+        """Take a model that is on its device, in eval mode, in `dtype`; for "int8" the model itself is float32.
+
+        `ranges` are the `ActivationRanges` of the model, for backends that quantise by observed ranges.
+        """
 
     def start(self, batch: TokenBatch) -> Live:
         """Embed texts."""
 
-    def advance(self, live: Live, layer: int, num_texts: int) -> Live:
-        """Run layer `layer` (counted from 1) on the first `num_texts` texts; the others are let go."""
+    def advance(self, live: Live, layer: int, num_texts: int, *, continuing: int | None = None) -> Live:
+        """Run layer `layer` (counted from 1) on the first `num_texts` texts; the others are let go.
+
+        Args:
+            live: The texts.
+            layer: The layer.
+            num_texts: How many texts run it.
+            continuing: How many of them may run further layers. Of the others only `exit_logits` of this layer will
+                be asked, so a backend may keep no more of them than that exit reads, and may report any length of
+                them. None: all may go on.
+        """
 
     def exit_logits(self, live: Live, layer: int, start: int, stop: int) -> Tensor:
         """Run the classifier of `layer` on texts start … stop - 1: logits (stop - start, num_labels), on the device."""

@@ -13,8 +13,15 @@ The room refuses to know what a key means. Read `HashTable`, then `_hash`.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Self
+
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 EMPTY_KEY = -1
 """Key of a free slot: smaller than every key, so that each key displaces it and each search stops at it."""
@@ -80,6 +87,14 @@ class HashTable:
         """Where the slots live."""
         return self._keys.device
 
+    @property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of the slots, int64, shape (capacity,): no copies, for kernels that search and not write.
+
+        An insertion may put other tensors in their place.
+        """
+        return self._keys, self._values
+
     def insert_or_assign(self, keys: Tensor, values: Tensor) -> None:
         """Store `values` under `keys`, in place of what was stored there; of equal keys in the batch the last one wins.
 
@@ -93,8 +108,9 @@ class HashTable:
             TypeError: If a tensor is not int64.
             ValueError: If a shape differs, a key or value is negative, or a tensor is on another device.
         """
-        self._check("keys", keys)
-        self._check("values", values)
+        for name, tensor in (("keys", keys), ("values", values)):
+            self._check(name, tensor)
+            _check_not_negative(name, tensor)
         if keys.shape != values.shape:
             raise ValueError(f"{keys.numel()} keys came with {values.numel()} values; give one value for each key.")
         if not keys.numel():
@@ -122,6 +138,7 @@ class HashTable:
             ValueError: If `keys` is not flat, holds a negative key, or is on another device.
         """
         self._check("keys", keys)
+        _check_not_negative("keys", keys)
         slots = self._find_slots(keys)
         return torch.where(slots >= 0, self._values[slots.clamp(min=0)], MISSING)
 
@@ -130,7 +147,7 @@ class HashTable:
         return {"keys": self._keys.clone(), "values": self._values.clone()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], *, max_load_factor: float = 0.8) -> HashTable:
+    def from_state(cls, state: dict[str, Tensor], *, max_load_factor: float = 0.8) -> Self:
         """Return the table whose `state()` this is, on the device of its tensors.
 
         Every slot is checked first, so that a table from a damaged file is refused rather than searched.
@@ -178,12 +195,26 @@ class HashTable:
         return table
 
     def to(self, device: torch.device | str) -> HashTable:
-        """Return a copy of the table on `device`, with the same bytes."""
-        table = HashTable(self.capacity, max_load_factor=self._max_load_factor, device=device)
-        table._keys.copy_(self._keys)
-        table._values.copy_(self._values)
-        table._len = self._len
-        return table
+        """Return a copy of the table on `device`, with the same bytes.
+
+        On a CUDA device where Triton is installed it is a `geep.hash_table.triton.TritonHashTable`, elsewhere this
+        reference, which runs on any device.
+        """
+        device = torch.device(device)
+        if not kernels_run_on(device.type):
+            return HashTable.copy_of(self, device)
+        from geep.hash_table.triton import TritonHashTable
+
+        return TritonHashTable.copy_of(self, device)
+
+    @classmethod
+    def copy_of(cls, table: HashTable, device: torch.device | str) -> Self:
+        """Return a table of this class on `device` with the bytes of `table`, whatever class that is of."""
+        copy = cls(table.capacity, max_load_factor=table._max_load_factor, device=device)
+        copy._keys.copy_(table._keys)
+        copy._values.copy_(table._values)
+        copy._len = table._len
+        return copy
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != torch.int64:
@@ -192,8 +223,6 @@ class HashTable:
             raise ValueError(f"{name} must be flat, shape (num_keys,), got shape {tuple(tensor.shape)}.")
         if tensor.device != self.device:
             raise ValueError(f"{name} are on {tensor.device}, the table on {self.device}; move one of them.")
-        if bool((tensor < 0).any()):
-            raise ValueError(f"{name} must be >= 0, got {int(tensor.min())}; negative numbers mark free slots.")
 
     def _reserve(self, num_keys: int) -> None:
         """Double the capacity until it holds `num_keys`, and lay the stored keys out again."""
@@ -233,6 +262,25 @@ class HashTable:
             self._values[slot[won]] = values[won]
             slot = (torch.cat([slot[~won], slot[displaced]]) + 1) & (self.capacity - 1)
             keys, values = next_keys, next_values
+
+
+@cache
+def kernels_run_on(device_type: str) -> bool:
+    """Tell whether the Triton kernels are the ones to use on a device of this type; say once if they are missed."""
+    if device_type != "cuda":
+        return False
+    if find_spec("triton") is None:
+        logger.warning(
+            "Triton is not installed: the hash table runs as torch operations on CUDA, which gives the same results "
+            "more slowly; pip install 'geep[gpu]' brings the kernels."
+        )
+        return False
+    return True
+
+
+def _check_not_negative(name: str, tensor: Tensor) -> None:
+    if bool((tensor < 0).any()):
+        raise ValueError(f"{name} must be >= 0, got {int(tensor.min())}; negative numbers mark free slots.")
 
 
 def _empty_slots(capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:

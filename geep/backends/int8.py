@@ -1,0 +1,278 @@
+"""Packed layers in 8 bits on CPUs: static, per-channel quantisation of weights and activations.
+
+Every linear layer multiplies unsigned 8-bit activations by signed 8-bit weights (oneDNN; VNNI where the CPU has it).
+The ranges of the activations are observed once, on texts (`observe`), so a text's answer does not depend on the texts
+beside it, as it does where ranges are taken from each batch. Three choices keep the answers close to float32's:
+
+- Each input channel has its own scale and zero point. Scales are folded into the weights, zero points into the bias,
+  so this costs nothing at run time. (In BERT a few channels are far wider than the others.)
+- Each output channel of a weight has its own scale.
+- Between the two wide linear layers values stay in 8 bits under one scale, so the few channels with the largest range
+  are left out and computed in float32, as LLM.int8 does (Dettmers et al. 2022): `FLOAT_CHANNELS` of them.
+
+Attention, norms and residuals stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from geep.backends.onednn import FUSED_ACTIVATIONS
+from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
+from geep.backends.protocol import Integers
+
+FLOAT_CHANNELS = 32
+"""Channels between the two wide linear layers that stay in float32: the widest of each layer."""
+
+SITES = ("qkv", "out", "up", "down")
+"""The linear layers of an encoder layer, by the names of `PackedLayer`; their inputs are what is observed."""
+
+Range = tuple[Tensor, Tensor]
+
+
+def is_available() -> bool:
+    """Whether this build of torch has oneDNN's 8-bit linear layer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationRanges:
+    """Least and greatest value of every channel at the input of every linear layer.
+
+    Attributes:
+        sites: For each of `SITES`, a float32 tensor (num_layers, 2, channels): row 0 the least, row 1 the greatest.
+    """
+
+    sites: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if set(self.sites) != set(SITES):
+            raise ValueError(f"Activation ranges need the sites {list(SITES)}, found {sorted(self.sites)}.")
+        for name, ranges in self.sites.items():
+            if ranges.ndim != 3 or ranges.shape[1] != 2 or ranges.dtype != torch.float32:
+                raise ValueError(
+                    f"Ranges of {name!r} must be float32 (num_layers, 2, channels), "
+                    f"found {ranges.dtype} {tuple(ranges.shape)}."
+                )
+            if not torch.isfinite(ranges).all() or bool((ranges[:, 0] > ranges[:, 1]).any()):
+                raise ValueError(f"Ranges of {name!r} must be finite and ascending; observe them again.")
+
+    def of(self, layer: int, site: str) -> Range:
+        """Range of each channel at a site of a layer (counted from 0)."""
+        low, high = self.sites[site][layer]
+        return low, high
+
+    def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> None:
+        """Write a safetensors file, with the digest of the model it belongs to."""
+        partial = Path(path).with_suffix(".partial")
+        save_file({name: ranges.contiguous() for name, ranges in self.sites.items()}, partial, metadata=fingerprint)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, fingerprint: dict[str, str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: If the file is damaged or belongs to another model.
+        """
+        advice = "run `geep profile --dtype int8` again"
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = file.metadata() or {}
+                sites = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file itself cannot be walked)
+            if found.get("model") != fingerprint["model"]:
+                raise ValueError(
+                    f"it was observed on model {found.get('model', '?')[:12]}, found {fingerprint['model'][:12]}"
+                )
+            return cls(sites)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used ({error}); {advice}.") from error
+
+
+def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Sequence[LengthRun]]]) -> ActivationRanges:
+    """Run float32 layers over texts and note the range of every linear layer's input.
+
+    Args:
+        layers: The encoder's layers.
+        batches: Embedded texts, (num_tokens, hidden), and where they lie.
+
+    Raises:
+        ValueError: If there is no token to observe.
+    """
+    seen: dict[tuple[str, int], Range] = {}
+    for hidden, runs in batches:
+        if not len(hidden):
+            continue
+        for number, layer in enumerate(layers):
+
+            def note(site: str, x: Tensor, number: int = number) -> None:
+                low, high = x.amin(0), x.amax(0)
+                if (site, number) in seen:
+                    low, high = torch.minimum(low, seen[site, number][0]), torch.maximum(high, seen[site, number][1])
+                seen[site, number] = low, high
+
+            hidden = layer(hidden, runs, note)
+    if not seen:
+        raise ValueError("There is no token to observe activations on; give a few hundred texts.")
+    return ActivationRanges(
+        {
+            site: torch.stack([torch.stack(seen[site, number]) for number in range(len(layers))]).float()
+            for site in SITES
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """A linear layer on 8-bit inputs.
+
+    Invariant: with q = `quantise`(x), the result equals x W' + b up to the rounding of q and of the weights, for x
+    within the observed range; values outside are cut to it.
+    """
+
+    weight: Tensor  # oneDNN's layout of signed 8-bit weights
+    weight_scale: Tensor  # (out,)
+    weight_zero: Tensor
+    bias: Tensor
+    inverse_scale: Tensor  # (in,)
+    zero_point: Tensor  # (in,), with a half for rounding
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, observed: Range) -> Self:
+        """Quantise a float32 layer (out, in) for inputs in these ranges, one for each input channel."""
+        scale, zero = _steps(observed)
+        folded = weight * scale
+        # Without VNNI products of pairs are summed in 16 bits, which 7-bit weights cannot overflow.
+        most = 127 if torch.cpu._is_vnni_supported() else 63
+        weight_scale = folded.abs().amax(1).clamp(min=1e-12) / most
+        rounded = (folded / weight_scale[:, None]).round_().clamp_(-most, most)
+        return cls(
+            weight=torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None),
+            weight_scale=weight_scale,
+            weight_zero=torch.zeros(len(weight), dtype=torch.int64),
+            # x = scale (q - zero), so the zero points add the same to every row.
+            bias=bias - (rounded * weight_scale[:, None]) @ zero,
+            inverse_scale=1 / scale,
+            zero_point=zero + 0.5,
+        )
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Turn float32 inputs (num_tokens, in) into unsigned 8-bit ones."""
+        # Cutting the fraction off after adding a half rounds.
+        return torch.addcmul(self.zero_point, x, self.inverse_scale).clamp_(0, 255).to(torch.uint8)
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """Return x W' + b, float32, for quantised inputs."""
+        return torch.ops.onednn.qlinear_pointwise(
+            *(q, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, self.bias),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+
+    def plus(self, q: Tensor, residual: Tensor) -> Tensor:
+        """Return x W' + b + residual, float32, for quantised inputs."""
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            *(q, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, residual, self.bias),
+            *(1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], ""),
+        )
+
+    def activated(self, q: Tensor, activation: tuple[str, str], step: float, zero: int) -> Tensor:
+        """Return activation(x W' + b) as unsigned 8-bit numbers of this step and zero point."""
+        name, algorithm = activation
+        return torch.ops.onednn.qlinear_pointwise(
+            *(q, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, self.bias),
+            *(step, zero, torch.uint8, name, [], algorithm),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Layer:
+    """`PackedLayer` in 8 bits; see the module's docstring."""
+
+    qkv: Int8Linear
+    out: Int8Linear
+    up: Int8Linear
+    down: Int8Linear
+    wide_step: float
+    wide_zero: int
+    float_up: tuple[Tensor, Tensor]  # the channels that stay in float32
+    float_down: Tensor  # (float channels, hidden)
+    attention_norm: Norm
+    output_norm: Norm
+    layer: PackedLayer
+
+    @classmethod
+    def of(cls, layer: PackedLayer, ranges: ActivationRanges, number: int) -> Self:
+        """Quantise a float32 layer, the `number`th (from 0), for activations in the observed ranges.
+
+        Raises:
+            ValueError: If the activation is none that can be applied inside an 8-bit product, or the ranges are of
+                another shape.
+        """
+        if layer.activation_name not in FUSED_ACTIVATIONS:
+            raise ValueError(
+                f"int8 runs the activations {sorted(FUSED_ACTIVATIONS)}, found {layer.activation_name!r}; "
+                "use another dtype."
+            )
+        observed = {site: ranges.of(number, site) for site in SITES}
+        weights = {"qkv": layer.qkv, "out": layer.out, "up": layer.up, "down": layer.down}
+        for site, (weight, _) in weights.items():
+            if len(observed[site][0]) != weight.shape[1]:
+                raise ValueError(
+                    f"The ranges of {site!r} have {len(observed[site][0])} channels, the model {weight.shape[1]}; "
+                    "run `geep profile --dtype int8` for this model."
+                )
+        low, high = observed["down"]
+        widest = torch.maximum(high, -low).argsort(descending=True)
+        in_float = widest[:FLOAT_CHANNELS].sort().values
+        others = widest[FLOAT_CHANNELS:]
+        if len(others):
+            low, high = low[others].min(), high[others].max()
+        else:  # a layer this narrow runs in float32 altogether
+            low, high = low.min(), high.max()
+        width = weights["down"][0].shape[1]
+        down_range = (low.expand(width), high.expand(width))
+        step, zero = _steps(down_range)
+        down_weight = layer.down[0].clone()
+        down_weight[:, in_float] = 0
+        return cls(
+            qkv=Int8Linear.of(*layer.qkv, observed["qkv"]),
+            out=Int8Linear.of(*layer.out, observed["out"]),
+            up=Int8Linear.of(*layer.up, observed["up"]),
+            down=Int8Linear.of(down_weight, layer.down[1], down_range),
+            wide_step=float(step[0]),
+            wide_zero=int(zero[0]),
+            float_up=(layer.up[0][in_float].contiguous(), layer.up[1][in_float].contiguous()),
+            float_down=layer.down[0][:, in_float].t().contiguous(),
+            attention_norm=layer.attention_norm,
+            output_norm=layer.output_norm,
+            layer=layer,
+        )
+
+    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+        """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
+        mixed = attend_runs(self.qkv(self.qkv.quantise(hidden)), runs, self.layer.num_heads)
+        hidden = self.attention_norm(self.out.plus(self.out.quantise(mixed), hidden))
+        fused = FUSED_ACTIVATIONS[self.layer.activation_name]
+        wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
+        few = self.layer.activation(F.linear(hidden, *self.float_up))
+        return self.output_norm(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))
+
+    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+        """Run the layer for the first token of each text, in float32: so few rows that the plain layer serves."""
+        return self.layer.first_tokens(hidden, runs, lengths)
+
+
+def _steps(observed: Range) -> tuple[Tensor, Tensor]:
+    """Step and zero point, both (channels,), of unsigned 8-bit numbers that cover ranges and hold 0 exactly."""
+    low, high = observed[0].clamp(max=0), observed[1].clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-8)
+    return scale, (-low / scale).round()

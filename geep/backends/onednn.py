@@ -1,0 +1,92 @@
+"""Packed layers on oneDNN's CPU kernels: weights laid out once, bias, activation and residual inside the product.
+
+The same layer as `PackedLayer`, with the same weights: only the passes over memory between the products are gone, and
+the weights are reordered at build time instead of at each call. Kernels: oneDNN's inner product with post-operations,
+which torch's own compiler uses on CPUs (torch.ops.mkldnn).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
+from geep.backends.protocol import Integers
+
+# Activations that oneDNN applies inside a product: its name and algorithm for those that transformers names.
+FUSED_ACTIVATIONS: Mapping[str, tuple[str, str]] = {
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+}
+
+
+def is_available() -> bool:
+    """Whether this build of torch has the fused linear layer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLinear:
+    """A linear layer in oneDNN's own weight layout."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor) -> Self:
+        """Lay out a weight (out, in); costs a copy of it."""
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), bias)
+
+    def __call__(self, x: Tensor, activation: tuple[str, str] = ("none", "")) -> Tensor:
+        """Return activation(x W' + b)."""
+        name, algorithm = activation
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return x W' + b + residual."""
+        return torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, "add")
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """`PackedLayer` on fused kernels, float32 or bfloat16; equal to it up to rounding."""
+
+    qkv: FusedLinear
+    out: FusedLinear
+    up: FusedLinear
+    down: FusedLinear
+    attention_norm: Norm
+    output_norm: Norm
+    fused: tuple[str, str] | None  # None: the activation cannot be applied inside a product
+    layer: PackedLayer
+
+    @classmethod
+    def of(cls, layer: PackedLayer) -> Self:
+        """Lay out the weights of a layer."""
+        return cls(
+            qkv=FusedLinear.of(*layer.qkv),
+            out=FusedLinear.of(*layer.out),
+            up=FusedLinear.of(*layer.up),
+            down=FusedLinear.of(*layer.down),
+            attention_norm=layer.attention_norm,
+            output_norm=layer.output_norm,
+            fused=FUSED_ACTIVATIONS.get(layer.activation_name),
+            layer=layer,
+        )
+
+    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+        """Run the layer on packed tokens (num_tokens, hidden)."""
+        mixed = attend_runs(self.qkv(hidden), runs, self.layer.num_heads)
+        hidden = self.attention_norm(self.out.plus(mixed, hidden))
+        wide = self.layer.activation(self.up(hidden)) if self.fused is None else self.up(hidden, self.fused)
+        return self.output_norm(self.down.plus(wide, hidden))
+
+    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+        """Run the layer for the first token of each text; so few rows that the plain layer serves."""
+        return self.layer.first_tokens(hidden, runs, lengths)
