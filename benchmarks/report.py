@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from report_more import more_parts
+from report_summary import engine_summary
 from tables import Line, describe, of_kind, percent, read, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,11 @@ def studies() -> dict[str, list[Line]]:
 
 
 def summary_table() -> str:
+    """What is lost and gained, by engine; from the studies alone where engines were not measured side by side."""
+    return engine_summary(RESULTS) or study_summary()
+
+
+def study_summary() -> str:
     """One line a data set: what the calibrated engine gains, and int8 beside it where that was measured."""
     rows = []
     machine = ""
@@ -110,6 +116,12 @@ def best_constant(runs: list[Line], ours: Line) -> str:
     return f"{ours['throughput'] / rival['throughput']:.2f}x ({depth})"
 
 
+STUDY_WORDS = (
+    "All rivals and sweeps in float32, one study a data set. They were taken before the learned criterion, the exact "
+    "bound on accuracy drops and the fused CPU layers, so the summary above is the newer one."
+)
+
+
 def results_page() -> str:
     """The whole of docs/results.md."""
     parts = [
@@ -120,6 +132,8 @@ def results_page() -> str:
         "## Summary",
         summary_table(),
     ]
+    if engine_summary(RESULTS) is not None and studies():
+        parts += ["## Studies", STUDY_WORDS, study_summary()]
     for name, lines in studies().items():
         parts += study_part(name, lines)
     recipes = RESULTS / "recipes.jsonl"

@@ -34,7 +34,10 @@ def test_the_documents_are_what_the_results_give() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["study", "recipes", "report", "hash_table", "gpu", "throughput", "scaling", "plot"])
+@pytest.mark.parametrize(
+    "name",
+    ["accuracy", "study", "recipes", "report", "hash_table", "gpu", "throughput", "scaling", "plot", "prediction"],
+)
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

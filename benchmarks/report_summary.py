@@ -1,0 +1,83 @@
+"""The table that people look at first: what is lost on whole test splits, and what is gained in one timed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tables import Line, describe, of_kind, percent, read, table, times
+
+HEADER = [
+    "data set",
+    "engine",
+    "accuracy, full float32",
+    "accuracy, GEEP",
+    "fewer layers",
+    "over packed full, same dtype",
+    "over best constant depth as accurate",
+    "over HF pipeline",
+    "ONNX Runtime int8, full depth, over HF pipeline",
+    "answered by the table alone",
+]
+
+WORDS = (
+    "Accuracy and layers: whole test split. Ratios of texts a second, from raw text: one interleaved run on {texts} "
+    "test texts, everything at its best batch size. Measured on: {machine}. All rows and rivals: "
+    "[docs/results.md](docs/results.md)."
+)
+
+
+def engine_summary(results: Path) -> str | None:
+    """A line for each data set and engine that both scripts measured; None where there is none."""
+    path = results / "accuracy.jsonl"
+    rows, texts, machine = [], set(), ""
+    for kept in sorted(read(path) if path.exists() else [], key=lambda line: str(line["data"])):
+        timed = results / f"throughput-{kept['data']}.jsonl"
+        lines = read(timed) if timed.exists() else []
+        runs = of_kind(lines, "throughput")
+        ours = of_kind(runs, "throughput", group="geep", engine=kept["engine"])
+        if not ours or ours[0]["over_pipeline"] is None:
+            continue
+        about = of_kind(lines, "about")[0]
+        texts.add(about["texts"])
+        machine = describe({**about["machine"], "dtype": "dtypes as named"})
+        rows.append(_row(kept, ours[0], runs))
+    if not rows:
+        return None
+    return f"{table(HEADER, rows)}\n\n{WORDS.format(texts=_range(texts), machine=machine)}"
+
+
+def _row(kept: Line, ours: Line, runs: list[Line]) -> list[str]:
+    full = of_kind(runs, "throughput", group="full", engine=kept["engine"])
+    runtime = of_kind(runs, "throughput", group="onnxruntime-int8")
+    return [
+        kept["data"],
+        kept["engine"],
+        percent(kept["full_accuracy"]),
+        percent(kept["accuracy"]),
+        times(kept["layer_speedup"]),
+        times(ours["throughput"] / full[0]["throughput"] if full else None),
+        best_constant(kept, ours, runs),
+        times(ours["over_pipeline"]),
+        times(max((run["over_pipeline"] for run in runtime), default=None)),
+        f"{100 * kept['lexical_share']:.0f} %",
+    ]
+
+
+def best_constant(kept: Line, ours: Line, runs: list[Line]) -> str:
+    """Our throughput over that of the fastest constant depth of the same engine with at least our accuracy."""
+    constants = of_kind(runs, "throughput", engine=kept["engine"])
+    rivals = [
+        (run["throughput"], int(run["mean_exit_layer"]))
+        for run in constants
+        if run["group"] in ("constant", "full")
+        and kept["constant_accuracy"].get(str(int(run["mean_exit_layer"])), 0.0) >= kept["accuracy"]
+    ]
+    if not rivals:
+        return "none as good"
+    rate, depth = max(rivals)
+    return f"{ours['throughput'] / rate:.2f}x ({depth} layers)"
+
+
+def _range(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
