@@ -175,6 +175,8 @@ def race(
             field_.enter(name, rival.script, python=python, options=options)
         count = affordable_texts(field_.entries, args.rounds, len(material.job.texts), 60 * args.minutes)
         field_.run_rounds(count, args.rounds)
+    if not any(entry.group == "full" for entry in field_.entries):
+        sys.exit(f"{data}: the first engine did not last, so there is nothing to compare with; nothing is written.")
     header = {
         "kind": "about",
         "data": data,
@@ -267,15 +269,18 @@ class Field:
                 entry = running[index]
                 done += 1
                 self.report(entry.name, done / max(steps, 1))
-                if entry.name in self.failures:
+                if entry.name in self.failures or entry.worker.name in self.failures:
                     continue
                 seconds = max(120.0, PATIENCE * (entry.seconds_per_run + count * entry.seconds_per_text))
                 try:
                     outcome = watch.ask(entry.worker, {"do": "run", "way": entry.name, "count": count}, seconds=seconds)
                 except RivalFailed as error:
-                    self.fall_out(entry.name, error)
+                    # With a process go all of its ways.
+                    self.fall_out(entry.name if entry.worker.alive else entry.worker.name, error)
                     continue
                 entry.outcomes.append(outcome)
+        # A median of fewer rounds than the others' would not be theirs to stand beside.
+        self.entries = [entry for entry in running if len(entry.outcomes) == rounds]
         self.idle = watch.worst
 
 
