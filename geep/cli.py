@@ -261,7 +261,7 @@ def profile_command(
         str | None, typer.Option(help=f"{' or '.join(PREDICTORS)}. Default: what ranks held-out texts best.")
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="agreement (learned, needs fewest layers), entropy, confidence or margin.")
+        str, typer.Option(help="agreement (learned from held-out rows), entropy, confidence or margin.")
     ] = AGREEMENT,
     device: Device = None,
     dtype: Dtype = None,

@@ -436,7 +436,7 @@ def drop_bound(spoilt: int, repaired: int, num_texts: int, tail: float) -> float
     lower tail grows with d wherever the tail ends 2 below the mean: there the largest d alone has to be looked at.
     Drops nearer to what was seen than that are not refuted, and with d above 1/2 the bound is d itself.
 
-    Bounding changes and direction each by itself and multiplying is simpler, and a quarter to a third wider.
+    Bounding changes and direction each by itself and multiplying is simpler, and wider where texts change both ways.
     """
     spent = tail * _CHANGED_SHARE
     changed = clopper_pearson_upper(spoilt + repaired, num_texts, spent)
