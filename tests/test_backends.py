@@ -28,8 +28,7 @@ every_head = pytest.mark.parametrize("head", sorted(HEADS))
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    # Float32: 5e-5 of the size of the logits. The order of sums differs between backends and numbers of threads, and the
-    # layers of these models are loud.
+    # Float32: 5e-5 of the size of the logits. The order of sums differs between backends and numbers of threads.
     return torch.allclose(found, expected, atol=5e-5 * max(1.0, float(expected.abs().max())), rtol=0)
 
 
