@@ -65,7 +65,8 @@ class ExitRun:
         batch: The texts' tokens.
         exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
         labels: Label ids, or 0/1 for multi-label; None where unknown.
-        reference: Logits of the float32 full model where the engine is quantised, (num_texts, num_labels).
+        reference: Logits of the float32 full model, (num_texts, num_labels); None where that is the last exit, or
+            where nothing is compared with it.
     """
 
     batch: TokenBatch
@@ -74,12 +75,19 @@ class ExitRun:
     reference: Tensor | None = None
 
     @classmethod
-    def of(cls, engine: Engine, split: Split, report: Callable[[float], None] = lambda _: None) -> ExitRun:
-        """Run the exits of an engine over texts."""
+    def of(
+        cls,
+        engine: Engine,
+        split: Split,
+        report: Callable[[float], None] = lambda _: None,
+        *,
+        with_reference: bool = True,
+    ) -> ExitRun:
+        """Run the exits of an engine over texts, and the float32 full model of a quantised one if wanted."""
         batch = engine.tokenize(split.inputs).batch
         labels = None if split.labels is None else torch.from_numpy(split.labels)
         reference = None
-        if engine.dtype == "int8":
+        if engine.dtype == "int8" and with_reference:
             reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
         return cls(batch, engine.exit_logits(batch, report=report), labels, reference)
 
@@ -165,7 +173,8 @@ def profile(
         held = ExitRun.of(engine, held, partial(report, "all exits, held-out texts"))
     _check_quantised(held, multi_label=engine.multi_label)
     if isinstance(seen, Split):
-        seen = ExitRun.of(engine, seen, partial(report, "all exits, training texts"))
+        # Training texts fill the table with where exits are sure, not with whether they are right.
+        seen = ExitRun.of(engine, seen, partial(report, "all exits, training texts"), with_reference=False)
     depths, many = engine.depths, engine.multi_label
 
     report("temperatures, criterion, exit table", 0.0)
@@ -235,7 +244,7 @@ def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) 
         ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
     """
     batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
-    plain, packed = packed_layers(engine.model), PackedBackend.build(engine.model, dtype="float32")
+    plain, packed = packed_layers(engine.model), PackedBackend(engine.model, layers=())  # embeds; the plain layers run
     everyone = np.full(len(batch), engine.depths[-1])
     with torch.inference_mode():
         cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.max_batch_tokens)

@@ -362,7 +362,8 @@ class Engine:
         """
         if self.model.dtype != torch.float32:
             raise ValueError(f"The weights were cast to {self.model.dtype}; load the model again in float32.")
-        config = replace(self.config, backend=None, dtype="float32")
+        # The size of batches is taken over: a reference need not be timed.
+        config = replace(self.config, backend=None, dtype="float32", max_batch_tokens=self.max_batch_tokens)
         return Engine(self.model, self.tokenizer, config=config, identity=self.identity)
 
     def save_pretrained(self, folder: str | Path, *, record: dict[str, Any] | None = None) -> None:
@@ -470,7 +471,7 @@ class Engine:
             row = broken[0]
         raise FloatingPointError(
             f"Text {first + row} has logits that are not finite; nothing can be said of it. "
-            f"If the dtype is {self.model.dtype}, try float32."
+            f"If the dtype is {self.dtype}, try float32."
         )
 
     def _predictions(self, result: RunResult, truncated: NDArray[np.bool_]) -> list[Prediction]:
@@ -553,7 +554,9 @@ class Engine:
             unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
             if unknown:
                 raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
-            guess = self.plan(batch, settings=settings).lexical_logits if settings.criterion == AGREEMENT else None
+            # The table's guess is read where an exit's answer is judged, which "stop" never does.
+            judged = settings.criterion == AGREEMENT and settings.on_miss == "continue"
+            guess = self.plan(batch, settings=settings).lexical_logits if judged else None
             plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
         run = _Run(self, settings, plan, len(batch))
         with torch.inference_mode():
