@@ -1060,10 +1060,10 @@ def divide(
         rest, held = cut.rest, cut.held
     train = rest
     if max_train is not None and max_train < len(rest):
-        train = _subset(rest, max_train, seed)
+        order = np.random.default_rng(seed).permutation(len(rest))
+        train = rest.select(np.sort(order[:max_train]))
         if (held.labels is None) == (rest.labels is None):
-            spare = np.random.default_rng(seed).permutation(len(rest))[max_train:]  # what `_subset` leaves
-            held = held.join(rest.select(spare[: max(max_heldout - len(held), 0)]))
+            held = held.join(rest.select(order[max_train:][: max(max_heldout - len(held), 0)]))
     parts = halves(held, seed=seed)
     return Parts(train, parts.profile, parts.calibration)
 
