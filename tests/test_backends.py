@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from geep.backends import BACKENDS, TokenBatch
-from geep.backends.packed import LAYER_PARTS, length_runs
+from geep.backends.packed_layer import LAYER_PARTS, length_runs
 from geep.backends.protocol import token_positions
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from geep.backends.graphs import LayerGraphs
 from geep.backends.int8 import ActivationRanges
-from geep.backends.packed import PackedBackend, only_first_tokens_end, position_ids
+from geep.backends.packed import PackedBackend, embed, only_first_tokens_end, position_ids
 from geep.backends.packed_layer import PackedLayer, attend_first, attend_runs, length_runs, packed_layers
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
@@ -225,10 +225,7 @@ class CudaBackend:
         inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         if not family_of(encoder.config).has_token_type_ids:
             del inputs["token_type_ids"]
-        hidden = encoder.embeddings(**inputs)
-        if hasattr(encoder, "embeddings_project"):  # ELECTRA's embeddings may be narrower than its layers
-            hidden = encoder.embeddings_project(hidden)
-        return place(hidden[0])
+        return place(embed(encoder, inputs))
 
     def advance(self, live: CudaTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> CudaTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""

@@ -7,7 +7,7 @@ same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from geep.backends import int8, onednn
 from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.onednn import FusedLayer
-from geep.backends.packed_layer import LAYER_PARTS, LengthRun, length_runs, packed_layers
+from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
 
@@ -82,11 +82,6 @@ class PackedBackend:
         Raises:
             ValueError: If the family's layer is another one, or int8 comes without ranges.
         """
-        config = model.encoder.config
-        if not cls.supports(config.model_type):
-            raise ValueError(
-                f"The packed backend runs {sorted(LAYER_PARTS)}, got {config.model_type!r}; use backend='padded'."
-            )
         plain = packed_layers(model)
         layers: tuple[Layer, ...] = plain
         if dtype == "int8":
@@ -112,10 +107,7 @@ class PackedBackend:
         if family_of(encoder.config).has_token_type_ids:
             types = np.zeros_like(batch.input_ids) if batch.token_type_ids is None else batch.token_type_ids
             inputs["token_type_ids"] = _row(types, device)
-        hidden = encoder.embeddings(**inputs)
-        if hasattr(encoder, "embeddings_project"):  # ELECTRA's embeddings may be narrower than its layers
-            hidden = encoder.embeddings_project(hidden)
-        return PackedTexts(hidden[0], batch.lengths, length_runs(batch.lengths))
+        return PackedTexts(embed(encoder, inputs), batch.lengths, length_runs(batch.lengths))
 
     def advance(self, live: PackedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
@@ -152,6 +144,14 @@ class PackedBackend:
         """Put live texts one after another."""
         lengths = np.concatenate([live.lengths for live in lives])
         return PackedTexts(torch.cat([live.hidden for live in lives]), lengths, length_runs(lengths))
+
+
+def embed(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Run an encoder's own embedding module on rows of tokens, each (1, num_tokens): (num_tokens, hidden)."""
+    hidden = encoder.embeddings(**inputs)
+    if hasattr(encoder, "embeddings_project"):  # ELECTRA's embeddings may be narrower than its layers
+        hidden = encoder.embeddings_project(hidden)
+    return hidden[0]
 
 
 def only_first_tokens_end(
