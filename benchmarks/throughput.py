@@ -143,7 +143,7 @@ def race(
     # Imported late: --help needs no torch.
     from rivals.materials import prepare
 
-    from geep.evaluation import _cpu_name
+    from geep.evaluation import cpu_name
 
     begin, busy = time.monotonic(), os.getloadavg()[0]
     cache = args.envs_dir / "exports"
@@ -182,7 +182,7 @@ def race(
         "data": data,
         "made_of": made_of,
         "machine": {
-            "device": _cpu_name(),
+            "device": cpu_name(),
             "threads": args.threads,
             "dtype": "float32",
             "torch": field_.entries[0].versions["torch"] if field_.entries else None,

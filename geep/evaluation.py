@@ -263,7 +263,7 @@ def _rivals(
 
     first = int(np.searchsorted(depths, 1))
     fastbert = follow(profile, np.full(len(profile), first), speed=settings.speed, on_miss="continue")
-    shrinking = _ShrinkingBatch.of(engine)
+    shrinking = ShrinkingBatch.of(engine)
     size = _fastest(sizes, lambda size: shrinking(trial, size))
     rivals.append(
         _Rival(
@@ -441,7 +441,7 @@ class _HfPipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class _ShrinkingBatch:
+class ShrinkingBatch:
     """FastBERT's batched run as published: padded batches in arrival order, a classifier after every layer, texts that
     are certain enough leave the batch at once, the others go on in a smaller one.
     """  # noqa: D205
@@ -450,10 +450,12 @@ class _ShrinkingBatch:
     backend: Backend[Any]
 
     @classmethod
-    def of(cls, engine: Engine) -> _ShrinkingBatch:
+    def of(cls, engine: Engine) -> ShrinkingBatch:
+        """Run an engine's model, padded, at its settings."""
         return cls(engine, BACKENDS["padded"].build(engine.model, dtype=str(engine.model.dtype).removeprefix("torch.")))
 
     def __call__(self, texts: Sequence[Any], batch_size: int) -> Tensor:
+        """Answer raw texts: probabilities (num_texts, num_labels)."""
         engine, backend, settings = self.engine, self.backend, self.engine.settings
         batch = engine.tokenize(texts).batch
         out = torch.empty(len(texts), len(engine.label_names))
@@ -489,7 +491,7 @@ def _wait_for_device(engine: Engine) -> None:
 def machine(engine: Engine) -> dict[str, Any]:
     """Describe what a measurement ran on; absolute times mean nothing without it."""
     device = engine.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -498,7 +500,8 @@ def machine(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of this machine's CPU, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

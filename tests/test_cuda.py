@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,6 +171,15 @@ def test_buffers_grow_and_are_kept() -> None:
     assert [len(buffer.host) for buffer in staging._buffers] == [16, 64]
 
 
+def in_threads(work: Callable[[int], None], count: int = 4) -> None:
+    """Run some work in several threads at once, each with its number, and wait for all."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_several_threads_may_upload() -> None:
     staging, wrong = Staging(CPU), []
 
@@ -180,11 +189,7 @@ def test_several_threads_may_upload() -> None:
             if not bool((row == value).all()):
                 wrong.append(value)
 
-    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 
@@ -275,11 +280,7 @@ def test_several_threads_may_replay() -> None:
                 if not close(logits, expected[which]):
                     wrong.append(which)
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 

@@ -13,9 +13,8 @@ from conftest import make_engine, random_texts
 from geep.calibration import ExitRun, full_profile, planned_columns
 from geep.data import Split
 from geep.engine import Engine
-from geep.evaluation import BATCH_SIZES, EvaluationReport, draw, evaluate, headline, stable_oracle
+from geep.evaluation import BATCH_SIZES, EvaluationReport, ShrinkingBatch, draw, evaluate, headline, stable_oracle
 from geep.evaluation import _run_at as run_at
-from geep.evaluation import _ShrinkingBatch as ShrinkingBatch
 from geep.exits import ExitProfile, follow
 
 GROUPS = {

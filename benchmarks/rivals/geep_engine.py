@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
 
-from geep.backends import BACKENDS, Backend, TokenBatch
+from geep.backends import Backend, TokenBatch
 from geep.calibration import ExitRun, full_profile
 from geep.data import Split
 from geep.engine import Engine
-from geep.evaluation import _ShrinkingBatch
+from geep.evaluation import ShrinkingBatch
 from geep.exits import ExitProfile, follow
 from geep.scheduler import schedule
 
@@ -184,7 +184,7 @@ class _Lines:
     def budgets(self, sizes: Sequence[int], profile: ExitProfile) -> list[Way]:
         """Texts that come in calls of a size: ours and FastBERT's, each beside its own full depth."""
         engine, settings = self.engine, self.engine.settings
-        shrinking, padded = _ShrinkingBatch.of(engine), BACKENDS["padded"].build(engine.model, dtype="float32")
+        shrinking = ShrinkingBatch.of(engine)
         depths = np.asarray(profile.depths)
         start = np.full(len(profile), int(np.searchsorted(depths, 1)))
         left_at = depths[follow(profile, start, speed=settings.speed, on_miss="continue")]
@@ -194,7 +194,7 @@ class _Lines:
             return Outcome(scores.argmax(-1).tolist(), left_at[:count].tolist())
 
         def padded_full(count: int, size: int) -> Outcome:
-            return Outcome(_padded_full(engine, padded, self.job.texts[:count], size or count))
+            return Outcome(_padded_full(engine, shrinking.backend, self.job.texts[:count], size or count))
 
         ours = {
             "geep": lambda count, size: self._predict(count, per_call=size),

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import graph
 import onnxruntime
-from worker import Job, Loaded, Outcome, Way, best_batch_size, classify_sorted, serve, versions
+from worker import Job, Loaded, serve, sorted_way, versions
 
 
 def load(job: Job) -> Loaded:
     """Offer both dtypes."""
     tokenizer = graph.tokenizer_of(job)
-    ways = []
-    for dtype, path in (("float32", graph.full(job)), ("int8", graph.dynamic_int8(job))):
-        forward = _forward(path, job.threads)
-        classify = partial(_classify, tokenizer, forward, job)
-        size, seconds = best_batch_size(job.trial(by_length=True), classify)
-        ways.append(
-            Way(
-                name=f"ONNX Runtime {dtype}",
-                group=f"onnxruntime-{dtype}",
-                setting="length-sorted, full depth" + (", dynamic, per channel" if dtype == "int8" else ""),
-                run=lambda count, classify=classify, size=size: classify(job.texts[:count], size),
-                seconds_per_text=seconds,
-                batch_size=size,
-                about={"dtype": dtype},
-            )
+    ways = [
+        sorted_way(
+            job,
+            tokenizer,
+            _forward(path, job.threads),
+            name=f"ONNX Runtime {dtype}",
+            group=f"onnxruntime-{dtype}",
+            setting="length-sorted, full depth" + (", dynamic, per channel" if dtype == "int8" else ""),
+            dtype=dtype,
         )
+        for dtype, path in (("float32", graph.full(job)), ("int8", graph.dynamic_int8(job)))
+    ]
     return ways, versions("onnxruntime", "onnx", "transformers", "tokenizers"), {}
-
-
-def _classify(tokenizer: Any, forward: Any, job: Job, texts: list[str], batch_size: int) -> Outcome:
-    return classify_sorted(tokenizer, forward, texts, batch_size, job.max_length)
 
 
 def _forward(path: Path, threads: int) -> Any:

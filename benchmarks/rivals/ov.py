@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import graph
 import nncf
 import openvino
-from worker import Job, Loaded, Outcome, Way, best_batch_size, classify_sorted, serve, versions
+from worker import Job, Loaded, serve, sorted_way, versions
 
 # Activations that share a scale. One scale for a whole row (the largest number) is not run in int8 on CPUs: it takes
 # as long as float32.
@@ -30,28 +29,21 @@ def load(job: Job) -> Loaded:
             {"DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_GROUP},
         ),
     ]
-    ways = []
-    for dtype, setting, model, properties in forms:
-        classify = partial(_classify, tokenizer, _forward(core, model, job.threads, properties), job)
-        size, seconds = best_batch_size(job.trial(by_length=True), classify)
-        # Kernels are made for every shape that is met the first time; a warm-up that meets all is fair to it.
-        classify(job.texts, size)
-        ways.append(
-            Way(
-                name=f"OpenVINO {dtype}",
-                group=f"openvino-{dtype}",
-                setting=f"length-sorted, {setting}",
-                run=lambda count, classify=classify, size=size: classify(job.texts[:count], size),
-                seconds_per_text=seconds,
-                batch_size=size,
-                about={"dtype": dtype},
-            )
+    ways = [
+        sorted_way(
+            job,
+            tokenizer,
+            _forward(core, model, job.threads, properties),
+            # Kernels are made for every shape that is met the first time; a warm-up that meets all is fair to it.
+            warm_all=True,
+            name=f"OpenVINO {dtype}",
+            group=f"openvino-{dtype}",
+            setting=f"length-sorted, {setting}",
+            dtype=dtype,
         )
+        for dtype, setting, model, properties in forms
+    ]
     return ways, versions("openvino", "nncf", "transformers", "tokenizers"), {}
-
-
-def _classify(tokenizer: Any, forward: Any, job: Job, texts: list[str], batch_size: int) -> Outcome:
-    return classify_sorted(tokenizer, forward, texts, batch_size, job.max_length)
 
 
 def _forward(core: Any, model: Any, threads: int, properties: dict[str, str]) -> Any:

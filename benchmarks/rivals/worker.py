@@ -153,9 +153,13 @@ def padded_batches(
         yield rows, padded, mask.astype(np.int64)
 
 
+# input ids and mask, padded, to logits
+Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]]
+
+
 def classify_sorted(
     tokenizer: Any,
-    forward: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]],
+    forward: Forward,
     texts: Sequence[str],
     batch_size: int,
     max_length: int,
@@ -174,6 +178,34 @@ def classify_sorted(
     for rows, padded, mask in padded_batches(ids, batch_size, tokenizer.pad_token_id):
         answers[rows] = forward(padded, mask).argmax(-1)
     return Outcome(answers.tolist(), extra={"tokenise": tokenised - begin, "from_ids": time.perf_counter() - tokenised})
+
+
+def sorted_way(job: Job, tokenizer: Any, forward: Forward, *, warm_all: bool = False, **named: str) -> Way:
+    """A way that runs `classify_sorted` at its best batch size; `named` are the way's name, group, setting and dtype.
+
+    Args:
+        job: The texts.
+        tokenizer: Their tokenizer.
+        forward: Padded ids and mask to logits.
+        warm_all: Whether to run all texts once before any is timed, where kernels are made for every new shape.
+        **named: `name`, `group`, `setting`, `dtype`.
+    """
+
+    def classify(texts: Sequence[str], batch_size: int) -> Outcome:
+        return classify_sorted(tokenizer, forward, texts, batch_size, job.max_length)
+
+    size, seconds = best_batch_size(job.trial(by_length=True), classify)
+    if warm_all:
+        classify(job.texts, size)
+    return Way(
+        name=named["name"],
+        group=named["group"],
+        setting=named["setting"],
+        run=lambda count: classify(job.texts[:count], size),
+        seconds_per_text=seconds,
+        batch_size=size,
+        about={"dtype": named["dtype"]},
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:
