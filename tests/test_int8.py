@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geep.backends import PackedBackend, int8, onednn
 from geep.backends.int8 import SITES, ActivationRanges, Int8Layer, Int8Linear, observe
-from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLayer, FusedLinear
+from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLayer, FusedLinear, pad_rows
 from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
 from geep.calibration import profile, quantise
 from geep.data import Split
@@ -248,3 +248,30 @@ def test_without_onednn_the_plain_layers_run(monkeypatch: pytest.MonkeyPatch) ->
         .logits
     )
     assert torch.allclose(plain, fused, atol=1e-4)
+
+
+# Sizes
+
+
+def test_rows_are_padded_to_few_sizes_and_hardly_more_rows() -> None:
+    sizes = {len(pad_rows(torch.zeros(count, 1))) for count in range(1, 8193)}
+    assert len(sizes) <= 16 * 9
+    for count in (1, 8, 9, 100, 513, 2000, 8191):
+        x = torch.randn(count, 3)
+        padded = pad_rows(x)
+        assert torch.equal(padded[:count], x)
+        assert not padded[count:].any()
+        assert len(padded) < count + 8 or len(padded) <= 1.07 * count
+
+
+@torch.no_grad()
+def test_padding_rows_never_meet_a_text() -> None:
+    model = make_model(intermediate_size=96)
+    plain, ranges = packed_layers(model)[0], ranges_of(model)
+    runs = length_runs(np.array([7, 7, 3]))
+    hidden = hidden_states(model, tokens=17)  # padded to 24
+    for layer in (FusedLayer.of(plain), Int8Layer.of(plain, ranges, 0)):
+        found = layer(hidden, runs)
+        assert found.shape == hidden.shape
+        one = layer(hidden[:7], length_runs(np.array([7])))
+        assert torch.allclose(found[:7], one, atol=1e-5)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.backends.onednn import FUSED_ACTIVATIONS
+from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
 from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
 from geep.backends.protocol import Integers
 
@@ -259,12 +259,13 @@ class Int8Layer:
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
+        num_tokens, hidden = len(hidden), pad_rows(hidden)
         mixed = attend_runs(self.qkv(self.qkv.quantise(hidden)), runs, self.layer.num_heads)
         hidden = self.attention_norm(self.out.plus(self.out.quantise(mixed), hidden))
         fused = FUSED_ACTIVATIONS[self.layer.activation_name]
         wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
         few = self.layer.activation(F.linear(hidden, *self.float_up))
-        return self.output_norm(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))
+        return self.output_norm(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))[:num_tokens]
 
     def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
         """Run the layer for the first token of each text, in float32: so few rows that the plain layer serves."""

@@ -151,7 +151,10 @@ class PackedLayer:
 
 
 def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int) -> Tensor:
-    """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width)."""
+    """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width).
+
+    Rows after the last run, which belong to no text, become zeros.
+    """
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
     out = qkv.new_empty(num_tokens, width)
@@ -161,6 +164,7 @@ def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int) -> Tenso
         query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
         mixed = F.scaled_dot_product_attention(query, key, value)
         out[run.start : stop].view(run.num_texts, run.length, num_heads, head).copy_(mixed.transpose(1, 2))
+    out[runs[-1].start + runs[-1].num_texts * runs[-1].length if runs else 0 :].zero_()
     return out
 
 
