@@ -172,7 +172,7 @@ class Int8Linear:
 
     def __call__(self, q: Tensor) -> Tensor:
         """Return x W' + b, float32, for quantised inputs."""
-        return torch.ops.onednn.qlinear_pointwise(
+        return torch.ops.onednn.qlinear_pointwise.default(
             *(q, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, self.bias),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
@@ -187,7 +187,7 @@ class Int8Linear:
     def activated(self, q: Tensor, activation: tuple[str, str], step: float, zero: int) -> Tensor:
         """Return activation(x W' + b) as unsigned 8-bit numbers of this step and zero point."""
         name, algorithm = activation
-        return torch.ops.onednn.qlinear_pointwise(
+        return torch.ops.onednn.qlinear_pointwise.default(
             *(q, 1.0, 0, self.weight, self.weight_scale, self.weight_zero, self.bias),
             *(step, zero, torch.uint8, name, [], algorithm),
         )

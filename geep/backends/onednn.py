@@ -59,11 +59,12 @@ class FusedLinear:
     def __call__(self, x: Tensor, activation: tuple[str, str] = ("none", "")) -> Tensor:
         """Return activation(x W' + b)."""
         name, algorithm = activation
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        # Named overloads: finding the one that fits writes the tensors of the others into an error message first.
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, name, [], algorithm)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return x W' + b + residual."""
-        return torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
 @dataclass(frozen=True, slots=True)
