@@ -39,8 +39,9 @@ def more_parts(results: Path) -> list[str]:
 
 THROUGHPUT_WORDS = (
     "Printed by `benchmarks/throughput.py`: raw text to label ids, every rival in a process of its own at its best "
-    "batch size, interleaved rounds, the same texts and weights. Accuracy and agreement (with Hugging Face's float32 "
-    "model) are of the timed texts alone; the studies above have them for the whole test split. A dash: see the note "
+    "batch size, interleaved rounds, the same weights, the same time for each: a fast way times more texts of one random "
+    "order. Accuracy and agreement (with Hugging Face's float32 model) are of the timed texts alone; the studies above "
+    "have them for the whole test split. A dash: see the note "
     "below the table, or not measured."
 )
 
@@ -59,6 +60,7 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
             percent(run["accuracy"]),
             percent(run["agreement"]),
             times(run["layer_speedup"]),
+            f"{run['texts']:,}",
             f"{run['throughput']:.1f}",
             f"{run['throughput_low']:.1f} – {run['throughput_high']:.1f}",
             "–" if run["ids_throughput"] is None else f"{run['ids_throughput']:.1f}",
@@ -72,6 +74,7 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
         "accuracy, %",
         "agreement, %",
         "layer speed-up",
+        "texts timed",
         "texts/s",
         "slowest – fastest round",
         "texts/s from ids",
@@ -81,7 +84,7 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
     idle = max(about["idle_cpu"].values(), default=0.0)
     parts = [
         f"### {data}",
-        f"{about['texts']:,} test texts, median of {about['rounds']} rounds. Machine: {describe(about['machine'])}; "
+        f"Test texts, median of {about['rounds']} rounds. Machine: {describe(about['machine'])}; "
         f"load {about['load_before']:g} before the run; waiting rivals used at most {100 * idle:.0f} % of a core.",
         table(header, rows),
     ]
@@ -105,11 +108,12 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
             "Texts that come in calls of a size; each beside the full depth of its own kind (packed for GEEP, padded "
             "in arrival order for FastBERT):",
             table(
-                ["", "texts a call", "texts/s", "full depth, texts/s", "speed-up", "layer speed-up", "kept"],
+                ["", "texts a call", "texts", "texts/s", "full depth, texts/s", "speed-up", "layer speed-up", "kept"],
                 [
                     [
                         {"geep": "GEEP", "fastbert": "FastBERT, shrinking batch"}[row["system"]],
                         f"{row['texts_per_call']:,}",
+                        f"{row['texts']:,}",
                         f"{row['throughput']:.1f}",
                         f"{row['full_throughput']:.1f}",
                         times(row["speedup"]),

@@ -38,7 +38,7 @@ def engine_summary(results: Path) -> str | None:
         if not ours or ours[0]["over_pipeline"] is None:
             continue
         about = of_kind(lines, "about")[0]
-        texts.add(about["texts"])
+        texts |= {run["texts"] for run in runs}
         machine = describe({**about["machine"], "dtype": "dtypes as named"})
         rows.append(_row(kept, ours[0], runs))
     if not rows:

@@ -7,6 +7,7 @@ backend and dtype asked for. Also: FastBERT's shrinking batch and geep with text
 where geep's time goes; how much of the machine's peak in matrix products the full model uses. Not measured: GPUs
 (`gpu.py`), latency of single requests, text pairs.
 
+Every way gets the same time, so fast ones time more texts: all take the first of one random order of the test texts.
 Every rival is a process of its own, in a virtual environment of its own where pins collide (made under --envs-dir the
 first time), and waits without using the CPU while it is another's turn; that is checked and written down. Its batch
 size is chosen on 64 texts. Run it on an otherwise idle machine:
@@ -42,6 +43,8 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 BUDGETS = (32, 128, 512, 4096)
 LEAST_TEXTS = 64
+# Texts of the ways that come in calls: a call at least, and enough calls for a mean.
+LEAST_IN_CALLS = 1024
 # Loading may export and quantise; a run that takes many times longer than its trial said hangs.
 LOAD_SECONDS = 1800.0
 PATIENCE = 20.0
@@ -97,9 +100,9 @@ def main() -> None:
     )
     parser.add_argument("--rivals", default=",".join(RIVALS), help="by commas, or nothing")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="texts a call, by commas, or nothing")
-    parser.add_argument("--max-texts", type=int, default=512, help="bound on the timed texts")
+    parser.add_argument("--max-texts", type=int, default=4096, help="bound on the timed texts")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of timing; fewer texts where all would take longer")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of timing, shared out; budgets come on top")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--envs-dir", type=Path, default=ROOT.parent / ".bench-envs", help="environments and exports")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -120,6 +123,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
         "budgets": [int(size) for size in _names(args.budgets)],
         "max_texts": args.max_texts,
         "rounds": args.rounds,
+        "minutes": args.minutes,
         "threads": args.threads,
     }
     path = args.results / f"throughput-{data}.jsonl"
@@ -173,8 +177,8 @@ def race(
                 field_.fall_out(name, error)
                 continue
             field_.enter(name, rival.script, python=python, options=options)
-        count = affordable_texts(field_.entries, args.rounds, len(material.job.texts), 60 * args.minutes)
-        field_.run_rounds(count, args.rounds)
+        field_.share_out(len(material.job.texts), args.rounds, 60 * args.minutes)
+        field_.run_rounds(args.rounds)
     if not any(entry.group == "full" for entry in field_.entries):
         sys.exit(f"{data}: the first engine did not last, so there is nothing to compare with; nothing is written.")
     header = {
@@ -187,7 +191,6 @@ def race(
             "dtype": "float32",
             "torch": field_.entries[0].versions["torch"] if field_.entries else None,
         },
-        "texts": count,
         "rounds": args.rounds,
         "load_before": round(busy, 2),
         "idle_cpu": {name: round(share, 3) for name, share in field_.idle.items()},
@@ -196,7 +199,6 @@ def race(
     }
     main_about = field_.main_engine or {}
     timed = Timed(
-        count=count,
         labels=material.job.labels,
         lengths=main_about.get("lengths", []),
         full_depth=max(main_about.get("depths", [0])),
@@ -256,13 +258,28 @@ class Field:
         self.failures[name] = str(error)
         print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
 
-    def run_rounds(self, count: int, rounds: int) -> None:
+    def share_out(self, available: int, rounds: int, seconds: float) -> None:
+        """Decide how many texts each way times: as many as its share of the time allows, by its trial."""
+        sharing = [entry for entry in self.entries if entry.seconds_per_text and not entry.in_calls]
+        fixed = sum(entry.seconds_per_run for entry in self.entries)
+        share = max(seconds / rounds - fixed, 0.0) / max(len(sharing), 1)
+        for entry in self.entries:
+            wanted = max(entry.texts_per_call, LEAST_IN_CALLS)
+            if not entry.in_calls:
+                wanted = max(int(share / max(entry.seconds_per_text, 1e-9)), LEAST_TEXTS)
+            entry.count = min(wanted, available)
+        whole = rounds * sum(entry.expected_seconds for entry in self.entries) / 60
+        print(
+            f"{len(self.entries)} ways, {rounds} rounds, {share:.1f} s each: at most {whole:.0f} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def run_rounds(self, rounds: int) -> None:
         """Run every way once a round, each round in a new order."""
         random = np.random.default_rng(0)
         watch = IdleWatch(self.workers)
-        # A call of as many texts as there are is the call of all of them.
-        running = [entry for entry in self.entries if entry.texts_per_call < count]
-        self.entries = running
+        running = self.entries
         steps, done = rounds * len(running), 0
         for _ in range(rounds):
             for index in random.permutation(len(running)):
@@ -271,9 +288,10 @@ class Field:
                 self.report(entry.name, done / max(steps, 1))
                 if entry.name in self.failures or entry.worker.name in self.failures:
                     continue
-                seconds = max(120.0, PATIENCE * (entry.seconds_per_run + count * entry.seconds_per_text))
+                seconds = max(120.0, PATIENCE * entry.expected_seconds)
+                request = {"do": "run", "way": entry.name, "count": entry.count}
                 try:
-                    outcome = watch.ask(entry.worker, {"do": "run", "way": entry.name, "count": count}, seconds=seconds)
+                    outcome = watch.ask(entry.worker, request, seconds=seconds)
                 except RivalFailed as error:
                     # With a process go all of its ways.
                     self.fall_out(entry.name if entry.worker.alive else entry.worker.name, error)
@@ -293,21 +311,6 @@ def static_depth(about: dict[str, Any] | None) -> int | None:
         return None
     good = [depth for depth, quality in inner.items() if quality >= about["geep_quality"]]
     return min(good) if good else max(inner, key=lambda depth: inner[depth])
-
-
-def affordable_texts(entries: Sequence[Entry], rounds: int, at_most: int, seconds: float) -> int:
-    """As many texts as the rounds can time in so many seconds, by the trials; never fewer than a sensible number."""
-    per_text = rounds * sum(entry.seconds_per_text for entry in entries)
-    fixed = rounds * sum(entry.seconds_per_run for entry in entries)
-    fit = int(max(seconds - fixed, 0.0) / per_text) if per_text else at_most
-    count = min(at_most, max(fit, LEAST_TEXTS))
-    minutes = (fixed + per_text * count) / 60
-    print(
-        f"{len(entries)} ways, {rounds} rounds, {count} of {at_most} texts: about {minutes:.1f} minutes",
-        file=sys.stderr,
-        flush=True,
-    )
-    return count
 
 
 def engine_choices(text: str, data: str, folder: Path) -> list[EngineChoice]:

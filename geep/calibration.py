@@ -22,9 +22,10 @@ from geep.backends import PackedBackend, TokenBatch
 from geep.backends.int8 import observe
 from geep.backends.packed_layer import packed_layers
 from geep.data import Split
-from geep.engine import RANGES_FILE, Engine, ExitSettings
+from geep.engine import RANGES_FILE, Engine, ExitSettings, Plan
 from geep.exits import (
     AGREEMENT,
+    CRITERIA,
     AgreementScore,
     Calibration,
     ExitProfile,
@@ -39,7 +40,7 @@ from geep.exits import (
     profile_exits,
     try_speed,
 )
-from geep.predictor import PREDICTORS, ExitPredictor, Lexical
+from geep.predictor import PREDICTORS, ExitPrediction, ExitPredictor, Lexical
 from geep.scheduler import CostModel, expected_seconds, schedule, thin_out
 
 Integers = NDArray[np.int64]
@@ -348,13 +349,14 @@ def keep_promise(
     promise: Promise,
     *,
     on_miss: OnMiss = "continue",
+    criterion: str | None = None,
     lexical_exit: bool | None = None,
     cost: CostModel | None = None,
     report: Report = lambda _what, _share: None,
 ) -> PromiseResult:
     """Set the engine to the highest speed that keeps a promise.
 
-    Lexical exit, quantile, the layers asked and the order of the speeds are chosen on the `tuning` texts
+    Criterion, lexical exit, quantile, the layers asked and the order of the speeds are chosen on the `tuning` texts
     (the profile's held-out ones will do); the speed is certified on the `fresh` ones, which nothing was fitted or
     chosen on.
 
@@ -365,6 +367,8 @@ def keep_promise(
         promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
             tuning texts, each at half of its error probability; the faster result is kept.
         on_miss: The rule to calibrate for.
+        criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else the
+            profile's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time, and where a check costs time
             only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
@@ -383,16 +387,28 @@ def keep_promise(
     if isinstance(certified_on, Split):
         certified_on = ExitRun.of(engine, certified_on, partial(report, "all exits, texts to certify the promise on"))
     base = replace(engine.settings, on_miss=on_miss, lexical_exit=False, check_layers=None)
-    weighed = [_weigh(engine, tuning, each, promise, cost) for each in _choices(engine, base, lexical_exit)]
+    criteria = _criteria(base) if criterion is None else [criterion]
+    plans, weighed = _Plans(engine, tuning.batch), []
+    for number, judge in enumerate(criteria):
+        report("settings", number / len(criteria))
+        settings = replace(base, criterion=judge)
+        engine.replace(settings=settings)  # refuses a criterion that nothing was learned for
+        profile_of_tuning = full_profile(engine, tuning, settings)
+        weighed += [
+            _weigh(engine, profile_of_tuning, plans, choice, promise, cost)
+            for choice in _choices(engine, settings, lexical_exit)
+        ]
+    report("settings", 1.0)
     best = min(weighed, key=lambda choice: choice.least)
     if cost is not None and on_miss == "continue":
-        best = _with_fewer_checks(engine, tuning, best, promise, cost)
+        best = _with_fewer_checks(engine, tuning, plans, best, promise, cost)
     chosen = best.settings
     profile_of_fresh = full_profile(engine, certified_on, chosen)
+    plans_of_fresh = _Plans(engine, certified_on.batch)
     walks = [
         calibrate(
             profile_of_fresh,
-            lambda speed: planned_columns(engine, certified_on.batch, replace(chosen, speed=speed)),
+            lambda speed: plans_of_fresh.columns(replace(chosen, speed=speed)),
             each,
             on_miss=on_miss,
             speeds=speeds,
@@ -404,18 +420,44 @@ def keep_promise(
     return PromiseResult(engine.replace(settings=kept), result, promise)
 
 
+class _Plans:
+    """`planned_columns` of the same texts under many settings: the table is asked once for each of its answers."""
+
+    def __init__(self, engine: Engine, batch: TokenBatch) -> None:
+        self.engine, self.batch = engine, batch
+        self._known: dict[tuple[int, float], ExitPrediction] = {}
+
+    def columns(self, settings: ExitSettings) -> Integers:
+        """Column of `full_profile` at which the engine would ask each text first."""
+        engine = self.engine
+        if engine.predictor is None or settings.speed == 0:
+            return planned_columns(engine, self.batch, settings)
+        key = engine.predictor.speed_index(settings.speed), settings.quantile
+        if key not in self._known:
+            self._known[key] = engine.foretell(self.batch, settings)
+        return _columns(engine, engine.plan_from(self._known[key], self.batch.lengths, settings))
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Settings that were weighed on the tuning texts: every speed's trial and plan, and the least that they take."""
+    """Settings that were weighed on the tuning texts: every speed's trial, and the least that they take."""
 
     settings: ExitSettings
-    plans: tuple[Integers, ...]
     trials: tuple[TrialPoint, ...]
     least: float
 
 
+def _criteria(base: ExitSettings) -> list[str]:
+    """Criteria worth weighing: beside a learned one the plain ones.
+
+    "agreement" avoids every answer that differs from the full model's, even where it is the right one. Where exits
+    repair many answers, a promise about accuracy is kept with fewer layers by a criterion that does not know.
+    """
+    return [AGREEMENT, *CRITERIA] if base.agreement else [base.criterion]
+
+
 def _choices(engine: Engine, base: ExitSettings, lexical_exit: bool | None) -> list[ExitSettings]:
-    """Settings worth weighing."""
+    """Settings worth weighing with a criterion."""
     quantiles, switches = [base.quantile], [False]
     if engine.predictor is not None:
         quantiles = list(TRIAL_QUANTILES)
@@ -426,35 +468,34 @@ def _choices(engine: Engine, base: ExitSettings, lexical_exit: bool | None) -> l
 
 def _weigh(
     engine: Engine,
-    run: ExitRun,
+    profile: ExitProfile,
+    plans: _Plans,
     settings: ExitSettings,
     promise: Promise,
     cost: CostModel | None,
-    plans: tuple[Integers, ...] | None = None,
 ) -> _Choice:
     """Try every speed; the least is over those whose observed risk stays within the promise."""
-    profile = full_profile(engine, run, settings)
-    if plans is None:
-        plans = tuple(planned_columns(engine, run.batch, replace(settings, speed=speed)) for speed in TRIAL_SPEEDS)
+    each = promise.halved()
+    columns = [plans.columns(replace(settings, speed=speed)) for speed in TRIAL_SPEEDS]
     trials = tuple(
-        try_speed(profile, plan, promise, speed=speed, on_miss=settings.on_miss)
-        for speed, plan in zip(TRIAL_SPEEDS, plans, strict=True)
+        try_speed(profile, plan, each, speed=speed, on_miss=settings.on_miss)
+        for speed, plan in zip(TRIAL_SPEEDS, columns, strict=True)
     )
     # Where the tuning texts could certify a speed, the fresh ones, about as many, probably can; what merely looks good
     # would be chosen for its luck. Too few tuning texts certify nothing: then what looks good has to do.
-    kept = [pair for pair in zip(trials, plans, strict=True) if pair[0].passed]
-    kept = kept or [pair for pair in zip(trials, plans, strict=True) if pair[0].risk <= promise.allowed]
+    kept = [pair for pair in zip(trials, columns, strict=True) if pair[0].passed]
+    kept = kept or [pair for pair in zip(trials, columns, strict=True) if pair[0].risk <= promise.allowed]
     if cost is None:
         least = min((trial.mean_exit_layer for trial, _ in kept), default=np.inf)
     else:
-        seconds = (_seconds(engine, run, profile, plan, trial, settings, cost) for trial, plan in kept)
+        seconds = (_seconds(engine, plans.batch, profile, plan, trial, settings, cost) for trial, plan in kept)
         least = min(seconds, default=np.inf)
-    return _Choice(settings, plans, trials, float(least))
+    return _Choice(settings, trials, float(least))
 
 
 def _seconds(
     engine: Engine,
-    run: ExitRun,
+    batch: TokenBatch,
     profile: ExitProfile,
     plan: Integers,
     trial: TrialPoint,
@@ -466,7 +507,7 @@ def _seconds(
     return expected_seconds(
         depths[plan],
         depths[column],
-        run.batch.lengths,
+        batch.lengths,
         settings.asked_layers(engine.depths).tolist(),
         cost,
         max_batch_tokens=engine.max_batch_tokens,
@@ -474,12 +515,14 @@ def _seconds(
     )
 
 
-def _with_fewer_checks(engine: Engine, run: ExitRun, choice: _Choice, promise: Promise, cost: CostModel) -> _Choice:
+def _with_fewer_checks(
+    engine: Engine, run: ExitRun, plans: _Plans, choice: _Choice, promise: Promise, cost: CostModel
+) -> _Choice:
     """Leave out the exits that cost more time than they save."""
 
     def weighed(layers: tuple[int, ...]) -> _Choice:
-        # A plan is the first layer at which a text may be asked: fewer checks do not change it.
-        return _weigh(engine, run, replace(choice.settings, check_layers=layers), promise, cost, choice.plans)
+        settings = replace(choice.settings, check_layers=layers)
+        return _weigh(engine, full_profile(engine, run, settings), plans, settings, promise, cost)
 
     return weighed(thin_out(engine.depths[:-1], lambda layers: weighed(layers).least))
 
@@ -528,9 +571,13 @@ def full_profile(engine: Engine, run: ExitRun, settings: ExitSettings) -> ExitPr
 
 def planned_columns(engine: Engine, batch: TokenBatch, settings: ExitSettings) -> Integers:
     """Column of `full_profile` at which the engine would ask each text first."""
+    return _columns(engine, engine.plan(batch, settings=settings))
+
+
+def _columns(engine: Engine, plan: Plan) -> Integers:
     has_lexical = engine.predictor is not None and engine.predictor.num_labels is not None
     depths = (0, *engine.depths) if has_lexical else engine.depths
-    return np.searchsorted(depths, engine.plan(batch, settings=settings).predicted_layers)
+    return np.searchsorted(depths, plan.predicted_layers)
 
 
 def _exit_grid(profile: ExitProfile) -> Tensor:

@@ -334,6 +334,10 @@ def calibrate_command(
     min_agreement: MinAgreement = None,
     confidence: Confidence = 0.95,
     on_miss: OnMissOption = "continue",
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="agreement, entropy, confidence or margin. Default: which keeps it with fewest layers."),
+    ] = None,
     lexical: Annotated[
         bool | None, typer.Option("--lexical/--no-lexical", help="Answers by the table alone. Default: if they pay.")
     ] = None,
@@ -368,6 +372,7 @@ def calibrate_command(
                 parts.calibration,
                 promise,
                 on_miss=_on_miss(on_miss),
+                criterion=criterion,
                 lexical_exit=lexical,
                 cost=engine.cost if by_time else None,
                 report=report,

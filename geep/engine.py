@@ -33,7 +33,7 @@ from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
 from geep.backends.int8 import ActivationRanges
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
 from geep.modeling import GeepForSequenceClassification, family_of
-from geep.predictor import ExitPredictor
+from geep.predictor import ExitPrediction, ExitPredictor
 from geep.scheduler import CostModel, Timings, budget_cuts, schedule
 
 logger = logging.getLogger(__name__)
@@ -509,20 +509,29 @@ class Engine:
         only some exits are asked, it is the next of them.
         """
         settings = self.settings if settings is None else settings
-        count, full = len(batch), self.depths[-1]
         asked = settings.asked_layers(self.depths)
         if settings.speed == 0:
-            return Plan(np.full(count, full), None)
+            return Plan(np.full(len(batch), self.depths[-1]), None)
         if self._planner is None:
             self._check_table(settings)
-            return Plan(np.full(count, asked[0]), None)
+            return Plan(np.full(len(batch), asked[0]), None)
+        return self.plan_from(self.foretell(batch, settings), batch.lengths, settings)
+
+    def foretell(self, batch: TokenBatch, settings: ExitSettings) -> ExitPrediction:
+        """Ask the table, which must be there; of the settings, only speed and quantile matter."""
+        if self._planner is None:
+            raise ValueError("There is no exit table to ask; run `geep profile` first.")
         place = self._planner.device
-        found = self._planner.predict(
+        return self._planner.predict(
             torch.from_numpy(batch.input_ids).to(place),
             torch.from_numpy(batch.lengths).to(place),
             speed=settings.speed,
             quantile=settings.quantile,
         )
+
+    def plan_from(self, found: ExitPrediction, lengths: Integers, settings: ExitSettings) -> Plan:
+        """Make a plan of what the table said of texts of these lengths."""
+        asked = settings.asked_layers(self.depths)
         layers = asked[np.searchsorted(asked, found.exit_layers.cpu().numpy())]
         if found.lexical_logits is None:
             return Plan(layers, None)
@@ -530,7 +539,7 @@ class Engine:
         if settings.lexical_exit:
             unsure = self.uncertainty(lexical, 0, settings)
             # Empty texts have no token to guess from.
-            layers[(unsure < settings.speed).numpy() & (batch.lengths > 0)] = 0
+            layers[(unsure < settings.speed).numpy() & (lengths > 0)] = 0
         return Plan(layers, lexical)
 
     def run_tokens(

@@ -715,7 +715,7 @@ class ExitPredictor:
             raise ValueError(f"speed must be within [0, 1], got {speed}; 0 is the full model.")
         if not 0.0 < quantile <= 1.0:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}; 0.5 is the median.")
-        index = min(range(len(self.speeds)), key=lambda each: (abs(self.speeds[each] - speed), each))
+        index = self.speed_index(speed)
         if self._fused:
             found = self._reduce_fused(input_ids, lengths, index, quantile)
             layers, scores, logits = found.layers, found.scores, found.outputs
@@ -731,6 +731,10 @@ class ExitPredictor:
         if speed == 0.0:
             layers = self._depths[-1].expand_as(layers).clone()
         return ExitPrediction(layers, scores, None if self._lexical is None else logits)
+
+    def speed_index(self, speed: float) -> int:
+        """Place among `speeds` of the one that serves a speed: the nearest, the slower one of two."""
+        return min(range(len(self.speeds)), key=lambda each: (abs(self.speeds[each] - speed), each))
 
     @property
     def device(self) -> torch.device:

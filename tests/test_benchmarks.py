@@ -231,13 +231,13 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
             worker = stack.enter_context(fake_rival(name, ways=ways))
             loaded = worker.ask({"do": "load"}, seconds=30)
             field.workers.append(worker)
-            field.entries += [Entry(worker, way, loaded["versions"]) for way in loaded["ways"]]
-        field.run_rounds(count=3, rounds=2)
+            field.entries += [Entry(worker, way, loaded["versions"], count=3) for way in loaded["ways"]]
+        field.run_rounds(rounds=2)
     # A way that fails is left out alone, a process that dies with all it had.
     assert set(field.failures) == {"fail", "mortal"}
     # Waiting on standard input takes no CPU.
     assert max(field.idle.values()) < 0.5
-    lines = lines_of("toy", field.entries, field.failures, Timed(3, [0, 1, 1], [4, 4, 8], 4))
+    lines = lines_of("toy", field.entries, field.failures, Timed([0, 1, 1], [4, 4, 8], 4))
     (ran,) = [line for line in lines if line["kind"] == "throughput"]
     assert ran["name"] == "answer"
     assert ran["accuracy"] == pytest.approx(2 / 3)
@@ -245,18 +245,26 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
     assert [line["name"] for line in lines if line["kind"] == "failed"] == list(field.failures)
 
 
-def test_fewer_texts_are_timed_where_all_would_take_too_long(rivals: None) -> None:
+def test_every_way_gets_the_same_time(rivals: None, tmp_path: Path) -> None:
+    from contextlib import ExitStack
+
     from rivals.lines import Entry
 
-    def entry(per_text: float, per_run: float = 0.0) -> Any:
-        return Entry(None, {"seconds_per_text": per_text, "seconds_per_run": per_run}, {})  # type: ignore[arg-type]
+    def entry(per_text: float, per_run: float = 0.0, **about: Any) -> Any:
+        way = {"seconds_per_text": per_text, "seconds_per_run": per_run, "about": about}
+        return Entry(None, way, {})  # type: ignore[arg-type]
 
-    affordable = load("throughput").affordable_texts
-    field = [entry(0.1), entry(0.1), entry(0.0, per_run=5.0)]
-    assert affordable(field, rounds=2, at_most=1000, seconds=90.0) == 200
-    assert affordable(field, rounds=2, at_most=100, seconds=90.0) == 100
-    assert affordable(field, rounds=2, at_most=1000, seconds=1.0) == 64
-    assert affordable([], rounds=2, at_most=1000, seconds=1.0) == 1000
+    def counts(available: int, seconds: float) -> list[int]:
+        throughput = load("throughput")
+        field = throughput.Field(tmp_path / "job.json", tmp_path, 1, ExitStack(), lambda _what, _share: None)
+        field.entries = [entry(0.1), entry(0.01), entry(0.0, per_run=5.0), entry(0.1, texts_per_call=2048)]
+        field.share_out(available, 2, seconds)
+        return [field.entries[place].count for place in (0, 1, 3)]
+
+    # Two rounds of 45 s, 5 of them for what does not grow with the texts: 20 s for each of two ways.
+    assert counts(5000, 90.0) == [200, 2000, 2048]
+    assert counts(100, 90.0) == [100, 100, 100]
+    assert counts(5000, 1.0) == [64, 64, 2048]
 
 
 def test_a_rival_that_cannot_load_is_left_out(rivals: None, tmp_path: Path) -> None:

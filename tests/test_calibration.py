@@ -24,7 +24,7 @@ from geep.calibration import (
 )
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
-from geep.exits import AGREEMENT, AgreementScore, OnMiss, Promise, TooFewTextsError, follow
+from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, Promise, TooFewTextsError, follow
 from geep.modeling import GeepForSequenceClassification
 from geep.predictor import PREDICTORS
 from geep.scheduler import CostModel
@@ -246,15 +246,39 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     engine, promise = profiled.engine, PROMISES[kind]
     engine = engine.replace(settings=replace(engine.settings, agreement=doubts))
     runs = ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)
-    free = keep_promise(engine, *runs, promise, cost=CostModel(0, 1.0, 0, 0)).engine.settings
+    free = keep_promise(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 0)).engine.settings
     assert free.check_layers == (1, 2, 3)
-    dear = keep_promise(engine, *runs, promise, cost=CostModel(0, 1.0, 0, 1.0))
+    dear = keep_promise(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 1.0))
     assert dear.engine.settings.check_layers is not None
     assert 1 not in dear.engine.settings.check_layers
     answers = dear.engine.predict(FRESH.texts)
     kept = [trial for trial in dear.calibration.trials if trial.passed][-1]
     assert float(np.mean([answer.exit_layer for answer in answers])) == pytest.approx(kept.mean_exit_layer, abs=1e-9)
     assert {answer.exit_layer for answer in answers} <= {0, *dear.engine.settings.check_layers, 4}
+
+
+def test_the_criterion_that_runs_fewest_layers_is_chosen(profiled: ProfileResult) -> None:
+    never = AgreementScore(-50.0, 0.0, 0.0)
+    blind = profiled.engine.replace(
+        settings=replace(profiled.engine.settings, agreement=dict.fromkeys((0, 1, 2, 3), never))
+    )
+    runs, promise = (ExitRun.of(blind, HELDOUT), ExitRun.of(blind, FRESH)), PROMISES["drop"]
+    chosen = keep_promise(blind, *runs, promise)
+    assert chosen.engine.settings.criterion in CRITERIA
+    assert chosen.calibration.speed > 0
+    # Again from where that left off: the learned criterion is still weighed.
+    able = chosen.engine.replace(
+        settings=replace(chosen.engine.settings, agreement=profiled.engine.settings.agreement, speed=0.0)
+    )
+    again, first = keep_promise(able, *runs, promise), keep_promise(profiled.engine, *runs, promise)
+    assert (again.calibration, again.engine.settings) == (first.calibration, first.engine.settings)
+    for criterion in (AGREEMENT, "margin"):
+        asked = keep_promise(profiled.engine, *runs, promise, criterion=criterion)
+        assert asked.engine.settings.criterion == criterion
+    plain = profile(profiled.engine, TRAIN, HELDOUT, criterion="margin").engine
+    assert keep_promise(plain, *runs, promise).engine.settings.criterion == "margin"
+    with pytest.raises(ValueError, match="run `geep profile`"):
+        keep_promise(plain, *runs, promise, criterion=AGREEMENT)
 
 
 def test_runs_may_be_given_in_the_place_of_texts(profiled: ProfileResult) -> None:

@@ -23,7 +23,7 @@ from geep.evaluation import ShrinkingBatch
 from geep.exits import ExitProfile, follow
 from geep.scheduler import schedule
 
-TRIAL_TEXTS = 32
+TRIAL_TEXTS = 128
 # Tokens of the texts on which utilisation is taken, and how many tokens they are together.
 GROUPS: tuple[tuple[int, int], ...] = ((25, 30), (120, 136))
 GROUP_TOKENS = 8192
@@ -190,11 +190,11 @@ class _Lines:
         left_at = depths[follow(profile, start, speed=settings.speed, on_miss="continue")]
 
         def fastbert(count: int, size: int) -> Outcome:
-            scores = shrinking(self.job.texts[:count], size or count)
+            scores = shrinking(self.job.texts[:count], size)
             return Outcome(scores.argmax(-1).tolist(), left_at[:count].tolist())
 
         def padded_full(count: int, size: int) -> Outcome:
-            return Outcome(_padded_full(engine, shrinking.backend, self.job.texts[:count], size or count))
+            return Outcome(_padded_full(engine, shrinking.backend, self.job.texts[:count], size))
 
         ours = {
             "geep": lambda count, size: self._predict(count, per_call=size),
@@ -203,16 +203,13 @@ class _Lines:
             "padded-full": padded_full,
         }
         ways = []
-        # 0 stands for all texts at once.
-        for size in [*sizes, 0]:
-            if size >= len(self.job.texts):
-                continue
+        for size in sorted({min(size, len(self.job.texts)) for size in sizes}):
             for system, run in ours.items():
                 ways.append(
                     self._way(
-                        f"{system}, {size or 'all'} texts a call",
+                        f"{system}, {size} texts a call",
                         "budget",
-                        f"{size or 'all'} texts a call",
+                        f"{size} texts a call",
                         lambda count, run=run, size=size: run(count, size),
                         system=system,
                         texts_per_call=size,

@@ -17,9 +17,8 @@ OTHER_GROUPS = frozenset({"peak", "parts", "utilisation", "budget"})
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """The texts of a race: how many, their labels, their tokens, and the layers of the full model."""
+    """The texts of a race: their labels, their tokens, and the layers of the full model."""
 
-    count: int
     labels: list[int] | None
     lengths: list[int]
     full_depth: int
@@ -27,11 +26,12 @@ class Timed:
 
 @dataclass(slots=True)
 class Entry:
-    """One way of one worker, and what its rounds gave."""
+    """One way of one worker, the number of texts that it times, and what its rounds gave."""
 
     worker: Worker
     way: dict[str, Any]
     versions: dict[str, str]
+    count: int = 0
     outcomes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -55,13 +55,27 @@ class Entry:
         return self.way["seconds_per_run"]
 
     @property
+    def expected_seconds(self) -> float:
+        """What a round should take, by the trial."""
+        return self.seconds_per_run + self.count * self.seconds_per_text
+
+    @property
+    def in_calls(self) -> bool:
+        """Whether the texts come in calls of a size."""
+        return "texts_per_call" in self.way["about"]
+
+    @property
     def texts_per_call(self) -> int:
-        """Size of the calls in which texts come; 0: all at once."""
+        """Size of the calls in which texts come; 0: what the way likes best."""
         return self.way["about"].get("texts_per_call", 0)
 
     def seconds(self) -> float:
         """Median of the rounds."""
         return float(np.median([outcome["seconds"] for outcome in self.outcomes]))
+
+    def rate(self) -> float:
+        """Texts a second, median of the rounds."""
+        return self.count / self.seconds()
 
     def extra(self, name: str) -> float | None:
         """Median of a further measurement; None where it was not taken."""
@@ -79,7 +93,7 @@ def lines_of(data: str, entries: Sequence[Entry], failures: dict[str, str], time
     lines = [
         *_throughputs(ran, of_group, timed),
         *_budgets(of_group.get("budget", []), timed),
-        *(_parts(entry, timed) for entry in of_group.get("parts", [])),
+        *(_parts(entry) for entry in of_group.get("parts", [])),
         *({"kind": "peak", "dtype": dtype, "gflops": rate} for dtype, rate in peaks.items()),
         *(_utilisation(entry, peaks) for entry in of_group.get("utilisation", [])),
         *({"kind": "failed", "name": name, "why": why} for name, why in failures.items()),
@@ -92,7 +106,7 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
     reference = pipeline[0] if pipeline else None
     full = of_group.get("full", [])
     from_ids = {
-        (entry.way["about"]["engine"], entry.way["about"]["line"]): entry.extra("from_ids")
+        (entry.way["about"]["engine"], entry.way["about"]["line"]): entry.count / (entry.extra("from_ids") or np.inf)
         for entry in of_group.get("parts", [])
     }
     lines = []
@@ -100,8 +114,11 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
         if entry.group in OTHER_GROUPS:
             continue
         about = entry.way["about"]
-        rates = [timed.count / outcome["seconds"] for outcome in entry.outcomes]
-        ids_seconds = entry.extra("from_ids") or from_ids.get((about.get("engine"), entry.group))
+        rates = [entry.count / outcome["seconds"] for outcome in entry.outcomes]
+        ids_seconds = entry.extra("from_ids")
+        ids_rate = (
+            from_ids.get((about.get("engine"), entry.group)) if ids_seconds is None else entry.count / ids_seconds
+        )
         comparable = entry.way["not_comparable"] is None
         lines.append(
             {
@@ -112,7 +129,7 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
                 "setting": entry.way["setting"],
                 "batch_size": entry.way["batch_size"],
                 "versions": entry.versions,
-                "texts": timed.count,
+                "texts": entry.count,
                 "accuracy": share_equal(entry, timed.labels) if comparable else None,
                 "agreement": share_equal(entry, reference.outcomes[0]["answers"])
                 if comparable and reference is not None
@@ -123,20 +140,20 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
                 "throughput": float(np.median(rates)),
                 "throughput_low": min(rates),
                 "throughput_high": max(rates),
-                "ids_throughput": None if ids_seconds is None else timed.count / ids_seconds,
-                "over_pipeline": None if reference is None else reference.seconds() / entry.seconds(),
-                "over_full": full[0].seconds() / entry.seconds() if full else None,
+                "ids_throughput": ids_rate,
+                "over_pipeline": None if reference is None else entry.rate() / reference.rate(),
+                "over_full": entry.rate() / full[0].rate() if full else None,
             }
         )
     return lines
 
 
 def share_equal(entry: Entry, wanted: Sequence[int] | None) -> float | None:
-    """Share of the answers that are as wanted; None where nothing is known to be wanted."""
+    """Share of the answers that are as wanted, of those where that is known; None where nothing is."""
     if wanted is None:
         return None
-    answers = np.asarray(entry.outcomes[0]["answers"])
-    return float((answers == np.asarray(wanted[: len(answers)])).mean())
+    known = min(len(wanted), entry.count)
+    return float((np.asarray(entry.outcomes[0]["answers"])[:known] == np.asarray(wanted)[:known]).mean())
 
 
 def _mean_layer(entry: Entry) -> float | None:
@@ -149,7 +166,7 @@ def layer_speedup(entry: Entry, timed: Timed) -> float | None:
     layers = entry.outcomes[0]["layers"]
     if layers is None or not timed.lengths:
         return None
-    lengths = np.asarray(timed.lengths[: timed.count])
+    lengths = np.asarray(timed.lengths[: entry.count])
     run = float((np.asarray(layers) * lengths).sum())
     return float(timed.full_depth * lengths.sum()) / run if run else None
 
@@ -159,18 +176,19 @@ def _budgets(entries: Sequence[Entry], timed: Timed) -> list[Line]:
     at = {(entry.way["about"]["system"], entry.texts_per_call): entry for entry in entries}
     lines = []
     for system, full in (("geep", "packed-full"), ("fastbert", "padded-full")):
-        for (name, size), entry in sorted(at.items(), key=lambda item: item[0][1] or timed.count):
+        for (name, size), entry in sorted(at.items(), key=lambda item: item[0][1]):
             if name != system or (full, size) not in at:
                 continue
-            speedup = at[full, size].seconds() / entry.seconds()
+            speedup = entry.rate() / at[full, size].rate()
             layers = layer_speedup(entry, timed)
             lines.append(
                 {
                     "kind": "budget",
                     "system": system,
-                    "texts_per_call": size or timed.count,
-                    "throughput": timed.count / entry.seconds(),
-                    "full_throughput": timed.count / at[full, size].seconds(),
+                    "texts_per_call": size,
+                    "texts": entry.count,
+                    "throughput": entry.rate(),
+                    "full_throughput": at[full, size].rate(),
                     "speedup": speedup,
                     "layer_speedup": layers,
                     "kept": None if layers is None else speedup / layers,
@@ -179,14 +197,14 @@ def _budgets(entries: Sequence[Entry], timed: Timed) -> list[Line]:
     return lines
 
 
-def _parts(entry: Entry, timed: Timed) -> Line:
+def _parts(entry: Entry) -> Line:
     seconds = {name: entry.extra(name) or 0.0 for name in ("tokenise", "plan", "schedule", "run")}
     whole = sum(seconds.values())
     return {
         "kind": "parts",
         "engine": entry.way["about"]["engine"],
         "line": entry.way["about"]["line"],
-        "texts": timed.count,
+        "texts": entry.count,
         "seconds": seconds,
         "shares": {name: value / whole for name, value in seconds.items()},
     }
