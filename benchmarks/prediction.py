@@ -37,7 +37,6 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from geep import calibration, exits
 from geep.backends import TokenBatch
@@ -45,7 +44,7 @@ from geep.calibration import ExitRun, full_profile, keep_promise, planned_column
 from geep.data import divide, load_dataset
 from geep.engine import Engine, ExitSettings
 from geep.exits import CRITERIA, ExitProfile, Promise, clopper_pearson_upper, fit_temperature, follow, profile_exits
-from geep.predictor import ExitPredictor, fit_levels
+from geep.predictor import fit_levels
 from geep.scheduler import CostModel, expected_seconds, thin_out
 
 RESULTS = Path(__file__).parent / "results"
