@@ -40,9 +40,8 @@ def more_parts(results: Path) -> list[str]:
 THROUGHPUT_WORDS = (
     "Printed by `benchmarks/throughput.py`: raw text to label ids, every rival in a process of its own at its best "
     "batch size, interleaved rounds, the same weights, the same time for each: a fast way times more texts of one "
-    "random order. Accuracy and agreement (with Hugging Face's float32 model) are of the timed texts alone; the studies above "
-    "have them for the whole test split. A dash: see the note "
-    "below the table, or not measured."
+    "random order. Accuracy and agreement (with Hugging Face's float32 model) are of the timed texts alone; the "
+    "studies above have them for the whole test split. A dash: see the note below the table, or not measured."
 )
 
 
