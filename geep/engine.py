@@ -30,7 +30,7 @@ from transformers.utils.generic import PaddingStrategy
 from transformers.utils.hub import cached_file
 
 from geep.backends import BACKENDS, Backend, CudaOptions, TokenBatch
-from geep.backends.int8 import ActivationRanges
+from geep.backends.int8 import ActivationRanges, largest_weight
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
 from geep.modeling import GeepForSequenceClassification, family_of
 from geep.predictor import ExitPrediction, ExitPredictor
@@ -304,7 +304,9 @@ class Engine:
         self._planner = None if predictor is None else _on_device(predictor, device)
         self.max_length = _max_length(self.config.max_length, model, tokenizer)
         self.backend: Backend[Any] = _build_backend(name, self.model, self.dtype, ranges, self.config.compile)
-        self.deployed_as = f"{name}, {self.dtype}, at most {self.max_length} tokens"
+        # Weights of fewer bits answer otherwise: a promise made with 8 does not cover them.
+        weights = " with 7-bit weights" if self.dtype == "int8" and largest_weight() < 127 else ""
+        self.deployed_as = f"{name}, {self.dtype}{weights}, at most {self.max_length} tokens"
         # The cost of a layer on this machine, and the tokens of a staircase that follow from it.
         self.cost = (
             measure_cost(self.backend, self.depths[0])

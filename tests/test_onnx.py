@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import platform
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,7 +175,7 @@ def test_weights_have_7_bits_where_the_cpu_would_overflow(
     vnni: bool, machine: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    monkeypatch.setattr(onnx_backend.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     weights = [
         onnx.numpy_helper.to_array(tensor)
         for graph in written_graphs(monkeypatch, "int8")
@@ -257,10 +258,17 @@ def test_nothing_of_the_extra_is_imported_before_it_is_asked_for() -> None:
 # In an engine
 
 
-def test_an_int8_engine_says_what_it_runs_and_saves_float32_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("vnni", "weights"), [(True, ""), (False, " with 7-bit weights")])
+def test_an_int8_engine_says_what_it_runs(vnni: bool, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     engine = Engine(make_model(), make_tokenizer(), config=INT8)
     assert engine.dtype == "int8"
-    assert engine.deployed_as == "onnx, int8, at most 64 tokens"
+    assert engine.deployed_as == f"onnx, int8{weights}, at most 64 tokens"
+
+
+def test_an_int8_engine_saves_float32_weights(tmp_path: Path) -> None:
+    engine = Engine(make_model(), make_tokenizer(), config=INT8)
     engine.save_pretrained(tmp_path)
     again = Engine.from_pretrained(tmp_path, device="cpu", backend="onnx", dtype="int8")
     texts = random_texts(12)

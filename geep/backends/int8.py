@@ -15,6 +15,7 @@ Attention, norms and residuals stay in float32.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,15 @@ Range = tuple[Tensor, Tensor]
 def is_available() -> bool:
     """Whether this build of torch has oneDNN's 8-bit linear layer."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def largest_weight() -> int:
+    """Largest 8-bit weight whose products this CPU adds up without overflow.
+
+    x86 CPUs without VNNI add pairs of products in 16 bits: 2 · 255 · 64 fits, 2 · 255 · 127 does not.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return 64 if x86 and not torch.cpu._is_vnni_supported() else 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +161,7 @@ class Int8Linear:
         """Quantise a float32 layer (out, in) for inputs in these ranges, one for each input channel."""
         scale, zero = _steps(observed)
         folded = weight * scale
-        # Without VNNI products of pairs are summed in 16 bits, which 7-bit weights cannot overflow.
-        most = 127 if torch.cpu._is_vnni_supported() else 63
+        most = largest_weight()
         weight_scale = folded.abs().amax(1).clamp(min=1e-12) / most
         rounded = (folded / weight_scale[:, None]).round_().clamp_(-most, most)
         return cls(

@@ -17,7 +17,6 @@ on the texts beside it, and one outlier would cost all of them precision.)
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geep.backends.int8 import ActivationRanges
+from geep.backends.int8 import ActivationRanges, largest_weight
 from geep.backends.packed import PackedBackend
 from geep.backends.packed_layer import LengthRun, PackedLayer, attend_runs, packed_layers
 from geep.backends.protocol import Integers
@@ -140,7 +139,7 @@ class OnnxBackend(PackedBackend):
                 "use backend='packed'."
             )
         onnx, runtime = _packages()
-        largest = _largest_weight() if dtype == "int8" else None
+        largest = largest_weight() if dtype == "int8" else None
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="geep-onnx") if threads > 1 else None
 
@@ -259,12 +258,3 @@ def _session(runtime: Any, model: bytes) -> Any:
     # CPU kernel takes several times as long as the parts.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _largest_weight() -> int:
-    """Largest 8-bit weight whose products this CPU adds up without overflow.
-
-    x86 CPUs without VNNI add pairs of products in 16 bits: 2 · 255 · 64 fits, 2 · 255 · 127 does not.
-    """
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return 64 if x86 and not torch.cpu._is_vnni_supported() else 127
