@@ -408,7 +408,7 @@ def fake_results(folder: Path) -> None:
         }
         return fields | changes
 
-    budget = {"kind": "budget", "data": "toy", "throughput": 2.0, "full_throughput": 1.0, "speedup": 2.0}
+    budget = {"kind": "budget", "data": "toy", "texts": 640, "throughput": 2.0, "full_throughput": 1.0, "speedup": 2.0}
     throughput = [
         about,
         run("HF pipeline", "pipeline", 10.0),
