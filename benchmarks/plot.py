@@ -69,7 +69,7 @@ def draw_throughput(figure: Figure, lines: list[Line]) -> None:
     axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
     axes.margins(x=0.1)
     axes.set_xlabel("throughput over HF pipeline's" if has_pipeline else "texts per second")
-    axes.set_title(f"{rows[0]['data']}: raw text to label, {rows[0]['texts']} texts")
+    axes.set_title(f"{rows[0]['data']}: raw text to label")
 
 
 def draw_budgets(figure: Figure, lines: list[Line]) -> None:

@@ -466,7 +466,7 @@ def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_p
     fake_results(tmp_path)
     page = "\n\n".join(more.more_parts(tmp_path))
     for piece in (
-        "| packed int8: GEEP, batch 8 | 50.00 | 75.00 | 4.00x | 77.0 |",
+        "| packed int8: GEEP, batch 8 | 50.00 | 75.00 | 4.00x | 64 | 77.0 |",
         "other: no accuracy, since the head is another.",
         "infinity was left out: it could not be installed.",
         "int8 321",
