@@ -376,8 +376,13 @@ def keep_promise(
 
     Raises:
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
-        ValueError: If the promise is about accuracy and labels are missing.
+        ValueError: If the promise is about accuracy and labels are missing, or the criterion is unknown or was not
+            learned.
     """
+    base = replace(engine.settings, on_miss=on_miss, lexical_exit=False, check_layers=None)
+    criteria = _criteria(base) if criterion is None else [criterion]
+    for judge in criteria:  # refuses one that is unknown, or that nothing was learned for, before any work is done
+        engine.replace(settings=replace(base, criterion=judge))
     # Two walks share the error probability, so that the better of their results still keeps the promise.
     each = promise.halved()
     check_enough(len(fresh.batch if isinstance(fresh, ExitRun) else fresh), each)
@@ -386,13 +391,10 @@ def keep_promise(
     certified_on = fresh
     if isinstance(certified_on, Split):
         certified_on = ExitRun.of(engine, certified_on, partial(report, "all exits, texts to certify the promise on"))
-    base = replace(engine.settings, on_miss=on_miss, lexical_exit=False, check_layers=None)
-    criteria = _criteria(base) if criterion is None else [criterion]
     plans, weighed = _Plans(engine, tuning.batch), []
     for number, judge in enumerate(criteria):
         report("settings", number / len(criteria))
         settings = replace(base, criterion=judge)
-        engine.replace(settings=settings)  # refuses a criterion that nothing was learned for
         profile_of_tuning = full_profile(engine, tuning, settings)
         weighed += [
             _weigh(engine, profile_of_tuning, plans, choice, promise, cost)

@@ -277,8 +277,10 @@ def test_the_criterion_that_runs_fewest_layers_is_chosen(profiled: ProfileResult
         assert asked.engine.settings.criterion == criterion
     plain = profile(profiled.engine, TRAIN, HELDOUT, criterion="margin").engine
     assert keep_promise(plain, *runs, promise).engine.settings.criterion == "margin"
-    with pytest.raises(ValueError, match="run `geep profile`"):
-        keep_promise(plain, *runs, promise, criterion=AGREEMENT)
+    for refused, match in ((AGREEMENT, "run `geep profile`"), ("luck", "Unknown criterion 'luck'")):
+        with pytest.raises(ValueError, match=match):
+            # Refused before any text is run.
+            keep_promise(plain, HELDOUT, FRESH, promise, criterion=refused, report=lambda *_: pytest.fail("ran"))
 
 
 def test_runs_may_be_given_in_the_place_of_texts(profiled: ProfileResult) -> None:

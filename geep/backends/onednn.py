@@ -33,7 +33,7 @@ def is_available() -> bool:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """Add rows of zeros up to one of few sizes: sixteen to each power of two, so 3 % more rows at most from 512 on.
+    """Add rows of zeros up to one of few sizes: sixteen to each power of two, so at most a sixteenth more from 128 on.
 
     oneDNN makes a kernel for every number of rows that it meets, which takes as long as running it, and keeps it.
     Staircases have nearly as many sizes as there are layers to run.
