@@ -25,15 +25,17 @@ def more_parts(results: Path) -> list[str]:
     if scaling.exists():
         parts += ["## How time and memory grow", *scaling_part(results, read(scaling))]
     gpu = sorted(results.glob("gpu-*.jsonl"))
-    on_gpu = [path for path in sorted(results.glob("hash_table-*.jsonl")) if _is_gpu(path)]
-    for title, paths in (
-        ("Hash table", [path for path in sorted(results.glob("hash_table-*.jsonl")) if path not in on_gpu]),
-        ("Prediction of exit layers", sorted(results.glob("prediction*.jsonl"))),
-    ):
-        if paths:
-            parts += [f"## {title}", *(part for path in paths for part in plain_tables(read(path)))]
+    tables = sorted(results.glob("hash_table-*.jsonl"))
+    on_gpu = [path for path in tables if _is_gpu(path)]
+    if on_cpu := [path for path in tables if path not in on_gpu]:
+        parts += ["## Hash table", *(part for path in on_cpu for part in hash_table_part(read(path)))]
+    if predictions := sorted(results.glob("prediction*.jsonl")):
+        parts += ["## Prediction of exit layers", *(part for path in predictions for part in plain_tables(read(path)))]
     parts.append("## On a GPU")
-    parts += [part for path in (*gpu, *on_gpu) for part in plain_tables(read(path))] or [NO_GPU]
+    parts += [
+        *(part for path in gpu for part in plain_tables(read(path))),
+        *(part for path in on_gpu for part in hash_table_part(read(path))),
+    ] or [NO_GPU]
     return parts
 
 
@@ -201,6 +203,38 @@ def scaling_part(results: Path, lines: list[Line]) -> list[str]:
                 )
             )
     return parts + _figure(results, "scaling")
+
+
+def hash_table_part(lines: list[Line]) -> list[str]:
+    """Millions of operations a second: a row for each table and operation, a column for each method."""
+    timed = of_kind(lines, "hash_table")
+    methods = list(dict.fromkeys(line["method"] for line in timed))
+    rates: dict[tuple[Any, ...], dict[str, float]] = {}
+    for line in timed:
+        case = (line["operation"], line.get("absent_share"), line["capacity"], line["load_factor"])
+        rates.setdefault(case, {})[line["method"]] = line["per_second"] / 1e6
+    rows = [
+        [
+            operation if absent is None else f"{operation}, {100 * absent:.0f} % absent",
+            f"{capacity:,}",
+            f"{load:g}",
+            *(f"{found[method]:.4g}" if method in found else "–" for method in methods),
+        ]
+        for (operation, absent, capacity, load), found in sorted(
+            rates.items(), key=lambda item: (item[0][0], item[0][1] or 0.0, *item[0][2:])
+        )
+    ]
+    parts = [
+        "Printed by `benchmarks/hash_table.py`: millions of operations a second of the table in plain torch "
+        "(reference) and, on a GPU, in Triton, beside `searchsorted` in the sorted keys, a gather at known places "
+        "(direct addressing, which no lookup can beat) and a Python dict. "
+        f"Device: {timed[0]['device']}, {timed[0]['threads']} threads."
+        if timed
+        else "",
+        table(["", "capacity", "load factor", *methods], rows) if rows else "",
+    ]
+    others = [line for line in lines if line["kind"] != "hash_table"]
+    return [part for part in parts if part] + plain_tables(others)
 
 
 def _mib(value: float | None) -> str:

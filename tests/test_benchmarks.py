@@ -475,8 +475,16 @@ def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_p
         more.NO_GPU,
     ):
         assert piece in page
-    (tmp_path / "hash_table-nvidia.jsonl").write_text('{"kind": "hash_table", "device": "NVIDIA", "rate": 1.5}\n')
-    assert more.NO_GPU not in more.more_parts(tmp_path)
+    looked_up = {"kind": "hash_table", "operation": "find", "absent_share": 0.5, "capacity": 4096, "load_factor": 0.5}
+    rates = {"triton": 2.5e9, "dict": 4e6}
+    lines = [
+        {**looked_up, "device": "NVIDIA", "threads": 2, "method": name, "per_second": rate}
+        for name, rate in rates.items()
+    ]
+    (tmp_path / "hash_table-nvidia.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = "\n".join(more.more_parts(tmp_path))
+    assert more.NO_GPU not in page
+    assert "| find, 50 % absent | 4,096 | 0.5 | 2500 | 4 |" in page
 
 
 def test_the_summary_gains_int8_where_it_was_measured(
