@@ -260,12 +260,12 @@ class Field:
 
     def share_out(self, available: int, rounds: int, seconds: float) -> None:
         """Decide how many texts each way times: as many as its share of the time allows, by its trial."""
-        sharing = [entry for entry in self.entries if entry.seconds_per_text and not entry.in_calls]
+        sharing = [entry for entry in self.entries if entry.seconds_per_text and not entry.texts_per_call]
         fixed = sum(entry.seconds_per_run for entry in self.entries)
         share = max(seconds / rounds - fixed, 0.0) / max(len(sharing), 1)
         for entry in self.entries:
             wanted = max(entry.texts_per_call, LEAST_IN_CALLS)
-            if not entry.in_calls:
+            if not entry.texts_per_call:
                 wanted = max(int(share / max(entry.seconds_per_text, 1e-9)), LEAST_TEXTS)
             entry.count = min(wanted, available)
         whole = rounds * sum(entry.expected_seconds for entry in self.entries) / 60

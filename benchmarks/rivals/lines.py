@@ -60,11 +60,6 @@ class Entry:
         return self.seconds_per_run + self.count * self.seconds_per_text
 
     @property
-    def in_calls(self) -> bool:
-        """Whether the texts come in calls of a size."""
-        return "texts_per_call" in self.way["about"]
-
-    @property
     def texts_per_call(self) -> int:
         """Size of the calls in which texts come; 0: what the way likes best."""
         return self.way["about"].get("texts_per_call", 0)
@@ -76,6 +71,11 @@ class Entry:
     def rate(self) -> float:
         """Texts a second, median of the rounds."""
         return self.count / self.seconds()
+
+    def ids_rate(self) -> float | None:
+        """Texts a second from token ids; None where that was not taken."""
+        seconds = self.extra("from_ids")
+        return None if seconds is None else self.count / seconds
 
     def extra(self, name: str) -> float | None:
         """Median of a further measurement; None where it was not taken."""
@@ -106,7 +106,7 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
     reference = pipeline[0] if pipeline else None
     full = of_group.get("full", [])
     from_ids = {
-        (entry.way["about"]["engine"], entry.way["about"]["line"]): entry.count / (entry.extra("from_ids") or np.inf)
+        (entry.way["about"]["engine"], entry.way["about"]["line"]): entry.ids_rate()
         for entry in of_group.get("parts", [])
     }
     lines = []
@@ -115,10 +115,6 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
             continue
         about = entry.way["about"]
         rates = [entry.count / outcome["seconds"] for outcome in entry.outcomes]
-        ids_seconds = entry.extra("from_ids")
-        ids_rate = (
-            from_ids.get((about.get("engine"), entry.group)) if ids_seconds is None else entry.count / ids_seconds
-        )
         comparable = entry.way["not_comparable"] is None
         lines.append(
             {
@@ -140,7 +136,7 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
                 "throughput": float(np.median(rates)),
                 "throughput_low": min(rates),
                 "throughput_high": max(rates),
-                "ids_throughput": ids_rate,
+                "ids_throughput": entry.ids_rate() or from_ids.get((about.get("engine"), entry.group)),
                 "over_pipeline": None if reference is None else entry.rate() / reference.rate(),
                 "over_full": entry.rate() / full[0].rate() if full else None,
             }

@@ -157,14 +157,14 @@ def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int) -> Tenso
     """
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
-    out = qkv.new_empty(num_tokens, width)
+    out, stop = qkv.new_empty(num_tokens, width), 0
     for run in runs:
         stop = run.start + run.num_texts * run.length
         block = qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head)
         query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
         mixed = F.scaled_dot_product_attention(query, key, value)
         out[run.start : stop].view(run.num_texts, run.length, num_heads, head).copy_(mixed.transpose(1, 2))
-    out[runs[-1].start + runs[-1].num_texts * runs[-1].length if runs else 0 :].zero_()
+    out[stop:].zero_()
     return out
 
 
