@@ -97,7 +97,7 @@ class Reference:
             "quantile": settings.quantile,
             "check_layers": settings.check_layers,
             "certified_on": settings.certified_on,
-            "deployed_as": engine.deployed_as,
+            "deployed_as": engine.deployment.deployed_as,
         }
 
 

@@ -97,7 +97,7 @@ class Bench:
 
     def backend(self, **options: Any) -> CudaBackend:
         """Another backend on the same weights."""
-        return CudaBackend.build(self.model, dtype=self.engine.dtype, options=CudaOptions(**options))
+        return CudaBackend.build(self.model, dtype=self.engine.deployment.dtype, options=CudaOptions(**options))
 
     def seconds(self, work: Callable[[], object], *, inner: int = 1) -> float:
         """Median wall-clock seconds of one call, after warm-up; `inner` calls are queued before the wait."""
@@ -171,7 +171,7 @@ def peak_flops(bench: Bench) -> float:
 
 def full_depth(bench: Bench) -> list[dict[str, Any]]:
     """The full model on texts of 128 tokens, from token ids to logits on the host."""
-    lengths = np.full(bench.sizes.full_texts, min(128, bench.engine.max_length))
+    lengths = np.full(bench.sizes.full_texts, min(128, bench.engine.deployment.max_length))
     batch, depths = bench.batch(lengths), np.full(len(lengths), bench.num_layers)
     seconds = bench.seconds(lambda: bench.engine.run_tokens(batch, settings=STOP, exit_layers=depths))
     peak = peak_flops(bench)
@@ -213,7 +213,7 @@ def attention(bench: Bench) -> list[dict[str, Any]]:
     """One layer, with attention in each way that takes the lengths."""
     rows = []
     for mean in bench.sizes.mean_lengths:
-        longest = bench.engine.max_length
+        longest = bench.engine.deployment.max_length
         for kind in ("tiles", "varlen", "runs"):
             try:
                 backend = bench.backend(attention=kind, graphs=False)
@@ -251,7 +251,7 @@ def staircase(bench: Bench) -> list[dict[str, Any]]:
     plain = bench.engine.replace()
     plain.backend = bench.backend(first_tokens_from=2**60)
     for num_texts in bench.sizes.texts:
-        lengths = draw_lengths(25, num_texts=num_texts, longest=min(100, bench.engine.max_length))
+        lengths = draw_lengths(25, num_texts=num_texts, longest=min(100, bench.engine.deployment.max_length))
         batch = bench.batch(lengths)
         full = np.full(num_texts, bench.num_layers)
         mixed = draw_depths(bench.engine.depths, num_texts=num_texts)
@@ -281,7 +281,7 @@ def staircase(bench: Bench) -> list[dict[str, Any]]:
 def texts(bench: Bench) -> list[dict[str, Any]]:
     """Texts a second at full depth: from token ids, from raw texts, and Hugging Face's pipeline."""
     engine, sizes = bench.engine, bench.sizes
-    lengths = draw_lengths(25, num_texts=sizes.raw_texts, longest=min(100, engine.max_length))
+    lengths = draw_lengths(25, num_texts=sizes.raw_texts, longest=min(100, engine.deployment.max_length))
     vocabulary = [word for word in engine.tokenizer.get_vocab() if word.isascii() and word.isalnum()]
     words = np.random.default_rng(0).choice(np.array(sorted(vocabulary)), int(lengths.sum()))
     ends = np.cumsum(lengths)
@@ -298,7 +298,7 @@ def texts(bench: Bench) -> list[dict[str, Any]]:
 
     def hugging_face(size: int) -> list[Any]:
         # A generator, not a list: the pipeline then keeps its data loader busy.
-        return list(call((text for text in some), batch_size=size, truncation=True, max_length=engine.max_length))
+        return list(call((text for text in some), batch_size=size, truncation=True, max_length=engine.deployment.max_length))
 
     runs += [(f"hf_pipeline_{size}", len(some), partial(hugging_face, size)) for size in sizes.pipeline_batches]
     rows = []

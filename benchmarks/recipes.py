@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from geep.data import divide, fetch_encoder, load_dataset
 from geep.engine import Engine
 from geep.modeling import GeepForSequenceClassification
-from geep.training import RECIPES, TrainSettings, encode, train
+from geep.training import RECIPES, TrainSettings, encode, run_recipe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,6 +59,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     path = RESULTS / "recipes.jsonl"
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    for row in done:  # settings that did not exist when a line was written had their defaults
+        row["settings"] = {**asdict(TrainSettings()), **row["settings"]}
     dataset = load_dataset(args.data, data_dir=args.data_dir)
     parts = divide(dataset, max_train=args.max_train)
     encoder = fetch_encoder(args.model)
@@ -90,13 +92,12 @@ def main() -> None:
         )
         rows = encode(tokenizer, parts.train.inputs, parts.train.labels, max_length=settings.max_length)
         begin = time.perf_counter()
-        result = train(
+        result = run_recipe(
             model,
             tokenizer,
             rows,
             settings=settings,
             checkpoint_dir=Path("runs") / f"recipes-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}",
-            report=lambda _what, _share: None,
         )
         seconds = time.perf_counter() - begin
         engine = Engine(model, tokenizer)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import describe, of_kind, percent, read, table, times
+from tables import describe, let_go, of_kind, percent, read, table, times
 
 Line = dict[str, Any]
 
@@ -97,6 +97,8 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
         {f"{run['name']}: no accuracy, since {run['not_comparable']}." for run in runs if run["not_comparable"]}
     )
     notes += [f"{line['name']} was left out: {line['why'].rstrip('.')}." for line in of_kind(lines, "failed")]
+    gone = {run["engine"] for run in runs if run["engine"] and let_go(run["engine"])}
+    notes += [f"{engine}: a backend that was let go." for engine in sorted(gone)]
     parts += notes
     parts.append(
         "Versions: "
@@ -228,13 +230,18 @@ def hash_table_part(lines: list[Line]) -> list[str]:
         "Printed by `benchmarks/hash_table.py`: millions of operations a second of the table in plain torch "
         "(reference) and, on a GPU, in Triton, beside `searchsorted` in the sorted keys, a gather at known places "
         "(direct addressing, which no lookup can beat) and a Python dict. "
-        f"Device: {timed[0]['device']}, {timed[0]['threads']} threads."
+        f"Device: {timed[0]['device']}{_threads(timed[0])}."
         if timed
         else "",
         table(["", "capacity", "load factor", *methods], rows) if rows else "",
     ]
     others = [line for line in lines if line["kind"] != "hash_table"]
     return [part for part in parts if part] + plain_tables(others)
+
+
+def _threads(line: Line) -> str:
+    """Threads of the host, for a measurement that depends on them: a GPU's lines do not have any."""
+    return f", {line['threads']} threads" if "threads" in line else ""
 
 
 def _mib(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tables import Line, describe, of_kind, percent, read, table, times
+from tables import Line, describe, let_go, of_kind, percent, read, table, times
 
 HEADER = [
     "data set",
@@ -27,10 +27,15 @@ WORDS = (
 
 
 def engine_summary(results: Path) -> str | None:
-    """A line for each data set and engine that both scripts measured; None where there is none."""
+    """A line for each data set and engine that both scripts measured; None where there is none.
+
+    Engines on a backend that was let go have none: they are in docs/results.md alone.
+    """
     path = results / "accuracy.jsonl"
     rows, texts, machine = [], set(), ""
     for kept in sorted(read(path) if path.exists() else [], key=lambda line: str(line["data"])):
+        if let_go(kept["engine"]):
+            continue
         timed = results / f"throughput-{kept['data']}.jsonl"
         lines = read(timed) if timed.exists() else []
         runs = of_kind(lines, "throughput")

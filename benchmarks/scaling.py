@@ -166,7 +166,7 @@ def time_file(engine: Any, texts: Sequence[str], count: int, folder: Path) -> di
     loaded = memory("VmRSS")
     begin, told = time.monotonic(), time.monotonic()
 
-    def progress(rows: int) -> None:
+    def progress(what: str, rows: int, total: int | None) -> None:
         nonlocal told
         if time.monotonic() - told > 10:
             told = time.monotonic()

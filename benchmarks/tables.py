@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from geep.backends import BACKENDS
+
 Line = dict[str, Any]
 
 
@@ -17,6 +19,11 @@ def read(path: Path) -> list[Line]:
 def of_kind(lines: list[Line], kind: str, **fields: object) -> list[Line]:
     """Lines of a kind with these fields."""
     return [line for line in lines if line["kind"] == kind and all(line.get(k) == v for k, v in fields.items())]
+
+
+def let_go(engine: str) -> bool:
+    """Whether an engine ("backend dtype") ran on a backend that was let go; results keep it, since they say why."""
+    return engine.split()[0] not in BACKENDS
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -7,13 +7,7 @@ python examples/quickstart.py --data mine.jsonl --encoder my-bert/   # rows with
 import argparse
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer
-
-from geep import Engine, GeepForSequenceClassification
-from geep.calibration import keep_promise, profile
-from geep.data import divide, fetch_encoder, load_dataset
-from geep.exits import Promise, TooFewTextsError
-from geep.training import TrainSettings, encode, train
+import geep
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,29 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     # Half of the rows are learned from, a quarter tells how exits behave, a quarter certifies the promise.
-    dataset = load_dataset(options.data, max_train=options.max_rows)
-    parts = divide(dataset, fraction=0.5)
-    encoder = fetch_encoder(options.encoder)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = GeepForSequenceClassification.from_encoder(encoder, label_names=dataset.label_names)
-    settings = TrainSettings(epochs=2, batch_size=16, learning_rate=2e-4, max_length=32)
-    rows = encode(tokenizer, parts.train.inputs, parts.train.labels, max_length=settings.max_length)
-    train(model, tokenizer, rows, settings=settings, checkpoint_dir=f"{options.output}/checkpoints")
+    parts = geep.divide(geep.load_dataset(options.data, max_train=options.max_rows), fraction=0.5)
+    settings = geep.TrainSettings(epochs=2, batch_size=16, learning_rate=2e-4, max_length=32)
+    trained = geep.train(parts, options.output, encoder=options.encoder, settings=settings)
+    print(trained.learned_nothing or f"trained {trained.steps} steps")
 
-    # The length trained at is kept with the tokenizer, so that the promise is about texts cut there.
-    tokenizer.model_max_length = settings.max_length
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    engine = profile(Engine.from_pretrained(options.output), parts.train, parts.profile).engine
+    profiled = geep.profile(geep.Engine.from_pretrained(options.output, exits=False), parts.train, parts.profile)
+    profiled.save(options.output)
+    promise = geep.Promise(max_accuracy_drop=options.max_accuracy_drop)
     try:
-        promise = Promise(max_accuracy_drop=options.max_accuracy_drop)
         # lexical_exit=None would also try answers by the table alone, at depth 0, and keep them if they pay.
-        engine = keep_promise(engine, parts.profile, parts.calibration, promise, lexical_exit=False).engine
-    except TooFewTextsError as error:
-        print(error)  # the engine stays at speed 0, which is the full model
-    engine.save_exits(options.output)
+        calibrated = geep.calibrate(profiled.engine, profiled.heldout, parts.calibration, promise, lexical_exit=False)
+        calibrated.save(options.output)
+    except geep.NothingCertifiedError as refusal:
+        geep.save_refusal(profiled.engine, options.output, refusal)
+        print(refusal)  # the engine stays at speed 0, which is the full model
 
-    engine = Engine.from_pretrained(options.output)
+    engine = geep.Engine.from_pretrained(options.output)
     print(f"speed {engine.settings.speed:g}")
     texts = parts.calibration.inputs[:8]
     for text, answer in zip(texts, engine.predict(texts), strict=True):

@@ -1,20 +1,9 @@
-"""geep: BERT-class text classifiers with early exits whose layer is predicted before the run."""
+"""geep: BERT-class text classifiers with early exits whose layer is predicted before the run.
 
-from geep._version import __version__
-from geep.engine import Engine, EngineConfig, ExitSettings, Prediction
-from geep.hash_table import HashTable
-from geep.modeling import ExitOutput, GeepConfig, GeepForSequenceClassification
-from geep.predictor import ExitPredictor
+Every public name can be had from here, and is looked up when it is first asked for: `import geep` loads neither torch
+nor transformers. Names and where they live: `geep/__init__.pyi`.
+"""
 
-__all__ = [
-    "Engine",
-    "EngineConfig",
-    "ExitOutput",
-    "ExitPredictor",
-    "ExitSettings",
-    "GeepConfig",
-    "GeepForSequenceClassification",
-    "HashTable",
-    "Prediction",
-    "__version__",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

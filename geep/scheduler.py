@@ -11,7 +11,6 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
 
 Integers = NDArray[np.int64]
 
@@ -147,7 +146,11 @@ class Timings:
         if len(np.unique(sizes)) < 2 or (seconds <= 0).any():
             raise ValueError(f"A cost needs calls of at least two sizes that took some time, got {self}.")
         design = np.stack([1 / seconds, sizes / seconds], axis=1)
-        (fixed, slope), _ = nnls(design, np.ones(len(seconds)))
+        fixed, slope = np.linalg.lstsq(design, np.ones(len(seconds)), rcond=None)[0]
+        if fixed < 0:  # of two parts, the other alone is then the best that is not negative
+            fixed, slope = 0.0, design[:, 1].sum() / np.square(design[:, 1]).sum()
+        elif slope < 0:
+            fixed, slope = design[:, 0].sum() / np.square(design[:, 0]).sum(), 0.0
         return float(fixed), float(slope) if slope > 0 else float((seconds / sizes).min())
 
 

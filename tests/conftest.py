@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from geep.backends import TokenBatch
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import profile_exits
 from geep.modeling import FAMILIES, GeepForSequenceClassification
-from geep.predictor import ExitPredictor
+from geep.predictor import ExitPredictor, TextExits
+from geep.predictor import fit_predictor as fit_table
 
 # RoBERTa's order: padding is not row 0, so nothing can rely on that.
 CLS, PAD, SEP, UNK, MASK = range(5)
@@ -197,18 +199,15 @@ def fit_predictor(engine: Engine, *, kind: str = "fitted", seed: int = 100) -> E
         profile = profile_exits(part, engine.depths, multi_label=engine.multi_label)
         exits.append(torch.from_numpy(np.stack([profile.exit_indices(speed) for speed in speeds], axis=1)))
     answers = (logits[0][-1] > 0).float() if engine.multi_label else logits[0][-1].argmax(-1)
-    ids, lengths = zip(
-        *((torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths)) for batch in batches), strict=True
+    seen, heldout = (
+        TextExits(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths), part)
+        for batch, part in zip(batches, exits, strict=True)
     )
-    return ExitPredictor.fit(
+    return fit_table(
         kind,
-        ids[0],
-        lengths[0],
-        exits[0],
+        seen,
         answers,
-        ids[1],
-        lengths[1],
-        exits[1],
+        heldout,
         depths=engine.depths,
         speeds=speeds,
         num_labels=len(engine.label_names),
@@ -235,6 +234,13 @@ def make_engine(
         temperatures = {0: 1.1, 1: 1.3, 2: 0.9, 3: 0.7, NUM_LAYERS: 1.2}
         settings = ExitSettings(speed=0.5, temperatures=temperatures)
     return base.replace(predictor=fit_predictor(base) if table else None, settings=settings)
+
+
+def on_course(engine: Engine, **changes: Any) -> Engine:
+    """Return the engine with other parts of its `Course`: another backend, other sizes of batches."""
+    other = engine.replace()
+    other._course = replace(engine._course, **changes)
+    return other
 
 
 @pytest.fixture(scope="session")

@@ -281,8 +281,8 @@ def test_a_rival_that_cannot_load_is_left_out(rivals: None, tmp_path: Path) -> N
 
 def test_engines_are_read_with_the_folders_that_belong_to_them(rivals: None) -> None:
     throughput = load("throughput")
-    choices = throughput.engine_choices("packed:float32, onnx:int8=runs-int8/{data}", "trec", Path("runs/trec"))
-    assert [choice.name for choice in choices] == ["packed float32", "onnx int8"]
+    choices = throughput.engine_choices("packed:float32, packed:int8=runs-int8/{data}", "trec", Path("runs/trec"))
+    assert [choice.name for choice in choices] == ["packed float32", "packed int8"]
     assert [choice.folder for choice in choices] == [Path("runs/trec"), Path("runs-int8/trec")]
     with pytest.raises(ValueError, match="backend:dtype"):
         throughput.engine_choices("int8", "trec", Path("runs/trec"))
@@ -485,6 +485,25 @@ def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_p
     page = "\n".join(more.more_parts(tmp_path))
     assert more.NO_GPU not in page
     assert "| find, 50 % absent | 4,096 | 0.5 | 2500 | 4 |" in page
+
+
+def test_a_backend_that_was_let_go_is_in_the_results_and_not_in_the_summary(rivals: None, tmp_path: Path) -> None:
+    fake_results(tmp_path)
+    path = tmp_path / "throughput-toy.jsonl"
+    ours = next(line for line in map(json.loads, path.read_text("utf-8").splitlines()) if line.get("group") == "geep")
+    old = ours | {"engine": "gone int8", "name": "gone int8: GEEP"}
+    path.write_text(path.read_text("utf-8") + json.dumps(old) + "\n", encoding="utf-8")
+    kept = {"kind": "accuracy", "data": "toy", "full_accuracy": 0.5, "accuracy": 0.5, "layer_speedup": 2.0}
+    kept |= {"lexical_share": 0.1, "constant_accuracy": {}}
+    lines = [json.dumps(kept | {"engine": engine}) for engine in ("packed int8", "gone int8")]
+    (tmp_path / "accuracy.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    summary = load("report_summary").engine_summary(tmp_path)
+    assert "| toy | packed int8 |" in summary
+    assert "gone" not in summary
+    page = "\n\n".join(load("report_more").more_parts(tmp_path))
+    assert "| gone int8: GEEP, batch 8 |" in page
+    assert "\n\ngone int8: a backend that was let go.\n\n" in page
+    assert "packed int8: a backend" not in page
 
 
 def test_the_summary_gains_int8_where_it_was_measured(

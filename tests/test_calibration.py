@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_encoder, toy_task
+from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny_encoder, toy_task
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from geep.calibration import (
     TABLE_SPEEDS,
     TRIAL_SPEEDS,
+    Calibration,
     ExitRun,
+    Outcomes,
     ProfileResult,
-    full_profile,
-    keep_promise,
+    calibrate,
     layer_quality,
-    planned_columns,
     profile,
+    save_refusal,
+    try_speed,
 )
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
-from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, Promise, TooFewTextsError, follow
+from geep.exits import AGREEMENT, CRITERIA, AgreementScore, ExitProfile, OnMiss, follow
+from geep.folder import CalibrationFile
 from geep.modeling import GeepForSequenceClassification
 from geep.predictor import PREDICTORS
+from geep.promise import ConstantModelError, Promise, TooFewTextsError, Walk, walk
 from geep.scheduler import CostModel
-from geep.training import TrainSettings, encode, train
+from geep.training import TrainSettings, encode, run_recipe
 
 PROMISES = {"drop": Promise(max_accuracy_drop=0.02), "agreement": Promise(min_agreement=0.98)}
 
@@ -54,14 +62,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     model = GeepForSequenceClassification.from_encoder(encoder, num_labels=3, exit_layers=[1, 2, 3])
     tokenizer = make_tokenizer()
     assert TRAIN.labels is not None
-    train(
+    run_recipe(
         model,
         tokenizer,
         encode(tokenizer, TRAIN.texts, TRAIN.labels, max_length=32),
         settings=TrainSettings(epochs=2, batch_size=32, learning_rate=4e-3),
         checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
         device="cpu",
-        report=lambda *_: None,
     )
     return Engine(model, tokenizer, config=EngineConfig(device="cpu", max_batch_tokens=500))
 
@@ -119,7 +126,7 @@ def test_a_profile_may_be_given_runs_in_the_place_of_texts(trained: Engine, prof
 def test_agreement_is_the_share_of_texts_that_disagree_with_the_full_model(profiled: ProfileResult) -> None:
     engine = profiled.engine
     chosen = replace(engine.settings, criterion=AGREEMENT)
-    found = full_profile(engine, ExitRun.of(engine, FRESH), chosen)
+    found = Outcomes(engine, ExitRun.of(engine, FRESH)).profile(chosen)
     for column in range(len(found.depths) - 1):
         assert found.uncertainty[:, column].mean() == pytest.approx((~found.agrees[:, column]).mean(), abs=0.05)
 
@@ -140,12 +147,13 @@ def test_nothing_to_profile_is_refused(trained: Engine) -> None:
 
 
 def test_progress_is_reported_to_the_end(trained: Engine) -> None:
-    told: dict[str, list[float]] = {}
-    profile(trained, TRAIN, HELDOUT, report=lambda what, share: told.setdefault(what, []).append(share))
+    told: dict[str, list[tuple[int, int | None]]] = {}
+    profile(trained, TRAIN, HELDOUT, progress=lambda what, *done: told.setdefault(what, []).append(done))
     assert len(told) == 3
-    for shares in told.values():
-        assert shares == sorted(shares)
-        assert shares[-1] == 1.0
+    for steps in told.values():
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        (total,) = {total for _, total in steps}
+        assert steps[-1] == (total, total)
 
 
 def test_quality_is_scored_against_the_true_layers() -> None:
@@ -183,22 +191,24 @@ def test_the_engine_goes_where_the_profile_says(
     )
     engine = profiled.engine.replace(settings=chosen)
     batch = engine.tokenize(FRESH.texts).batch
-    columns = planned_columns(engine, batch, chosen)
-    profiles = full_profile(engine, ExitRun(batch, engine.exit_logits(batch), None), chosen)
+    outcomes = Outcomes(engine, ExitRun(batch, engine.exit_logits(batch), None))
+    columns, profiles = outcomes.planned(chosen), outcomes.profile(chosen)
     assert profiles.depths == (0, 1, 2, 3, 4)
     assert np.array(profiles.depths)[columns].tolist() == engine.plan(batch).predicted_layers.tolist()
     assert lexical_exit or not (columns == 0).any()
     found = engine.run_tokens(batch)
-    expected = np.array(profiles.depths)[follow(profiles, columns, speed=speed, on_miss=on_miss)]
+    answered = outcomes.answered(chosen)
+    assert answered.tolist() == follow(profiles, columns, speed=speed, on_miss=on_miss).tolist()
+    expected = np.array(profiles.depths)[answered]
     near = (np.abs(profiles.uncertainty - speed) < 1e-5).any(1)
     assert near.mean() < 0.05
     assert found.exit_layers[~near].tolist() == expected[~near].tolist()
 
 
 def test_columns_of_an_engine_without_a_table_begin_at_the_first_exit(trained: Engine) -> None:
-    batch = trained.tokenize(FRESH.texts[:9]).batch
-    assert planned_columns(trained, batch, ExitSettings(speed=0.5)).tolist() == [0] * 9
-    assert planned_columns(trained, batch, ExitSettings()).tolist() == [3] * 9
+    outcomes = Outcomes(trained, ExitRun.of(trained, FRESH.select(range(9))))
+    assert outcomes.planned(ExitSettings(speed=0.5)).tolist() == [0] * 9
+    assert outcomes.planned(ExitSettings()).tolist() == [3] * 9
 
 
 # Promises
@@ -211,18 +221,18 @@ def test_the_engine_keeps_exactly_the_risk_that_was_certified(
     profiled: ProfileResult, kind: str, on_miss: OnMiss, lexical_exit: bool | None
 ) -> None:
     promise = PROMISES[kind]
-    result = keep_promise(profiled.engine, HELDOUT, FRESH, promise, on_miss=on_miss, lexical_exit=lexical_exit)
-    engine, calibration = result.engine, result.calibration
+    result = calibrate(profiled.engine, HELDOUT, FRESH, promise, on_miss=on_miss, lexical_exit=lexical_exit)
+    engine, found = result.engine, result.walk
     assert profiled.engine.settings.speed == 0  # the engine that was given is left as it was
-    assert engine.settings.speed == calibration.speed
+    assert engine.settings.speed == found.speed
     assert engine.settings.on_miss == on_miss
-    assert calibration.num_texts == len(FRESH)
-    assert all(trial.passed == (trial.bound <= promise.allowed) for trial in calibration.trials)
-    assert {trial.speed for trial in calibration.trials} <= set(TRIAL_SPEEDS)
+    assert result.num_texts == len(FRESH)
+    assert all(trial.passed == (trial.bound <= promise.allowed) for trial in found.trials)
+    assert {trial.speed for trial in found.trials} <= set(TRIAL_SPEEDS)
     if lexical_exit is not None:
         assert engine.settings.lexical_exit == lexical_exit
-    passed = [trial for trial in calibration.trials if trial.passed]
-    assert calibration.speed == (passed[-1].speed if passed else 0.0)
+    passed = [trial for trial in found.trials if trial.passed]
+    assert found.speed == (passed[-1].speed if passed else 0.0)
     if not passed:
         return
     full = np.array([int(answer.label[-1]) for answer in engine.predict(FRESH.texts, speed=0)])
@@ -246,13 +256,13 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     engine, promise = profiled.engine, PROMISES[kind]
     engine = engine.replace(settings=replace(engine.settings, agreement=doubts))
     runs = ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)
-    free = keep_promise(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 0)).engine.settings
+    free = calibrate(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 0)).engine.settings
     assert free.check_layers == (1, 2, 3)
-    dear = keep_promise(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 1.0))
+    dear = calibrate(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 1.0))
     assert dear.engine.settings.check_layers is not None
     assert 1 not in dear.engine.settings.check_layers
     answers = dear.engine.predict(FRESH.texts)
-    kept = [trial for trial in dear.calibration.trials if trial.passed][-1]
+    kept = [trial for trial in dear.walk.trials if trial.passed][-1]
     assert float(np.mean([answer.exit_layer for answer in answers])) == pytest.approx(kept.mean_exit_layer, abs=1e-9)
     assert {answer.exit_layer for answer in answers} <= {0, *dear.engine.settings.check_layers, 4}
 
@@ -263,43 +273,43 @@ def test_the_criterion_that_runs_fewest_layers_is_chosen(profiled: ProfileResult
         settings=replace(profiled.engine.settings, agreement=dict.fromkeys((0, 1, 2, 3), never))
     )
     runs, promise = (ExitRun.of(blind, HELDOUT), ExitRun.of(blind, FRESH)), PROMISES["drop"]
-    chosen = keep_promise(blind, *runs, promise)
+    chosen = calibrate(blind, *runs, promise)
     assert chosen.engine.settings.criterion in CRITERIA
-    assert chosen.calibration.speed > 0
+    assert chosen.walk.speed > 0
     # Again from where that left off: the learned criterion is still weighed.
     able = chosen.engine.replace(
         settings=replace(chosen.engine.settings, agreement=profiled.engine.settings.agreement, speed=0.0)
     )
-    again, first = keep_promise(able, *runs, promise), keep_promise(profiled.engine, *runs, promise)
-    assert (again.calibration, again.engine.settings) == (first.calibration, first.engine.settings)
+    again, first = calibrate(able, *runs, promise), calibrate(profiled.engine, *runs, promise)
+    assert (again.walk, again.engine.settings) == (first.walk, first.engine.settings)
     for criterion in (AGREEMENT, "margin"):
-        asked = keep_promise(profiled.engine, *runs, promise, criterion=criterion)
+        asked = calibrate(profiled.engine, *runs, promise, criterion=criterion)
         assert asked.engine.settings.criterion == criterion
     plain = profile(profiled.engine, TRAIN, HELDOUT, criterion="margin").engine
-    assert keep_promise(plain, *runs, promise).engine.settings.criterion == "margin"
+    assert calibrate(plain, *runs, promise).engine.settings.criterion == "margin"
     for refused, match in ((AGREEMENT, "run `geep profile`"), ("luck", "Unknown criterion 'luck'")):
         with pytest.raises(ValueError, match=match):
             # Refused before any text is run.
-            keep_promise(plain, HELDOUT, FRESH, promise, criterion=refused, report=lambda *_: pytest.fail("ran"))
+            calibrate(plain, HELDOUT, FRESH, promise, criterion=refused, progress=lambda *_: pytest.fail("ran"))
 
 
 def test_runs_may_be_given_in_the_place_of_texts(profiled: ProfileResult) -> None:
     engine, promise = profiled.engine, PROMISES["drop"]
-    by_texts = keep_promise(engine, HELDOUT, FRESH, promise)
-    by_runs = keep_promise(engine, ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH), promise)
-    assert by_runs.calibration == by_texts.calibration
+    by_texts = calibrate(engine, HELDOUT, FRESH, promise)
+    by_runs = calibrate(engine, ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH), promise)
+    assert by_runs.walk == by_texts.walk
     assert by_runs.engine.settings == by_texts.engine.settings
 
 
 def test_promises_on_this_model_save_layers(profiled: ProfileResult) -> None:
     for promise in PROMISES.values():
-        result = keep_promise(profiled.engine, HELDOUT, FRESH, promise)
-        assert result.calibration.speed > 0
+        result = calibrate(profiled.engine, HELDOUT, FRESH, promise)
+        assert result.walk.speed > 0
         assert np.mean([answer.exit_layer for answer in result.engine.predict(FRESH.texts)]) < 3
 
 
 def test_a_calibrated_engine_comes_back_from_its_folder(profiled: ProfileResult, tmp_path: Path) -> None:
-    engine = keep_promise(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"]).engine
+    engine = calibrate(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"]).engine
     engine.save_pretrained(tmp_path)
     loaded = Engine.from_pretrained(tmp_path, device="cpu")
     assert loaded.settings == engine.settings
@@ -309,8 +319,8 @@ def test_a_calibrated_engine_comes_back_from_its_folder(profiled: ProfileResult,
 
 def test_agreement_needs_no_labels(profiled: ProfileResult) -> None:
     promise = PROMISES["agreement"]
-    with_labels = keep_promise(profiled.engine, HELDOUT, FRESH, promise).calibration
-    without = keep_promise(profiled.engine, unlabelled(HELDOUT), unlabelled(FRESH), promise).calibration
+    with_labels = calibrate(profiled.engine, HELDOUT, FRESH, promise).walk
+    without = calibrate(profiled.engine, unlabelled(HELDOUT), unlabelled(FRESH), promise).walk
     assert without == with_labels
 
 
@@ -319,23 +329,219 @@ def test_agreement_needs_no_labels(profiled: ProfileResult) -> None:
 )
 def test_accuracy_needs_labels(profiled: ProfileResult, tuning: Split, fresh: Split) -> None:
     with pytest.raises(ValueError, match="needs labelled texts"):
-        keep_promise(profiled.engine, tuning, fresh, PROMISES["drop"])
+        calibrate(profiled.engine, tuning, fresh, PROMISES["drop"])
 
 
 def test_too_few_fresh_texts_are_refused_with_the_number_needed(profiled: ProfileResult) -> None:
     needed = PROMISES["drop"].halved().texts_needed
     few = FRESH.select(range(needed - 1))
     with pytest.raises(TooFewTextsError, match=f"{needed - 1} calibration texts.*at least {needed} are needed"):
-        keep_promise(profiled.engine, HELDOUT, few, PROMISES["drop"])
+        calibrate(profiled.engine, HELDOUT, few, PROMISES["drop"])
 
 
 def test_an_engine_without_a_table_can_keep_a_promise_but_not_stop_blindly(trained: Engine) -> None:
-    result = keep_promise(trained, HELDOUT, FRESH, PROMISES["agreement"])
+    result = calibrate(trained, HELDOUT, FRESH, PROMISES["agreement"])
     assert result.engine.predictor is None
     answers = result.engine.predict(FRESH.texts)
     full = trained.predict(FRESH.texts, speed=0)
     differs = np.mean([one.label != two.label for one, two in zip(answers, full, strict=True)])
-    kept = [trial for trial in result.calibration.trials if trial.passed][-1]
+    kept = [trial for trial in result.walk.trials if trial.passed][-1]
     assert differs == pytest.approx(kept.risk, abs=1e-9)
     with pytest.raises(ValueError, match="needs an exit table"):
-        keep_promise(trained, HELDOUT, FRESH, PROMISES["agreement"], on_miss="stop")
+        calibrate(trained, HELDOUT, FRESH, PROMISES["agreement"], on_miss="stop")
+
+
+# Trials
+
+
+def faultless(num_texts: int) -> ExitProfile:
+    right = np.ones((num_texts, 2), dtype=bool)
+    return ExitProfile((1, 2), np.zeros((num_texts, 2), dtype=np.float32), right, right)
+
+
+def walked(
+    profiled: ExitProfile,
+    promise: Promise,
+    speeds: Sequence[float],
+    *,
+    planned: Callable[[float], NDArray[np.int64]] | None = None,
+    on_miss: OnMiss = "continue",
+) -> Walk:
+    """Walk the speeds on a profile; without a plan, every text is asked at the first exit."""
+    first = np.zeros(len(profiled), dtype=np.int64)
+    return walk(
+        lambda speed: try_speed(
+            profiled, first if planned is None else planned(speed), promise, speed=speed, on_miss=on_miss
+        ),
+        speeds,
+    )
+
+
+@pytest.mark.parametrize("promise", [Promise(max_accuracy_drop=0.05), Promise(min_agreement=0.95)])
+def test_a_walk_on_a_profile_ends_at_the_first_speed_that_fails(promise: Promise) -> None:
+    # Below 0.2 all is well; texts of uncertainty 0.25 are answered wrongly; above, everything would be right again.
+    unsure = np.repeat(np.array([[0.1], [0.25]], dtype=np.float32), [700, 300], axis=0)
+    wrong = unsure == 0.25
+    right = np.concatenate([~wrong, np.ones_like(wrong)], axis=1)
+    profiles = ExitProfile((1, 2), np.concatenate([unsure, unsure], axis=1), right, right)
+
+    def planned(speed: float) -> NDArray[np.int64]:
+        return np.full(1000, int(speed > 0.35))  # from there on, the full model answers all
+
+    found = walked(profiles, promise, [0.05, 0.15, 0.2, 0.3, 0.4, 0.5], planned=planned)
+    assert found.speed == 0.2
+    assert [(trial.speed, trial.passed) for trial in found.trials] == [
+        (0.05, True),
+        (0.15, True),
+        (0.2, True),
+        (0.3, False),
+    ]
+    assert [trial.risk for trial in found.trials] == pytest.approx([0, 0, 0, 0.3])
+    assert [trial.mean_exit_layer for trial in found.trials] == pytest.approx([2, 1.3, 1.3, 1])
+    assert all(trial.bound >= trial.risk for trial in found.trials)
+
+
+def test_a_profile_without_labels_can_be_held_to_agreement_alone() -> None:
+    labelled = faultless(1000)
+    profiles = ExitProfile(labelled.depths, labelled.uncertainty, labelled.agrees, None)
+    with pytest.raises(ValueError, match="needs labelled texts.*min_agreement"):
+        walked(profiles, Promise(max_accuracy_drop=0.05), [0.5])
+    assert walked(profiles, Promise(min_agreement=0.9), [0.5]).speed == 0.5
+
+
+def test_an_exit_that_is_always_wrong_leaves_the_full_model() -> None:
+    wrong = np.stack([np.zeros(1000, dtype=bool), np.ones(1000, dtype=bool)], axis=1)
+    found = walked(ExitProfile((1, 2), faultless(1000).uncertainty, wrong, wrong), Promise(min_agreement=0.9), [0.1])
+    assert (found.speed, len(found.trials)) == (0.0, 1)
+
+
+def test_a_trial_follows_the_rule_on_a_miss() -> None:
+    random = np.random.default_rng(0)
+    kept = ExitProfile((1, 2, 4), random.random((2000, 3)).astype(np.float32), np.ones((2000, 3), dtype=bool), None)
+    promise = Promise(min_agreement=0.9)
+    stop, on = (walked(kept, promise, [0.5], on_miss=on_miss) for on_miss in ("stop", "continue"))
+    assert stop.trials[0].mean_exit_layer == 1
+    assert on.trials[0].mean_exit_layer == pytest.approx(kept.exit_layers(0.5).mean())
+
+
+def test_a_trial_is_held_against_the_model_that_was_quantised() -> None:
+    """Where the full model is no column, its answers are what is spoilt and repaired."""
+    correct = np.array([[True, True], [False, True], [True, False], [False, False]])
+    agrees = np.array([[True, True], [False, True], [False, True], [True, True]])
+    full = np.array([True, True, False, False])
+    profiles = ExitProfile((1, 2), np.zeros((4, 2), dtype=np.float32), agrees, correct, full)
+    first = np.zeros(4, dtype=np.int64)
+    drop, agreement = (
+        try_speed(profiles, first, promise, speed=0.5, on_miss="stop")
+        for promise in (Promise(max_accuracy_drop=0.9), Promise(min_agreement=0.1))
+    )
+    assert (drop.risk, agreement.risk) == (0.0, 0.5)
+    last = try_speed(profiles, first + 1, Promise(max_accuracy_drop=0.9), speed=0.5, on_miss="stop")
+    assert last.risk == 0.0
+
+
+@pytest.mark.parametrize("promise", [Promise(max_accuracy_drop=0.02), Promise(min_agreement=0.95)])
+def test_promises_on_profiles_are_broken_no_more_often_than_they_say(promise: Promise) -> None:
+    """Draw calibration sets from a known world, in which the true risk of every speed can be computed."""
+    random = np.random.default_rng(0)
+    speeds = np.linspace(0.02, 1, 25)
+
+    def world(count: int) -> ExitProfile:
+        unsure = random.random((count, 3)).astype(np.float32)
+        # The less certain an exit, the likelier it errs; the full model errs on a tenth of the texts.
+        right = np.concatenate([random.random((count, 2)) > 0.3 * unsure[:, :2], random.random((count, 1)) > 0.1], 1)
+        right[:, :2] = np.where(unsure[:, :2] < 0.1, right[:, 2:], right[:, :2])
+        agrees = np.concatenate([right[:, :2] == right[:, 2:], np.ones((count, 1), dtype=bool)], axis=1)
+        return ExitProfile((1, 2, 4), unsure, agrees, right)
+
+    large = world(400_000)
+    assert large.correct is not None
+    truth = {0.0: 0.0}
+    for speed in speeds:
+        rows, column = np.arange(len(large)), large.exit_indices(float(speed))
+        if promise.min_agreement is not None:
+            truth[float(speed)] = 1 - float(large.agrees[rows, column].mean())
+        else:
+            truth[float(speed)] = float(large.correct[:, -1].mean() - large.correct[rows, column].mean())
+    assert max(truth.values()) > promise.allowed  # there is something to break
+    rounds, broken, kept = 300, 0, []
+    for _ in range(rounds):
+        speed = walked(world(600), promise, speeds.tolist()).speed
+        broken += truth[speed] > promise.allowed
+        kept.append(speed)
+    assert broken <= rounds * 0.05 + 2 * math.sqrt(rounds * 0.05 * 0.95)
+    assert float(np.mean(kept)) > 0.05  # and it is no empty promise
+
+
+# A model that tells nothing apart
+
+
+def constant_engine(*, multi_label: bool) -> Engine:
+    """An engine whose full model answers the same whatever the text; its exits do not."""
+    model = make_model(problem_type="multi_label_classification" if multi_label else "single_label_classification")
+    with torch.no_grad():
+        model.teacher.out.weight.zero_()
+        model.teacher.out.bias.copy_(torch.tensor([-3.0, 2.0, 1.0]))
+    return make_engine(model, config=EngineConfig(device="cpu", max_batch_tokens=500), settings=ExitSettings())
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("kind", list(PROMISES))
+def test_a_model_that_answers_all_texts_alike_is_refused(multi_label: bool, kind: str) -> None:
+    engine = constant_engine(multi_label=multi_label)
+    labels = np.ones((700, 3), dtype=np.float32) if multi_label else np.ones(700, dtype=np.int64)
+    tuning, fresh = (Split(random_texts(700, seed=seed), labels=labels) for seed in (5, 6))
+    shown = r"\['LABEL_1', 'LABEL_2'\]" if multi_label else "'LABEL_1'"
+    with pytest.raises(ConstantModelError, match=rf"all 1,400 held-out texts the same answer, {shown}.*No speed"):
+        calibrate(engine, tuning, fresh, PROMISES[kind])
+
+
+def test_a_model_that_answers_one_text_otherwise_is_not_constant(trained: Engine) -> None:
+    run = ExitRun.of(trained, FRESH)
+    logits = torch.zeros_like(run.exit_logits)
+    logits[..., 1] = 5.0
+    one = replace(run, exit_logits=logits)
+    with pytest.raises(ConstantModelError):
+        calibrate(trained, one, one, PROMISES["agreement"])
+    logits = logits.clone()
+    logits[:, 3] = torch.tensor([9.0, 0.0, 0.0])
+    calibrate(trained, one, replace(run, exit_logits=logits), PROMISES["agreement"])
+
+
+# Files
+
+
+def test_a_calibration_is_saved_beside_the_record_of_its_profile(profiled: ProfileResult, tmp_path: Path) -> None:
+    profiled.save(tmp_path)
+    found: Calibration = calibrate(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"])
+    found.save(tmp_path)
+    assert ExitSettings.load(tmp_path) == found.engine.settings
+    kept = CalibrationFile.read(tmp_path).record
+    # As JSON has them: tuples have become lists.
+    assert kept["profile"] == json.loads(json.dumps(profiled.record()))
+    assert kept["calibration"] == json.loads(json.dumps(found.record()))
+    assert kept["calibration"]["speed"] == found.walk.speed
+    assert kept["calibration"]["promise"]["min_agreement"] == 0.98
+    assert len(kept["calibration"]["trials"]) == len(found.walk.trials)
+    assert {row["kind"] for row in kept["profile"]["quality"]} == set(PREDICTORS)
+    # A new profile is of another table: what was certified for the old one is no longer there.
+    profiled.save(tmp_path)
+    assert "calibration" not in CalibrationFile.read(tmp_path).record
+    assert ExitSettings.load(tmp_path).certified_on is None
+
+
+def test_a_refusal_leaves_the_full_model_and_its_reason(profiled: ProfileResult, tmp_path: Path) -> None:
+    profiled.save(tmp_path)
+    certified = calibrate(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"])
+    certified.save(tmp_path)
+    save_refusal(certified.engine, tmp_path, TooFewTextsError("too few of them"))
+    settings, record = ExitSettings.load(tmp_path), CalibrationFile.read(tmp_path).record
+    assert (settings.speed, settings.certified_on) == (0.0, None)
+    assert record["calibration"] == {"speed": 0.0, "refused": "too few of them"}
+    assert "profile" in record
+    assert certified.engine.settings.speed > 0  # the engine that was given is left as it was
+
+
+def test_a_calibration_can_be_saved_where_no_profile_was(trained: Engine, tmp_path: Path) -> None:
+    calibrate(trained, HELDOUT, FRESH, PROMISES["agreement"]).save(tmp_path)
+    assert CalibrationFile.read(tmp_path).record.keys() == {"calibration"}

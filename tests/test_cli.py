@@ -87,7 +87,7 @@ def test_a_model_is_profiled_calibrated_and_run_in_8_bits(model: Path, tmp_path:
     assert (model / "activation_ranges.safetensors").exists()
     run("calibrate", model, "--min-agreement", "0.9", *options)
     engine = Engine.from_pretrained(model, device="cpu", dtype="int8")
-    assert engine.settings.certified_on == engine.deployed_as
+    assert engine.settings.certified_on == engine.deployment.deployed_as
     rows = write_rows(tmp_path / "rows.jsonl", 12, seed=5)
     run("predict", model, rows, "--output", tmp_path / "out.jsonl", *options)
     assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 12

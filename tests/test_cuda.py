@@ -16,6 +16,7 @@ from conftest import (
     make_engine,
     make_model,
     make_tokenizer,
+    on_course,
     random_batch,
     random_texts,
 )
@@ -29,7 +30,8 @@ from geep.backends.cuda import compiled
 from geep.backends.graphs import LayerGraphs, _Bucket, bucket_sizes, max_tiles
 from geep.backends.staging import Staging
 from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
-from geep.engine import Engine, EngineConfig, ExitSettings, _default_backend
+from geep.engine import Engine, EngineConfig, ExitSettings
+from geep.engine.deployment import default_backend
 from geep.modeling import HEADS, GeepForSequenceClassification
 
 CPU = torch.device("cpu")
@@ -374,12 +376,11 @@ def test_the_engine_lets_texts_end_where_their_answer_is_final(head: str, on_mis
     asked = np.random.default_rng(0).integers(1, NUM_LAYERS + 1, 60)
     # A speed at which a third of all answers would do.
     logits = usual.exit_logits(batch)
-    unsure = torch.stack([usual.uncertainty(part, 1, ExitSettings()) for part in logits])
+    unsure = torch.stack([ExitSettings().uncertainty(part, 1, multi_label=False) for part in logits])
     chosen = ExitSettings(speed=float(unsure.quantile(1 / 3)), on_miss=on_miss)
     expected = usual.run_tokens(batch, settings=chosen, exit_layers=asked)
     told = Told(backends_for(model)[name])
-    engine = usual.replace()
-    engine.backend = told
+    engine = on_course(usual, backend=told)
     found = engine.run_tokens(batch, settings=chosen, exit_layers=asked)
     assert found.exit_layers.tolist() == expected.exit_layers.tolist()
     assert close(found.logits, expected.logits)
@@ -432,19 +433,24 @@ def test_one_compilation_serves_all_layers_and_sizes() -> None:
 
 def test_the_default_backend_depends_on_family_and_device() -> None:
     cuda = torch.device("cuda")
-    assert [_default_backend(family, cuda) for family in ("bert", "distilbert", "modernbert")] == [
+    assert [default_backend(family, cuda) for family in ("bert", "distilbert", "modernbert")] == [
         "cuda",
         "cuda",
         "padded",
     ]
-    assert [_default_backend(family, CPU) for family in ("bert", "modernbert")] == ["packed", "padded"]
+    assert [default_backend(family, CPU) for family in ("bert", "modernbert")] == ["packed", "padded"]
+
+
+def test_a_device_that_the_backend_does_not_run_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="cuda backend does not run on meta; use device='cpu'"):
+        Engine(make_model(), make_tokenizer(), config=EngineConfig(device="meta", backend="cuda"))
 
 
 def test_compile_is_for_the_cuda_backend() -> None:
     with pytest.raises(ValueError, match="compile=True is for the cuda backend, found 'packed'"):
         Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu", compile=True))
     config = EngineConfig(device="cpu", backend="cuda", compile=False)
-    built = Engine(make_model(), make_tokenizer(), config=config).backend
+    built = Engine(make_model(), make_tokenizer(), config=config).deployment.backend
     assert isinstance(built, CudaBackend)
     assert built.options == CudaOptions(compile=False, graphs=False)
 

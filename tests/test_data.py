@@ -1,6 +1,7 @@
 """Files as streams of rows, splits and labels, fetching without a network."""
 
 import csv
+import gc
 import gzip
 import io
 import json
@@ -8,7 +9,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geep import data
-from geep.data import BadRow, Row, Split
+from geep.data import BadRow, DataPlan, MappedTexts, Row, Split
+from geep.data.texts import PairedTexts, TextCollector
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -181,7 +183,7 @@ def test_bad_csv_rows_are_reported_with_their_line(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_left_out_and_the_rest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("geep.data.formats._MAX_LINE_BYTES", 100)
     for name, head, tail in (("a.jsonl", b'{"text": "', b'"}\n{"text": "b"}\n'), ("a.csv", b"text\n", b"\nb\n")):
         path = tmp_path / name
         path.write_bytes(head + b"x" * 1000 + tail)
@@ -323,6 +325,141 @@ def test_load_split_refuses_what_it_would_have_to_drop(
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=reason):
         data.load_split(path, label_names=["1", "x"])
+
+
+# --- Texts that do not fit into memory
+
+
+def on_disk(texts: Sequence[str]) -> MappedTexts:
+    """The texts as they are read from a file that is too large: every two of them in a chunk of their own."""
+    collector = TextCollector()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("geep.data.texts._MOST_IN_MEMORY", -1)
+        patch.setattr("geep.data.texts._CHUNK_ROWS", 2)
+        for text in texts:
+            collector.append(text)
+        found = collector.finish()
+    if not texts:
+        return MappedTexts([])
+    assert isinstance(found, MappedTexts)
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    written=st.lists(texts, max_size=12),
+    choice=st.lists(st.integers(-12, 11), max_size=15),
+    cut=st.slices(12),
+)
+def test_texts_on_disk_behave_as_a_list_of_them(written: list[str], choice: list[int], cut: slice) -> None:
+    mapped = on_disk(written)
+    assert len(mapped) == len(written)
+    assert list(mapped) == written == [mapped[i] for i in range(len(written))]
+    assert mapped == written
+    assert (mapped == [*written, "x"]) is False
+    assert mapped[cut] == written[cut]
+    chosen = [i for i in choice if -len(written) <= i < len(written)]
+    picked = [written[i] for i in chosen]
+    assert mapped.select(chosen) == picked
+    assert mapped.select(chosen)[cut] == picked[cut]
+    for one in (mapped, mapped.select(chosen)):
+        for other in (mapped, mapped.select(chosen)):
+            assert list(one.join(other)) == [*one, *other]
+    for wrong in (len(written), -len(written) - 1):
+        with pytest.raises(IndexError, match=f"There are {len(written)} texts"):
+            mapped[wrong]
+        with pytest.raises(IndexError, match=f"There are {len(written)} texts"):
+            mapped.select([wrong])
+
+
+def mapped_split(split: Split) -> Split:
+    pairs = None if split.text_pairs is None else on_disk(split.text_pairs)
+    return Split(on_disk(split.texts), pairs, split.labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(texts, texts, st.integers(0, 2)), min_size=10, max_size=30),
+    has_pairs=st.booleans(),
+    has_dev=st.booleans(),
+    max_train=st.none() | st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+def test_parts_on_disk_equal_those_in_memory(
+    rows: list[tuple[str, str, int]], has_pairs: bool, has_dev: bool, max_train: int | None, seed: int
+) -> None:
+    first, second, labels = (list(column) for column in zip(*rows, strict=True))
+    split = Split(first, second if has_pairs else None, np.array(labels))
+    dev = split.select(range(3)) if has_dev else None
+    mapped_dev = None if dev is None else mapped_split(dev)
+    memory = data.Dataset("toy", ("a", "b", "c"), split, dev, None, False)
+    disk = data.Dataset("toy", ("a", "b", "c"), mapped_split(split), mapped_dev, None, False)
+    one, other = (data.divide(dataset, fraction=0.5, max_train=max_train, seed=seed) for dataset in (memory, disk))
+    for part in ("train", "profile", "calibration"):
+        here, there = getattr(one, part), getattr(other, part)
+        assert list(there.inputs) == list(here.inputs)
+        assert there.inputs == here.inputs
+        assert there.labels.tolist() == here.labels.tolist()
+        assert list(there.inputs[:2]) == list(here.inputs[:2])
+        if len(here):
+            assert there.inputs[-1] == here.inputs[-1]
+        # Rows were chosen and joined, and none of them read.
+        if has_pairs:
+            assert isinstance(there.inputs, PairedTexts)
+        else:
+            assert isinstance(there.texts, MappedTexts)
+
+
+def test_texts_on_disk_and_in_memory_can_be_joined() -> None:
+    memory, disk = Split(["a", "b"], labels=np.array([0, 1])), Split(on_disk(["c", "d"]), labels=np.array([1, 0]))
+    assert list(memory.join(disk).texts) == ["a", "b", "c", "d"]
+    assert list(disk.join(memory).select([3, 0]).texts) == ["b", "c"]
+
+
+@pytest.mark.parametrize("suffix", data.FORMATS)
+def test_files_too_large_for_memory_are_read_as_others(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"text №{i}\n" * (i % 5), "label": "ab"[i % 2]} for i in range(300)]
+    path = tmp_path / f"train{suffix}"
+    WRITERS[suffix](path, rows)
+    small = data.load_dataset(path)
+    assert isinstance(small.train.texts, list)
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    monkeypatch.setattr("geep.data.texts._MOST_IN_MEMORY", 1000)
+    large = data.load_dataset(path)
+    assert isinstance(large.train.texts, MappedTexts)
+    assert large.train.texts == small.train.texts == [row["text"] for row in rows]
+    assert large.train.labels is not None
+    assert small.train.labels is not None
+    assert large.train.labels.tolist() == small.train.labels.tolist()
+    assert list((tmp_path / "spool").iterdir()) == []  # nothing is left to be cleaned up
+
+
+def test_pairs_too_large_for_memory_stay_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "t" * i, "text_pair": "p" * (50 - i)} for i in range(50)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    expected = data.load_split(path).inputs
+    assert isinstance(expected, list)
+    monkeypatch.setattr("geep.data.texts._MOST_IN_MEMORY", 1000)
+    found = data.load_split(path).inputs
+    assert isinstance(found, PairedTexts)
+    assert found == expected
+    assert found[7] == expected[7]
+
+
+def test_a_large_file_that_is_refused_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*({"text": "x" * 20} for _ in range(50)), {"text": 1}])
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    monkeypatch.setattr("geep.data.texts._MOST_IN_MEMORY", 10)
+    with pytest.raises(ValueError, match="1 bad rows beside 50 good ones") as caught:
+        data.load_split(path)
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
+    assert list((tmp_path / "spool").iterdir()) == []
 
 
 # --- load_dataset
@@ -562,3 +699,43 @@ def test_holdout_without_labels_and_its_limits() -> None:
         data.holdout(split, 0.5, max_rows=0)
     with pytest.raises(ValueError, match="at least 2 rows, got 1"):
         data.halves(Split(["a"]))
+
+
+# --- DataPlan
+
+
+def test_a_plan_finds_the_same_rows_again(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    as_csv(folder / "train.csv", [{"text": str(i), "label": "ab"[i % 2]} for i in range(60)])
+    plan = DataPlan("mine", str(tmp_path), holdout=0.3, max_train=20, text_column="text", label_column="label")
+    parts = plan.parts()
+    assert parts.label_names == ("a", "b")
+    assert parts.multi_label is False
+    assert (len(parts.train), len(parts.profile) + len(parts.calibration)) == (20, 40)
+    again = DataPlan(**json.loads(json.dumps(asdict(plan)))).parts()
+    assert again.train.texts == parts.train.texts
+    assert again.calibration.texts == parts.calibration.texts
+    assert replace(plan, seed=1).parts().train.texts != parts.train.texts
+    assert plan.divide(plan.load()).profile.texts == parts.profile.texts
+
+
+def test_a_plan_of_an_older_folder_has_no_seed() -> None:
+    words = {
+        "name": "x",
+        "data_dir": None,
+        "holdout": 0.2,
+        "max_train": None,
+        "text_column": "text",
+        "text_pair_column": "text_pair",
+        "label_column": "label",
+    }
+    assert DataPlan(**words) == DataPlan("x")  # type: ignore[arg-type]
+    assert set(asdict(DataPlan("x"))) == {*words, "seed"}
+
+
+def test_parts_know_whether_rows_have_several_labels(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": ["a"] if i % 2 else ["a", "b"]} for i in range(20)]
+    parts = DataPlan(str(write_jsonl(tmp_path / "m.jsonl", rows))).parts()
+    assert parts.multi_label
+    assert parts.label_names == ("a", "b")

@@ -609,7 +609,7 @@ def test_rounded_weights_are_not_saved_but_their_table_is(tmp_path: Path) -> Non
 
 def test_an_engine_that_runs_otherwise_than_certified_says_so(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu"))
-    certified = ExitSettings(speed=0.5, certified_on=engine.deployed_as)
+    certified = ExitSettings(speed=0.5, certified_on=engine.deployment.deployed_as)
     Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu"))
     assert "does not cover" not in caplog.text
     Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu", backend="padded"))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import make_engine, random_texts
 
-from geep.calibration import ExitRun, full_profile, planned_columns
+from geep.calibration import ExitRun, Outcomes
 from geep.data import Split
 from geep.engine import Engine
 from geep.evaluation import BATCH_SIZES, EvaluationReport, ShrinkingBatch, draw, evaluate, headline, stable_oracle
-from geep.evaluation import _run_at as run_at
+from geep.evaluation.rivals import _run_at as run_at
 from geep.exits import ExitProfile, follow
 
 GROUPS = {
@@ -88,7 +88,7 @@ def test_random_depths_have_the_histogram_of_stop(report: EvaluationReport) -> N
 @pytest.mark.parametrize("size", BATCH_SIZES)
 def test_the_shrinking_batch_answers_as_fastberts_rule_says(engine: Engine, texts: Split, size: int) -> None:
     run = ExitRun.of(engine, texts)
-    profile = full_profile(engine, run, engine.settings).from_depth(1)
+    profile = Outcomes(engine, run).profile(engine.settings).from_depth(1)
     columns = follow(profile, np.zeros(40, dtype=np.int64), speed=engine.settings.speed, on_miss="continue")
     expected = run.exit_logits[columns, np.arange(40)].argmax(-1)
     assert ShrinkingBatch.of(engine)(texts.inputs, size).argmax(-1).tolist() == expected.tolist()
@@ -130,9 +130,25 @@ def test_reports_are_saved_as_json_lines_and_a_figure(report: EvaluationReport, 
 
 
 def test_planned_columns_are_the_plan(engine: Engine, texts: Split) -> None:
-    batch = engine.tokenize(texts.inputs).batch
-    layers = engine.plan(batch).predicted_layers
-    assert np.array_equal(np.asarray((0, *engine.depths))[planned_columns(engine, batch, engine.settings)], layers)
+    outcomes = Outcomes(engine, ExitRun.of(engine, texts))
+    layers = engine.plan(outcomes.run.batch).predicted_layers
+    assert np.array_equal(np.asarray((0, *engine.depths))[outcomes.planned(engine.settings)], layers)
+
+
+def test_progress_ends_where_it_said_it_would(engine: Engine, texts: Split) -> None:
+    told: dict[str, list[tuple[int, int | None]]] = {}
+    evaluate(
+        engine,
+        texts,
+        max_texts=4,
+        rounds=1,
+        sweep=(),
+        progress=lambda what, *done: told.setdefault(what, []).append(done),
+    )
+    assert len(told) == 3
+    for steps in told.values():
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert steps[-1][0] == steps[-1][1]
 
 
 def test_what_cannot_be_compared_is_refused(engine: Engine, texts: Split) -> None:

@@ -20,8 +20,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-import geep.data
-from geep.exits import Promise
+import geep
+from geep.promise import Promise
+from geep.training import fine_tuning
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -146,26 +147,38 @@ def test_block_compiles_and_imports_what_exists(block: str) -> None:
     assert missing(ast.parse(block)) == []
 
 
-def test_api_document_runs_from_top_to_bottom(
-    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    blocks = [block.values[0] for block in BLOCKS if str(block.id).startswith("api.md")]
-    assert blocks
+# Half a fifth of the rows has to be enough for the README's promise of one point.
+TOY_ROWS = 4800
+
+
+@pytest.fixture
+def toy_world(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in which the data set and the encoder that documents fetch are toys that lie on disk."""
     data = tmp_path / "news"
     data.mkdir()
-    write(data / "train.jsonl", 2200, seed=2)
+    write(data / "train.jsonl", TOY_ROWS, seed=2)
     write(data / "test.jsonl", 40, seed=3)
     write(tmp_path / "news.jsonl", 30, seed=4)
-    real = geep.data.load_dataset
+    real = geep.load_dataset
 
-    def toy_dataset(name: str, **arguments: Any) -> geep.data.Dataset:
+    def toy_dataset(name: str, **arguments: Any) -> geep.Dataset:
         return real(data, **arguments)
 
-    # The document names a data set and an encoder that are fetched; here both are already on disk.
-    monkeypatch.setattr(geep.data, "load_dataset", toy_dataset)
-    monkeypatch.setattr(geep.data, "fetch_encoder", lambda name: encoder)
+    monkeypatch.setattr(geep, "load_dataset", toy_dataset)
+    monkeypatch.setattr(geep, "fetch_encoder", lambda name: encoder)
+    monkeypatch.setattr(fine_tuning, "fetch_encoder", lambda name, **options: encoder)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "api"}
+
+
+def execute(blocks: list[Any], where: str) -> None:
+    names: dict[str, Any] = {"__name__": "document", "texts": ["oil rose", "wheat fell"]}
     for number, block in enumerate(blocks, start=1):
-        exec(compile(str(block), f"docs/api.md, block {number}", "exec"), names)
+        exec(compile(str(block), f"{where}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("document", ["api.md", "README.md"])
+def test_document_runs_from_top_to_bottom(document: str, toy_world: None, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [block.values[0] for block in BLOCKS if str(block.id).startswith(document)]
+    assert blocks
+    execute(blocks, document)
     assert "Traceback" not in capsys.readouterr().err

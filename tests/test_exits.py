@@ -1,32 +1,25 @@
-"""Uncertainties, the engine's rule on a profile, and promises that are kept as often as they say."""
+"""Uncertainties, scores learned from agreement, and the engine's rule on a profile."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, multinomial
 
 from geep.exits import (
     AGREEMENT,
     CRITERIA,
     AgreementScore,
     ExitProfile,
-    Promise,
-    TooFewTextsError,
     answer_of,
-    calibrate,
-    clopper_pearson_upper,
-    drop_bound,
+    fit_agreement_score,
     fit_temperature,
     follow,
     profile_exits,
-    risk_bound,
     uncertainty,
 )
 
@@ -146,7 +139,7 @@ def test_an_agreement_score_is_the_share_that_disagrees() -> None:
     lexical = torch.randn(20_000, 3, generator=random)
     known = AgreementScore(bias=-0.5, own=1.2, table=0.4)
     agrees = (torch.rand(20_000, generator=random) > known.uncertainty(logits, lexical)).numpy()
-    found = AgreementScore.fit(logits, lexical, agrees)
+    found = fit_agreement_score(logits, lexical, agrees)
     assert (found.bias, found.own, found.table) == pytest.approx((-0.5, 1.2, 0.4), abs=0.1)
     unsure = found.uncertainty(logits, lexical).numpy()
     for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.7)):
@@ -156,11 +149,11 @@ def test_an_agreement_score_is_the_share_that_disagrees() -> None:
 
 @pytest.mark.parametrize("agrees", [True, False])
 def test_exits_that_always_or_never_agree_have_a_score(agrees: bool) -> None:
-    score = AgreementScore.fit(torch.randn(98, 2), None, np.full(98, agrees))
+    score = fit_agreement_score(torch.randn(98, 2), None, np.full(98, agrees))
     assert score.uncertainty(torch.randn(3, 2), None).tolist() == pytest.approx([0.01 if agrees else 0.99] * 3)
     # A table whose guess is always the same far-off one, as labels that no training text had, does no harm.
     flags = np.arange(98) % 2 == 0
-    score = AgreementScore.fit(torch.randn(98, 2), torch.tensor([[-30.0, 30]]).expand(98, 2), flags)
+    score = fit_agreement_score(torch.randn(98, 2), torch.tensor([[-30.0, 30]]).expand(98, 2), flags)
     assert 0 < float(score.uncertainty(torch.zeros(1, 2), torch.tensor([[-30.0, 30]]))) < 1
 
 
@@ -267,213 +260,3 @@ def test_speed_0_is_the_full_model_and_higher_speeds_leave_no_later() -> None:
     layers = np.stack([profile.exit_layers(speed) for speed in np.linspace(0, 1, 21)])
     assert (np.diff(layers, axis=0) <= 0).all()
     assert set(layers.flatten().tolist()) == {1, 2, 4}
-
-
-# Bounds
-
-
-@given(st.integers(1, 400), st.data(), st.sampled_from([0.01, 0.05, 0.2]))
-def test_the_exact_bound_is_scipys(trials: int, data: st.DataObject, tail: float) -> None:
-    successes = data.draw(st.integers(0, trials))
-    expected = binomtest(successes, trials, alternative="less").proportion_ci(1 - tail, method="exact").high
-    assert clopper_pearson_upper(successes, trials, tail) == pytest.approx(expected, abs=1e-9)
-
-
-def test_nothing_seen_bounds_nothing() -> None:
-    assert clopper_pearson_upper(0, 0, 0.05) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("changed", "direction"), [(0.02, 0.8), (0.1, 0.55), (0.3, 0.5), (0.05, 1.0), (0.2, 0.3), (0.01, 0.6)]
-)
-def test_the_bound_on_the_drop_holds_as_often_as_it_says(changed: float, direction: float) -> None:
-    random = np.random.default_rng(0)
-    truth, held, rounds = changed * (2 * direction - 1), 0, 600
-    for _ in range(rounds):
-        full = random.random(300) < 0.5
-        flips = random.random(300) < changed
-        # Of the changed texts, a share `direction` was right before.
-        full = np.where(flips, random.random(300) < direction, full)
-        held += risk_bound(full, full ^ flips, 0.05) >= truth
-    assert held >= rounds * 0.95 - 2 * math.sqrt(rounds * 0.05 * 0.95)
-
-
-def test_the_bound_on_the_drop_is_never_below_what_was_seen() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(100):
-        full, deployed = random.random((2, 80)) < random.random((2, 1))
-        assert risk_bound(full, deployed, 0.05) >= full.mean() - deployed.mean()
-    same = np.ones(100, dtype=bool)
-    assert clopper_pearson_upper(0, 100, 0.05) <= risk_bound(same, same, 0.05) <= clopper_pearson_upper(0, 100, 0.005)
-
-
-def test_the_bound_on_the_drop_is_exact() -> None:
-    """Add up, over everything that 24 texts can show, the probability of a bound that is too low."""
-    num_texts, tail = 24, 0.05
-    counts = [(s, r) for s in range(num_texts + 1) for r in range(num_texts + 1 - s)]
-    bounds = np.array([drop_bound(s, r, num_texts, tail) for s, r in counts])
-    outcomes = np.array([(s, r, num_texts - s - r) for s, r in counts])
-    worst = 0.0
-    for spoilt in (0.03, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9):
-        for repaired in (0.0, 0.02, 0.1, 0.2, 0.35):
-            if spoilt <= repaired or spoilt + repaired > 1:
-                continue
-            weights = multinomial.pmf(outcomes, num_texts, [spoilt, repaired, 1 - spoilt - repaired])
-            worst = max(worst, float(weights[bounds < spoilt - repaired - 1e-9].sum()))
-    assert 0.0 < worst <= tail
-
-
-@pytest.mark.parametrize("num_texts", [200, 1000, 2500])
-def test_more_texts_spoilt_is_a_higher_bound_and_more_repaired_beside_them_costs_little(num_texts: int) -> None:
-    for repaired in (0, 3, 20):
-        bounds = [drop_bound(spoilt, repaired, num_texts, 0.025) for spoilt in (0, 1, 4, 10, 30)]
-        assert bounds == sorted(bounds)
-    for spoilt in (1, 5, 20):
-        # Changes that cancel: wider than none, narrower than if each were bounded by itself and multiplied.
-        even = drop_bound(spoilt, spoilt, num_texts, 0.025)
-        product = clopper_pearson_upper(2 * spoilt, num_texts, 0.025 * 0.35) * (
-            2 * clopper_pearson_upper(spoilt, 2 * spoilt, 0.025 * 0.65) - 1
-        )
-        assert drop_bound(0, 0, num_texts, 0.025) < even < product * 0.9
-
-
-# Promises
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "one of max_accuracy_drop and min_agreement"),
-        ({"max_accuracy_drop": 0.1, "min_agreement": 0.9}, "one of max_accuracy_drop"),
-        ({"max_accuracy_drop": 0.0}, "max_accuracy_drop must lie between 0 and 1"),
-        ({"max_accuracy_drop": 1.5}, "max_accuracy_drop must lie between 0 and 1"),
-        ({"min_agreement": 1.0}, "min_agreement must lie between 0 and 1"),
-        ({"min_agreement": math.nan}, "min_agreement must lie between 0 and 1"),
-        ({"min_agreement": 0.9, "confidence": 1.0}, "confidence must lie in"),
-        ({"min_agreement": 0.9, "confidence": 0.4}, "confidence must lie in"),
-    ],
-)
-def test_a_promise_that_makes_no_sense_is_refused(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Promise(**arguments)
-
-
-def faultless(num_texts: int) -> ExitProfile:
-    right = np.ones((num_texts, 2), dtype=bool)
-    return ExitProfile((1, 2), np.zeros((num_texts, 2), dtype=np.float32), right, right)
-
-
-def ask_all(profile: ExitProfile) -> Callable[[float], np.ndarray]:
-    return lambda _: np.zeros(len(profile), dtype=np.int64)
-
-
-PROMISES = st.builds(
-    lambda kind, allowed, confidence: (
-        Promise(max_accuracy_drop=allowed, confidence=confidence)
-        if kind
-        else Promise(min_agreement=1 - allowed, confidence=confidence)
-    ),
-    st.booleans(),
-    st.floats(0.003, 0.3),
-    st.sampled_from([0.5, 0.9, 0.95, 0.99]),
-)
-
-
-@given(PROMISES)
-def test_the_texts_needed_are_exactly_enough(promise: Promise) -> None:
-    enough, too_few = faultless(promise.texts_needed), faultless(promise.texts_needed - 1)
-    assert calibrate(enough, ask_all(enough), promise, speeds=[0.5]).speed == 0.5
-    with pytest.raises(TooFewTextsError, match=f"at least {promise.texts_needed} are needed"):
-        calibrate(too_few, ask_all(too_few), promise, speeds=[0.5])
-
-
-def test_half_a_point_needs_hundreds_of_texts() -> None:
-    assert 598 <= Promise(max_accuracy_drop=0.005).texts_needed < 1060
-    assert Promise(min_agreement=0.99).texts_needed == math.ceil(math.log(0.05) / math.log(0.99))
-
-
-def test_an_accuracy_promise_without_labels_is_refused() -> None:
-    profile = faultless(1000)
-    unlabelled = ExitProfile(profile.depths, profile.uncertainty, profile.agrees, None)
-    with pytest.raises(ValueError, match="needs labelled texts.*min_agreement"):
-        calibrate(unlabelled, ask_all(profile), Promise(max_accuracy_drop=0.05), speeds=[0.5])
-    assert calibrate(unlabelled, ask_all(profile), Promise(min_agreement=0.9), speeds=[0.5]).speed == 0.5
-
-
-@pytest.mark.parametrize("promise", [Promise(max_accuracy_drop=0.05), Promise(min_agreement=0.95)])
-def test_the_walk_ends_at_the_first_speed_that_fails(promise: Promise) -> None:
-    # Below 0.2 all is well; texts of uncertainty 0.25 are answered wrongly; above, everything would be right again.
-    profile = faultless(1000)
-    unsure = np.repeat(np.array([[0.1], [0.25]], dtype=np.float32), [700, 300], axis=0)
-    wrong = unsure == 0.25
-    right = np.concatenate([~wrong, np.ones_like(wrong)], axis=1)
-    profile = ExitProfile((1, 2), np.concatenate([unsure, unsure], axis=1), right, right)
-
-    def predicted(speed: float) -> np.ndarray:
-        return np.full(1000, int(speed > 0.35))  # from there on, the full model answers all
-
-    found = calibrate(profile, predicted, promise, speeds=[0.05, 0.15, 0.2, 0.3, 0.4, 0.5])
-    assert found.speed == 0.2
-    assert [(trial.speed, trial.passed) for trial in found.trials] == [
-        (0.05, True),
-        (0.15, True),
-        (0.2, True),
-        (0.3, False),
-    ]
-    assert [trial.risk for trial in found.trials] == pytest.approx([0, 0, 0, 0.3])
-    assert [trial.mean_exit_layer for trial in found.trials] == pytest.approx([2, 1.3, 1.3, 1])
-    assert all(trial.bound >= trial.risk for trial in found.trials)
-    assert found.num_texts == 1000
-
-
-def test_nothing_that_passes_leaves_the_full_model() -> None:
-    profile = faultless(1000)
-    wrong = np.stack([np.zeros(1000, dtype=bool), np.ones(1000, dtype=bool)], axis=1)
-    profile = ExitProfile(profile.depths, profile.uncertainty, wrong, wrong)
-    found = calibrate(profile, ask_all(profile), Promise(min_agreement=0.9), speeds=[0.1, 0.2])
-    assert found.speed == 0.0
-    assert len(found.trials) == 1
-
-
-def test_calibration_follows_the_rule_on_a_miss() -> None:
-    profile = random_profile(2000)
-    kept = ExitProfile(profile.depths, profile.uncertainty, np.ones_like(profile.agrees), None)
-    options = {"promise": Promise(min_agreement=0.9), "speeds": [0.5]}
-    stop = calibrate(kept, ask_all(kept), on_miss="stop", **options)  # type: ignore[arg-type]
-    on = calibrate(kept, ask_all(kept), on_miss="continue", **options)  # type: ignore[arg-type]
-    assert stop.trials[0].mean_exit_layer == 1
-    assert on.trials[0].mean_exit_layer == pytest.approx(kept.exit_layers(0.5).mean())
-
-
-@pytest.mark.parametrize("promise", [Promise(max_accuracy_drop=0.02), Promise(min_agreement=0.95)])
-def test_promises_are_broken_no_more_often_than_they_say(promise: Promise) -> None:
-    """Draw calibration sets from a known world, in which the true risk of every speed can be computed."""
-    random = np.random.default_rng(0)
-    speeds = np.linspace(0.02, 1, 25)
-
-    def world(count: int) -> ExitProfile:
-        unsure = random.random((count, 3)).astype(np.float32)
-        # The less certain an exit, the likelier it errs; the full model errs on a tenth of the texts.
-        right = np.concatenate([random.random((count, 2)) > 0.3 * unsure[:, :2], random.random((count, 1)) > 0.1], 1)
-        right[:, :2] = np.where(unsure[:, :2] < 0.1, right[:, 2:], right[:, :2])
-        agrees = np.concatenate([right[:, :2] == right[:, 2:], np.ones((count, 1), dtype=bool)], axis=1)
-        return ExitProfile((1, 2, 4), unsure, agrees, right)
-
-    large = world(400_000)
-    assert large.correct is not None
-    truth = {0.0: 0.0}
-    for speed in speeds:
-        rows, column = np.arange(len(large)), large.exit_indices(float(speed))
-        if promise.min_agreement is not None:
-            truth[float(speed)] = 1 - float(large.agrees[rows, column].mean())
-        else:
-            truth[float(speed)] = float(large.correct[:, -1].mean() - large.correct[rows, column].mean())
-    assert max(truth.values()) > promise.allowed  # there is something to break
-    rounds, broken, kept = 300, 0, []
-    for _ in range(rounds):
-        sample = world(600)
-        speed = calibrate(sample, ask_all(sample), promise, speeds=speeds.tolist()).speed
-        broken += truth[speed] > promise.allowed
-        kept.append(speed)
-    assert broken <= rounds * 0.05 + 2 * math.sqrt(rounds * 0.05 * 0.95)
-    assert float(np.mean(kept)) > 0.05  # and it is no empty promise

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geep.hash_table import EMPTY_KEY, MISSING, HashTable
+from geep.hash_table import EMPTY_KEY, MISSING, HashTable, on_device
 from geep.hash_table.cpu import _hash
 
 LARGEST = (1 << 63) - 1
@@ -149,14 +149,14 @@ def test_state_makes_the_same_table_again(pairs: list[tuple[int, int]]) -> None:
     assert (len(again), again.capacity) == (len(table), table.capacity)
     insert(again, [(41, 1)])
     assert same_bytes(again, insert(table, [(41, 1)]))
-    assert same_bytes(table.to("cpu"), table)
+    assert same_bytes(on_device(table, "cpu"), table)
 
 
 def test_state_is_a_copy() -> None:
     table = insert(HashTable(8), [(1, 2)])
     state = table.state()
     state["keys"].fill_(5)
-    table.to("cpu").insert_or_assign(ints([1]), ints([9]))
+    on_device(table, "cpu").insert_or_assign(ints([1]), ints([9]))
     assert table.find(ints([1])).tolist() == [2]
 
 

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geep.hash_table import EMPTY_KEY, MISSING, HashTable, cpu, kernels_run_on
+from geep.hash_table import EMPTY_KEY, MISSING, HashTable, devices, kernels_run_on, on_device
 from geep.hash_table.cpu import _hash
-from geep.predictor import ExitPrediction, ExitPredictor
+from geep.predictor import ExitPrediction, ExitPredictor, TextExits, fit_predictor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from geep.hash_table.triton import TritonHashTable, count_pairs
+from geep.hash_table.triton import TritonHashTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -142,8 +142,8 @@ def test_state_and_copies_keep_class_and_bytes() -> None:
     again = TritonHashTable.from_state(table.state(), max_load_factor=0.9)
     assert type(again) is TritonHashTable
     assert same_bytes(again, table)
-    assert type(table.to("cpu")) is HashTable
-    copy = TritonHashTable.copy_of(table.to("cpu"), DEVICE)
+    assert type(on_device(table, "cpu")) is HashTable
+    copy = TritonHashTable.copy_of(on_device(table, "cpu"), DEVICE)
     insert(copy, [(10**9, 7)])
     assert table.find(ints([10**9])).tolist() == [MISSING]
     insert(reference, [(key * key, key) for key in range(50)] + [(10**9, 7)])
@@ -153,27 +153,6 @@ def test_state_and_copies_keep_class_and_bytes() -> None:
     damaged["values"] = damaged["values"].roll(1)
     with pytest.raises(ValueError, match="does not reach"):
         TritonHashTable.from_state(damaged)
-
-
-# -------------------------------------------------------------------------------------------------------------- counts
-
-
-@given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-1, 5)), max_size=200))
-@settings(deadline=None, max_examples=15)
-def test_counts_are_bincount_of_the_pairs_inside(pairs: list[tuple[int, int]]) -> None:
-    rows, columns = (ints([pair[part] for pair in pairs]) for part in (0, 1))
-    inside = (rows >= 0) & (rows < 11) & (columns >= 0) & (columns < 5)
-    expected = torch.bincount((rows * 5 + columns)[inside], minlength=55).view(11, 5)
-    counts = count_pairs(rows, columns, num_rows=11, num_columns=5)
-    assert counts.dtype == torch.int32
-    assert torch.equal(counts.long(), expected)
-
-
-def test_wrong_pairs_are_refused() -> None:
-    with pytest.raises(TypeError, match="columns must be"):
-        count_pairs(ints([1]), ints([1]).int(), num_rows=2, num_columns=2)
-    with pytest.raises(ValueError, match="the same flat shape"):
-        count_pairs(ints([1]), ints([1, 2]), num_rows=2, num_columns=2)
 
 
 # ---------------------------------------------------------------------------------------------------- fused prediction
@@ -191,21 +170,21 @@ def draw(count: int, seed: int, longest: int = 14) -> list[list[int]]:
 
 def fit(*, num_labels: int | None = 3, ngram_order: int = 2, multi_label: bool = False) -> ExitPredictor:
     """Fit a predictor on the CPU whose scores spread over all levels."""
-    parts: list[Tensor] = []
+    parts: list[TextExits] = []
     for seed in (0, 1):
         texts = draw(400, seed)
         share = torch.tensor([sum(token > 7 for token in text) / len(text) for text in texts])
         deep = (share[:, None] * 5 - torch.arange(len(SPEEDS)) / 2).long().clamp(0, len(DEPTHS) - 1)
-        parts += [*(tensor.cpu() for tensor in pack(texts)), deep]
+        parts.append(TextExits(*(tensor.cpu() for tensor in pack(texts)), deep))
     labels = None
     if num_labels is not None:
-        labels = parts[2][:, 0] % num_labels
+        labels = parts[0].exit_indices[:, 0] % num_labels
         labels = torch.nn.functional.one_hot(labels, num_labels).float() if multi_label else labels
-    return ExitPredictor.fit(
+    return fit_predictor(
         "fitted",
-        *parts[:3],
+        parts[0],
         labels,
-        *parts[3:],
+        parts[1],
         depths=DEPTHS,
         speeds=SPEEDS,
         num_labels=num_labels or 2,
@@ -220,7 +199,7 @@ def assert_equal_predictions(predictor: ExitPredictor, found: ExitPrediction, ex
     """Sums within rounding; layers identical unless the score lies within 1e-4 of an edge."""
     scores = found.scores.cpu()
     torch.testing.assert_close(scores, expected.scores, atol=1e-5, rtol=1e-5)
-    clear = ((predictor._levels.edges[..., None] - scores).abs() > 1e-4).all(dim=(0, 1))
+    clear = ((predictor.fitted.levels.edges[..., None] - scores).abs() > 1e-4).all(dim=(0, 1))
     assert clear.float().mean() > 0.8
     assert torch.equal(found.exit_layers.cpu()[clear], expected.exit_layers[clear])
     assert found.exit_layers.dtype == torch.int64
@@ -258,13 +237,13 @@ def test_fused_prediction_equals_the_predictor(options: dict[str, Any], speed: f
 
 
 def test_a_score_on_an_edge_is_above_it_in_both() -> None:
-    base = fit(num_labels=None)
+    base = fit(num_labels=None).fitted
     # A text without keys scores the prior, to the last bit.
-    on_the_prior = base._score_rows.prior[:, None].expand_as(base._levels.edges).contiguous()
-    parts = (base.kind, base.table, base._score_rows, replace(base._levels, edges=on_the_prior))
+    on_the_prior = base.score_rows.prior[:, None].expand_as(base.levels.edges).contiguous()
+    fitted = replace(base, levels=replace(base.levels, edges=on_the_prior))
     ids, lengths = pack([[]])
-    expected = ExitPredictor(*parts).predict(ids.cpu(), lengths.cpu(), speed=0.5).exit_layers
-    found = ExitPredictor(*parts).to(DEVICE, fused=True).predict(ids, lengths, speed=0.5).exit_layers
+    expected = ExitPredictor(fitted).predict(ids.cpu(), lengths.cpu(), speed=0.5).exit_layers
+    found = ExitPredictor(fitted).to(DEVICE, fused=True).predict(ids, lengths, speed=0.5).exit_layers
     assert found.tolist() == expected.tolist() == [DEPTHS[-1]]
 
 
@@ -303,10 +282,10 @@ def test_a_fused_predictor_moves_saves_and_loads_as_any(tmp_path: Path) -> None:
 def test_without_triton_the_reference_serves_cuda_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "find_spec", lambda _: None)
+    monkeypatch.setattr(devices, "find_spec", lambda _: None)
     kernels_run_on.cache_clear()
     assert [kernels_run_on("cuda"), kernels_run_on("cpu"), kernels_run_on("cuda")] == [False] * 3
-    assert [record.name for record in caplog.records] == ["geep.hash_table.cpu"]
+    assert [record.name for record in caplog.records] == ["geep.hash_table.devices"]
     assert "geep[gpu]" in caplog.text
     monkeypatch.undo()
     kernels_run_on.cache_clear()
@@ -353,7 +332,6 @@ found = ptx(table._find_kernel, {"OF_VALUES": True, "TILE": table._TILE})
 assert "bar.sync" not in found and "atom" not in found
 inserted = ptx(table._insert_kernel, {"TILE": table._TILE})
 assert "bar.sync" not in inserted and "relaxed.max.s64" in inserted
-assert ".add.u32" in ptx(table._count_kernel, {"TILE": table._TILE}, counts="*i32")
 constants = {"ORDER": 3, "SYMBOL_BITS": 18, "SIZE_SHIFT": 54, "PLACES": 32, "COLUMNS": 8, "EDGES": 16}
 assert "atom." not in ptx(bags._reduce_kernel, constants, is_key="*i1", rows="*fp32")
 print("compiled")
@@ -400,20 +378,12 @@ def test_thousands_of_texts_are_predicted_on_the_gpu_as_on_the_cpu() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_many_counts_in_few_cells_are_exact() -> None:
-    rows, columns = torch.randint(0, 3, (2, 1_000_000), device="cuda")
-    expected = torch.bincount(rows * 3 + columns, minlength=9).view(3, 3)
-    assert torch.equal(count_pairs(rows, columns, num_rows=3, num_columns=3).long(), expected)
-
-
-@pytest.mark.gpu
-@needs_gpu
 def test_the_table_moves_to_the_gpu_and_back() -> None:
     table = HashTable(64)
     table.insert_or_assign(torch.arange(40) * 977, torch.arange(40))
-    moved = table.to("cuda")
+    moved = on_device(table, "cuda")
     assert type(moved) is TritonHashTable
     moved.insert_or_assign(ints([5]), ints([6]))
     table.insert_or_assign(torch.tensor([5]), torch.tensor([6]))
-    assert same_bytes(moved.to("cpu"), table)
+    assert same_bytes(on_device(moved, "cpu"), table)
     assert int((moved.slots[0] == EMPTY_KEY).sum()) == moved.capacity - 41

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLayer, FusedLinear, pad
 from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
 from geep.calibration import profile, quantise
 from geep.data import Split
-from geep.engine import RANGES_FILE, Engine, EngineConfig, ExitSettings
+from geep.engine import Engine, EngineConfig, ExitSettings
+from geep.folder import RANGES_FILE
 from geep.modeling import GeepForSequenceClassification
 
 pytestmark = pytest.mark.skipif(not int8.is_available(), reason="this build of torch has no oneDNN")
@@ -88,6 +90,20 @@ def test_values_outside_the_observed_range_are_cut_to_it() -> None:
     linear = Int8Linear.of(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
     found = linear(linear.quantise(torch.tensor([[-100.0, 0.0, 100.0]])))
     assert torch.allclose(found, torch.tensor([[-1.0, 0.0, 2.0]]), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("vnni", "machine", "largest"), [(True, "x86_64", 127), (False, "AMD64", 64), (False, "arm64", 127)]
+)
+@torch.no_grad()
+def test_weights_have_7_bits_where_the_cpu_would_overflow(
+    vnni: bool, machine: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    linear = Int8Linear.of(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
+    # A step of the inputs is folded into the weights: the largest of each output is the largest there is.
+    assert torch.allclose(linear.weight_scale * largest, torch.full((3,), 3 / 255))
 
 
 @pytest.mark.parametrize("activation", sorted(FUSED_ACTIVATIONS))
@@ -185,6 +201,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_int8_needs_ranges_and_says_how_to_get_them(folder: Path) -> None:
     with pytest.raises(ValueError, match="found none; run `geep profile MODEL --dtype int8`"):
         Engine.from_pretrained(folder, device="cpu", dtype="int8")
+
+
+def test_int8_on_a_backend_that_has_none_names_one_that_has() -> None:
+    with pytest.raises(ValueError, match="int8 is not run by the padded backend on cpu.*or backend='packed'"):
+        Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu", backend="padded", dtype="int8"))
+
+
+@pytest.mark.parametrize(("vnni", "weights"), [(True, ""), (False, " with 7-bit weights")])
+def test_an_int8_engine_says_what_it_runs(vnni: bool, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    model, config = make_model(), EngineConfig(device="cpu", dtype="int8")
+    engine = Engine(model, make_tokenizer(), config=config, ranges=ranges_of(model))
+    assert engine.deployment.dtype == "int8"
+    assert engine.deployment.deployed_as == f"packed, int8{weights}, at most 64 tokens"
 
 
 def test_an_int8_engine_is_kept_with_its_ranges_and_is_near_float32(folder: Path) -> None:

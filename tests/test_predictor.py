@@ -18,23 +18,25 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from geep.folder import TABLE_FILE
 from geep.hash_table import HashTable
 from geep.predictor import (
     ABSENT_LOGIT,
-    FILE_NAME,
     PREDICTORS,
     ExitPrediction,
     ExitPredictor,
     ExitTable,
+    FittedTable,
     Keys,
     Levels,
     ScoreRows,
-    TrainingTexts,
-    _digest,
+    TextExits,
     fit_levels,
     fit_lexical,
+    fit_predictor,
     score_by_ridge,
 )
+from geep.predictor.file import _checksum
 
 VOCAB_SIZE = 50
 SPECIAL_IDS = (0, 1, 2)
@@ -108,13 +110,11 @@ def planted(num_texts: int, seed: int) -> tuple[list[list[int]], Tensor, Tensor]
 def fit(kind: str = "fitted", labels: Tensor | None = None, num_labels: int = 3, **options: Any) -> ExitPredictor:
     texts, exits, own_labels = planted(300, 0)
     heldout, heldout_exits, _ = planted(200, 1)
-    return ExitPredictor.fit(
+    return fit_predictor(
         kind,
-        *pack(texts),
-        exits,
+        TextExits(*pack(texts), exits),
         own_labels if labels is None else labels,
-        *pack(heldout),
-        heldout_exits,
+        TextExits(*pack(heldout), heldout_exits),
         **{
             "depths": DEPTHS,
             "speeds": SPEEDS,
@@ -220,7 +220,7 @@ def test_counts_predictor_equals_a_slow_dict() -> None:
     texts = [[3, 4, 5, 3], [5, 6], [3, 6, 6], [4, 5]]
     table = build(texts, ngram_order=1)
     exits = exits_for(texts).tolist()
-    found = PREDICTORS["counts"](table, TrainingTexts(*pack(texts), exits_for(texts)))
+    found = PREDICTORS["counts"](table, TextExits(*pack(texts), exits_for(texts)))
     for speed in range(len(SPEEDS)):
         layers = [(token, DEPTHS[exits[index][speed]]) for index, text in enumerate(texts) for token in text]
         prior = sum(layer for _, layer in layers) / len(layers)
@@ -236,7 +236,7 @@ def test_counts_predictor_equals_a_slow_dict() -> None:
 def test_ridge_reads_only_keys_that_were_seen(alpha: float | None) -> None:
     texts, exits, _ = planted(100, 0)
     table = build(texts)
-    found = score_by_ridge(table, TrainingTexts(*pack(texts), exits), alpha=alpha)
+    found = score_by_ridge(table, TextExits(*pack(texts), exits), alpha=alpha)
     unseen = ~table.counts.flatten(1).any(1)
     assert bool(unseen[-1])
     assert not found.rows[unseen].any()
@@ -245,10 +245,10 @@ def test_ridge_reads_only_keys_that_were_seen(alpha: float | None) -> None:
 
 def test_ridge_works_on_few_texts_and_on_texts_without_keys() -> None:
     few = [[3, 4], [5, 6]]
-    found = score_by_ridge(build(few), TrainingTexts(*pack(few), exits_for(few)))
+    found = score_by_ridge(build(few), TextExits(*pack(few), exits_for(few)))
     assert bool(found.rows.isfinite().all())
     bare = [[0, 2], []]
-    found = score_by_ridge(build(bare), TrainingTexts(*pack(bare), exits_for(bare)))
+    found = score_by_ridge(build(bare), TextExits(*pack(bare), exits_for(bare)))
     assert found.prior.tolist() == pytest.approx(torch.tensor(DEPTHS)[exits_for(bare)].float().mean(0).tolist())
 
 
@@ -329,7 +329,7 @@ def test_prediction_of_a_text_does_not_depend_on_its_neighbours(predictor: ExitP
 
 def test_prediction_equals_a_slow_mean_over_keys(predictor: ExitPredictor) -> None:
     texts = [*planted(10, 5)[0], [], [10]]
-    rows = predictor._score_rows
+    rows = predictor.fitted.score_rows
     found = predictor.predict(*pack(texts), speed=0.8)
     for index, bag in enumerate(split_rows(predictor.table, texts)):
         expected = rows.rows[bag, 2].sum() / max(len(bag), 1) + rows.prior[2]
@@ -338,7 +338,7 @@ def test_prediction_equals_a_slow_mean_over_keys(predictor: ExitPredictor) -> No
 
 def test_texts_without_known_keys_get_the_prior(predictor: ExitPredictor) -> None:
     found = predictor.predict(*pack([[], [0, 2], [44], [44, 45, 46]]), speed=0.5)
-    assert found.scores.tolist() == [float(predictor._score_rows.prior[1])] * 4
+    assert found.scores.tolist() == [float(predictor.fitted.score_rows.prior[1])] * 4
     assert len(set(found.exit_layers.tolist())) == 1
     assert found.lexical_logits is not None
     assert torch.equal(found.lexical_logits, found.lexical_logits[:1].expand(4, -1))
@@ -409,10 +409,10 @@ def test_a_copy_on_a_device_predicts_the_same(predictor: ExitPredictor) -> None:
 def test_fit_refuses_unknown_kinds_and_missing_texts() -> None:
     with pytest.raises(ValueError, match=r"Unknown predictor 'magic'; supported: \['counts', 'fitted'\]"):
         fit("magic")
-    arguments = (*pack([]), exits_for([]), None, *pack([]), exits_for([]))
+    none = TextExits(*pack([]), exits_for([]))
     with pytest.raises(ValueError, match="Found 0 training and 0 held-out texts"):
-        ExitPredictor.fit(
-            "counts", *arguments, depths=DEPTHS, speeds=SPEEDS, num_labels=2, vocab_size=9, special_ids=()
+        fit_predictor(
+            "counts", none, None, none, depths=DEPTHS, speeds=SPEEDS, num_labels=2, vocab_size=9, special_ids=()
         )
 
 
@@ -450,7 +450,7 @@ def test_multi_label_has_a_sigmoid_for_each_label() -> None:
     is_deep = torch.tensor([10 in text for text in texts])
     targets = torch.stack([labels == 0, is_deep, torch.zeros(300).bool(), torch.ones(300).bool()], 1).float()
     predictor = fit("counts", targets, 4, multi_label=True)
-    assert predictor.multi_label
+    assert predictor.fitted.multi_label
     assert predictor.num_labels == 4
     found = predictor.predict(*pack(texts), speed=0.5).lexical_logits
     assert found is not None
@@ -461,8 +461,9 @@ def test_multi_label_has_a_sigmoid_for_each_label() -> None:
 def test_no_labels_means_no_lexical_exit(tmp_path: Path) -> None:
     texts, exits, _ = planted(60, 0)
     batch = pack(texts)
-    predictor = ExitPredictor.fit(
-        "counts", *batch, exits, None, *batch, exits, depths=DEPTHS, speeds=SPEEDS, num_labels=3,
+    left = TextExits(*batch, exits)
+    predictor = fit_predictor(
+        "counts", left, None, left, depths=DEPTHS, speeds=SPEEDS, num_labels=3,
         vocab_size=VOCAB_SIZE, special_ids=SPECIAL_IDS, ngram_order=1,
     )  # fmt: skip
     again = ExitPredictor.load(predictor.save(tmp_path, fingerprint={}), fingerprint={})
@@ -505,7 +506,7 @@ def test_wrong_labels_are_refused(labels: Tensor, multi_label: bool, error: type
 def test_saved_predictor_predicts_the_same(predictor: ExitPredictor, tmp_path: Path) -> None:
     batch = pack([*planted(50, 8)[0], [], [44]])
     path = predictor.save(tmp_path / "model", fingerprint=FINGERPRINT)
-    assert path == tmp_path / "model" / FILE_NAME
+    assert path == tmp_path / "model" / TABLE_FILE
     again = ExitPredictor.load(tmp_path / "model", fingerprint=FINGERPRINT)
     for speed in SPEEDS:
         assert same(predictor.predict(*batch, speed=speed), again.predict(*batch, speed=speed))
@@ -513,7 +514,7 @@ def test_saved_predictor_predicts_the_same(predictor: ExitPredictor, tmp_path: P
     assert (again.kind, again.depths, again.speeds) == (predictor.kind, DEPTHS, SPEEDS)
     other = again.save(tmp_path / "other.safetensors", fingerprint=FINGERPRINT)
     assert other.read_bytes() == path.read_bytes()
-    assert sorted(each.name for each in path.parent.iterdir()) == [FILE_NAME]
+    assert sorted(each.name for each in path.parent.iterdir()) == [TABLE_FILE]
 
 
 def test_two_fits_write_the_same_bytes(tmp_path: Path) -> None:
@@ -553,7 +554,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(_: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("geep.predictor.os.fsync", full)
+    monkeypatch.setattr("geep.folder.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         fit_once().save(tmp_path, fingerprint={})
     assert path.read_bytes() == whole
@@ -561,7 +562,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def save_signed(tensors: dict[str, Tensor], header: str, path: Path) -> None:
-    save_file(tensors, path, {"exit_table": json.dumps({"header": header, "sha256": _digest(tensors, header)})})
+    save_file(tensors, path, {"exit_table": json.dumps({"header": header, "sha256": _checksum(tensors, header)})})
 
 
 @pytest.mark.parametrize(
@@ -575,7 +576,7 @@ def save_signed(tensors: dict[str, Tensor], header: str, path: Path) -> None:
     ],
 )
 def test_wrong_headers_are_refused(header: str, message: str, tmp_path: Path) -> None:
-    save_signed({"x": torch.zeros(2)}, header, tmp_path / FILE_NAME)
+    save_signed({"x": torch.zeros(2)}, header, tmp_path / TABLE_FILE)
     with pytest.raises(ValueError, match=message):
         ExitPredictor.load(tmp_path, fingerprint={})
 
@@ -628,11 +629,9 @@ def test_wrong_contents_are_refused(change: Callable[[dict[str, Tensor]], Any], 
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    whole = fit_once()
-    rows, levels = whole._score_rows, whole._levels
-    with pytest.raises(ValueError, match="Unknown predictor"):
-        ExitPredictor("magic", whole.table, rows, levels)
+    whole = fit_once().fitted
+    rows, levels = whole.score_rows, whole.levels
     with pytest.raises(ValueError, match="score prior"):
-        ExitPredictor("counts", whole.table, ScoreRows(rows.rows, rows.prior[:1]), levels)
+        FittedTable("counts", whole.table, ScoreRows(rows.rows, rows.prior[:1]), levels)
     with pytest.raises(ValueError, match="level shares"):
-        ExitPredictor("counts", whole.table, rows, Levels(levels.edges[:, :0], levels.cumulative[0]))
+        FittedTable("counts", whole.table, rows, Levels(levels.edges[:, :0], levels.cumulative[0]))

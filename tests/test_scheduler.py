@@ -6,8 +6,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.optimize import nnls
 
 from geep.scheduler import CostModel, Staircase, Timings, budget_cuts, expected_seconds, schedule, thin_out
 
@@ -108,6 +109,27 @@ def test_a_cost_model_finds_the_parts_of_a_cost(fixed: float, slope: float) -> N
     enough = cost.batch_tokens(waste=0.05)
     assert cost.layer_seconds <= 0.0501 * (cost.layer_seconds + enough * cost.token_seconds)
     assert enough == 1 or cost.layer_seconds > 0.0499 * (cost.layer_seconds + (enough - 1) * cost.token_seconds)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-6, 1.0)), min_size=2, max_size=8))
+def test_a_line_is_the_best_that_is_not_negative(calls: list[tuple[int, float]]) -> None:
+    """The two parts are those of SciPy's non-negative least squares on the relative error."""
+    sizes, seconds = zip(*calls, strict=True)
+    assume(len(set(sizes)) > 1)
+    found = np.array(Timings(sizes, seconds).line())
+    design = np.stack([1 / np.array(seconds), np.array(sizes) / np.array(seconds)], axis=1)
+    expected, error = nnls(design, np.ones(len(calls)))
+    assert (found >= 0).all()
+    assert found[1] > 0
+    scale = np.linalg.norm(design, axis=0)
+    if expected[1] * scale[1] > 1e-9:
+        # Compared by what they lose, too: where the two columns are nearly alike many lines are as good.
+        assert np.linalg.norm(design @ found - 1) == pytest.approx(error, rel=1e-6, abs=1e-7)
+        if np.linalg.cond(design / scale) < 1e4:
+            assert np.allclose(found * scale, expected * scale, rtol=1e-5, atol=1e-5)
+    else:
+        # Longer calls that take no longer: the fixed part is the best, and what a token costs is made up.
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 def test_a_cost_model_never_has_negative_parts() -> None:

@@ -11,25 +11,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import make_engine, make_model, random_texts
+from numpy.typing import NDArray
 
 import geep
 from geep.data import BadRow, read_rows
-from geep.scoring import ScoreReport, score_file
+from geep.engine import Engine, Prediction
+from geep.scoring import Scorer, ScoreReport, score_file
+from geep.scoring import stream as stream_file
 
 
 @dataclass(frozen=True)
 class Made:
-    label: str
-    score: float
-    scores: dict[str, float]
-    exit_layer: int
-    predicted_layer: int | None
-    truncated: bool
+    """Columns of answers; `made(row)` is what a result says of one of them."""
+
+    label_names: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    label_ids: NDArray[np.int64]
+    exit_layers: NDArray[np.int64]
+    predicted_layers: NDArray[np.int64] | None
+    truncated: NDArray[np.bool_]
+    multi_label: bool
+    threshold: float
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        return self.probabilities[np.arange(len(self.label_ids)), self.label_ids]
+
+    @property
+    def label_flags(self) -> NDArray[np.bool_]:
+        return self.probabilities >= self.threshold
+
+    def __call__(self, row: int) -> dict[str, object]:
+        said: dict[str, object] = {
+            "label": self.label_names[self.label_ids[row]],
+            "score": float(self.scores[row]),
+            "exit_layer": int(self.exit_layers[row]),
+            "predicted_layer": None if self.predicted_layers is None else int(self.predicted_layers[row]),
+            "truncated": bool(self.truncated[row]),
+            "scores": dict(zip(self.label_names, self.probabilities[row].tolist(), strict=True)),
+        }
+        return said
 
 
 @dataclass
@@ -37,20 +67,39 @@ class FakeEngine:
     """Answers by the length of the text; fails at a call where told to."""
 
     fail_at: int | None = None
+    predicts: bool = True
+    multi_label: bool = False
     calls: list[list[str] | list[tuple[str, str]]] = field(default_factory=list)
 
-    def predict(self, texts: list[str] | list[tuple[str, str]]) -> list[Made]:
-        if len(self.calls) == self.fail_at:
-            raise RuntimeError("killed")
-        self.calls.append(texts)
-        made = []
-        for text in texts:
-            length = len("".join(text))
-            score = 1 / (1 + length)
-            scores = {"long": 1 - score, "short": score}
-            layer = length % 3
-            made.append(Made("short", score, scores, layer, layer or None, length > 50))
-        return made
+    def predict_columns(
+        self, texts: list[str] | list[tuple[str, str]], /, *, top_k: int | None = None, threshold: float = 0.5
+    ) -> Made:
+        if not 0 <= threshold <= 1:
+            raise ValueError("threshold out of range")
+        if texts:
+            if len(self.calls) == self.fail_at:
+                raise RuntimeError("killed")
+            self.calls.append(texts)
+        lengths = np.array([len("".join(text)) for text in texts], dtype=np.int64)
+        score = 1 / (1 + lengths)
+        probabilities = np.stack([1 - score, score], axis=1)
+        names: tuple[str, ...] = ("long", "short")
+        label_ids = np.ones(len(texts), dtype=np.int64)
+        if self.multi_label:
+            names = ("long", "short", "even")
+            probabilities = np.column_stack([probabilities, np.where(lengths % 2, 0.25, 0.75)])
+            label_ids = probabilities.argmax(axis=1)
+        layers = lengths % 3
+        return Made(
+            names,
+            probabilities,
+            label_ids,
+            layers,
+            layers if self.predicts else None,
+            lengths > 50,
+            self.multi_label,
+            threshold,
+        )
 
 
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
@@ -88,7 +137,9 @@ def test_every_format_becomes_every_other(source_suffix: str, target_suffix: str
     target = tmp_path / f"out{target_suffix}"
     seen: list[int] = []
     engine = FakeEngine()
-    report = score_file(engine, source, target, chunk_rows=10, scores=True, progress=seen.append)
+    report = score_file(
+        engine, source, target, chunk_rows=10, scores=True, progress=lambda what, done, total: seen.append(done)
+    )
     good = [i for i in range(25) if source_suffix == ".parquet" or i % 10 != 9]
     assert seen == [10, 20, 25]
     assert [len(call) for call in engine.calls] == ([10, 10, 5] if len(good) == 25 else [9, 9, 5])
@@ -101,16 +152,16 @@ def test_every_format_becomes_every_other(source_suffix: str, target_suffix: str
     for i, row in zip(good, rows, strict=True):
         assert list(row) == ["text", "id", *added]
         assert row["text"] == f'text "{i}",\r\nmore{"!" * (i % 7)}'
-        (made,) = FakeEngine().predict([str(row["text"])])
-        expected = [made.label, made.score, made.exit_layer, made.predicted_layer, made.truncated, made.scores]
+        made = FakeEngine().predict_columns([str(row["text"])])(0)
+        expected = [made[name] for name in added]
         if "sv" in target_suffix:
             expected = [
-                made.label,
-                repr(made.score),
-                str(made.exit_layer),
-                str(made.predicted_layer or ""),
-                "true" if made.truncated else "false",
-                json.dumps(made.scores),
+                made["label"],
+                repr(made["score"]),
+                str(made["exit_layer"]),
+                str(made["predicted_layer"]),
+                "true" if made["truncated"] else "false",
+                json.dumps(made["scores"]),
             ]
         assert [row[name] for name in added] == expected
     errors = target.with_name(target.name + ".errors.jsonl")
@@ -140,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert beside(target) == []
     engine = FakeEngine()
     seen: list[int] = []
-    report = score_file(engine, source, target, chunk_rows=10, progress=seen.append)
+    report = score_file(engine, source, target, chunk_rows=10, progress=lambda what, done, total: seen.append(done))
     assert len(engine.calls) == (5 - fail_at if continues else 5)
     assert seen[-1] == 45
     assert target.read_bytes() == whole.read_bytes()
@@ -160,20 +211,23 @@ def test_a_process_that_is_killed_goes_on(tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.jsonl", 45)
     script = f"""
 import os, signal, sys, types
+import numpy as np
 # The package without its own __init__, which loads what this test does not need.
 package = types.ModuleType("geep")
 package.__path__ = [{str(Path(geep.__file__).parent)!r}]
 sys.modules["geep"] = package
 from geep.scoring import score_file
-class Made:
-    label, score, scores, exit_layer, predicted_layer, truncated = "a", 0.5, {{"a": 0.5}}, 1, 1, False
 class Engine:
-    calls = 0
-    def predict(self, texts):
+    calls = -1  # the first call is about no texts
+    def predict_columns(self, texts, *, top_k=None):
         self.calls += 1
-        if self.calls == int(sys.argv[2]):
+        if self.calls == int(sys.argv[2]) > 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return [Made] * len(texts)
+        ones = np.ones(len(texts), dtype=int)
+        return types.SimpleNamespace(
+            label_names=("a",), multi_label=False, label_ids=0 * ones, scores=ones / 2, exit_layers=ones,
+            predicted_layers=ones, truncated=ones > 1,
+        )
 score_file(Engine(), {str(source)!r}, sys.argv[1], chunk_rows=10)
 """
     results = []
@@ -188,13 +242,17 @@ score_file(Engine(), {str(source)!r}, sys.argv[1], chunk_rows=10)
     assert results[0].count(b"\n") == 41
 
 
-@pytest.mark.parametrize("change", ["source", "chunk_rows", "scores", "key", "journal", "partial", "errors", "none"])
+@pytest.mark.parametrize(
+    "change",
+    ["source", "chunk_rows", "scores", "top_k", "threshold", "key", "journal", "partial", "errors", "none"],
+)
 def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.jsonl", 45)
     target = tmp_path / "out.jsonl"
     with pytest.raises(RuntimeError, match="killed"):
         score_file(FakeEngine(fail_at=3), source, target, chunk_rows=10, key="model")
     chunk_rows, scores, key = 10, False, "model"
+    top_k, threshold = None, None
     match change:
         case "source":
             write_source(source, 44)
@@ -202,6 +260,10 @@ def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) 
             chunk_rows = 9
         case "scores":
             scores = True
+        case "top_k":
+            scores, top_k = True, 1
+        case "threshold":
+            threshold = 0.25
         case "key":
             key = "another model"
         case "journal":
@@ -211,7 +273,7 @@ def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) 
         case "errors":
             (tmp_path / "out.jsonl.errors.jsonl.partial").unlink()
     engine = FakeEngine()
-    score_file(engine, source, target, chunk_rows=chunk_rows, scores=scores, key=key)
+    score_file(engine, source, target, chunk_rows=chunk_rows, scores=scores, top_k=top_k, threshold=threshold, key=key)
     assert len(engine.calls) == (2 if change == "none" else 5)
     rows = read_back(target)
     assert [row["id"] for row in rows] == [str(i) for i in range(44 if change == "source" else 45) if i % 10 != 9]
@@ -332,7 +394,7 @@ def test_values_that_json_lacks_are_spelled(tmp_path: Path) -> None:
     assert scored.schema.field("s").type == pa.struct([("k", pa.float64())])
 
 
-def test_mistakes_are_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_mistakes_are_said_before_anything_is_written(tiny_engine: Engine, tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.jsonl", 5)
     link = tmp_path / "link.jsonl"
     link.symlink_to(source)
@@ -351,6 +413,12 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path: Path) -> None:
         score_file(engine, tmp_path / "none.csv", tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
         score_file(engine, source, tmp_path / "out.jsonl", chunk_rows=0)
+    with pytest.raises(ValueError, match="top_k=2 .* add scores=True"):
+        score_file(engine, source, tmp_path / "out.jsonl", top_k=2)
+    with pytest.raises(ValueError, match="threshold out of range"):
+        score_file(engine, source, tmp_path / "out.jsonl", threshold=2)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        score_file(tiny_engine, source, tmp_path / "out.jsonl", scores=True, top_k=0)
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
@@ -360,8 +428,8 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_an_engine_that_loses_an_answer_is_caught(tmp_path: Path) -> None:
     class Short(FakeEngine):
-        def predict(self, texts: list[str] | list[tuple[str, str]]) -> list[Made]:
-            return super().predict(texts)[1:]
+        def predict_columns(self, texts: Any, /, **options: Any) -> Made:
+            return super().predict_columns(texts[1:], **options)
 
     source = write_source(tmp_path / "in.jsonl", 5)
     with pytest.raises(RuntimeError, match="4 predictions for 5 texts"):
@@ -376,3 +444,194 @@ def test_gzip_results_do_not_depend_on_the_clock(tmp_path: Path) -> None:
     assert header[3:8] == bytes(5)
     with gzip.open(tmp_path / "out.jsonl.gz") as file:
         assert sum(1 for _ in file) == 27
+
+
+def written_plainly(source: Path, suffix: str, said: list[dict[str, object]]) -> bytes | pa.Table:
+    """A result made row by row, with nothing but `json`, `csv` and Arrow, of answers without scores."""
+    records = [{**row, **answer} for row, answer in zip(read_back(source), said, strict=True)]
+    if suffix == ".jsonl":
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    if suffix == ".csv":
+        file = StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(records[0])
+        for record in records:
+            writer.writerow([value if isinstance(value, str) else json.dumps(value) for value in record.values()])
+        return file.getvalue().replace("null", "").encode()
+    kinds = {"score": pa.float64(), "exit_layer": pa.int32(), "predicted_layer": pa.int32(), "truncated": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in records[0]])
+    return pa.Table.from_pylist(records, schema=schema)
+
+
+ADDED = ("label", "score", "exit_layer", "predicted_layer", "truncated")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("predicts", [True, False])
+def test_results_of_a_stand_in_are_those_written_row_by_row(suffix: str, predicts: bool, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.jsonl", 45)
+    target = tmp_path / f"out{suffix}"
+    score_file(FakeEngine(predicts=predicts), source, target, chunk_rows=10)
+    columns = FakeEngine(predicts=predicts).predict_columns([str(row["text"]) for row in read_back(source)])
+    said = [{name: columns(row)[name] for name in ADDED} for row in range(len(columns.label_ids))]
+    expected = written_plainly(source, suffix, said)
+    assert (target.read_bytes() if isinstance(expected, bytes) else pq.read_table(target)) == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("table", [True, False])
+def test_results_of_an_engine_are_those_written_row_by_row(
+    suffix: str, table: bool, tiny_engine: Engine, tmp_path: Path
+) -> None:
+    engine = tiny_engine if table else make_engine(table=False)
+    source = tmp_path / "in.jsonl"
+    texts = random_texts(40, seed=3)
+    source.write_text("".join(json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(texts)), "utf-8")
+    target = tmp_path / f"out{suffix}"
+    report = score_file(engine, source, target)
+    answers = engine.predict(texts)
+    expected = written_plainly(source, suffix, [{name: getattr(answer, name) for name in ADDED} for answer in answers])
+    assert (target.read_bytes() if isinstance(expected, bytes) else pq.read_table(target)) == expected
+    assert len(report.exit_layer_counts) > 1
+    assert all((answer.predicted_layer is None) != table for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_engine: Engine) -> dict[str, Engine]:
+    model = make_model(problem_type="multi_label_classification", num_labels=4)
+    return {"single": tiny_engine, "multi": make_engine(model)}
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize(("top_k", "threshold"), [(None, None), (2, 0.3), (9, None)])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_labels_and_scores_of_an_engine_are_those_of_its_predictions(
+    kind: str, top_k: int | None, threshold: float | None, suffix: str, engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    engine = engines[kind]
+    texts = random_texts(24, seed=4)
+    inputs: list[Any] = [text if i % 3 else (text, f"w{i}") for i, text in enumerate(texts)]
+    lines = [{"text": text} if i % 3 else {"text": text, "text_pair": f"w{i}"} for i, text in enumerate(texts)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    target = tmp_path / f"out{suffix}"
+    score_file(engine, source, target, scores=True, top_k=top_k, threshold=threshold)
+    answers: dict[int, Prediction] = {}
+    for kept in ([i for i in range(24) if i % 3], [i for i in range(24) if i % 3 == 0]):
+        options = {} if threshold is None else {"threshold": threshold}
+        answers.update(zip(kept, engine.predict([inputs[i] for i in kept], top_k=top_k, **options), strict=True))
+    rows = read_back(target)
+    ours = ["label", "score", *["labels"] * (kind == "multi"), "exit_layer", "predicted_layer", "truncated", "scores"]
+    for i, row in enumerate(rows):
+        assert list(row)[-len(ours) :] == ours
+        scores: Any = row["scores"]
+        labels: Any = row.get("labels")
+        if "sv" in suffix:
+            scores, labels = json.loads(str(scores)), json.loads(str(labels)) if labels else None
+        if suffix == ".parquet":
+            assert list(scores) == list(engine.label_names)
+            scores = {name: value for name, value in scores.items() if value is not None}
+            assert scores == answers[i].scores
+        else:
+            assert list(scores.items()) == list(answers[i].scores.items())
+        assert labels == (list(answers[i].labels) if kind == "multi" else None)
+    if suffix == ".parquet" and kind == "multi":
+        assert pq.read_schema(target).field("labels").type == pa.list_(pa.string())
+        assert len({tuple(answer.labels) for answer in answers.values()}) > 1
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("rows", [0, 25])
+def test_the_labels_that_hold_stand_after_the_score(suffix: str, rows: int, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.csv", rows)
+    target = tmp_path / f"out{suffix}"
+    score_file(FakeEngine(multi_label=True), source, target, chunk_rows=10, threshold=0.75)
+    found = read_back(target)
+    assert len(found) == rows - rows // 10
+    for row in found:
+        assert list(row) == ["text", "id", "label", "score", "labels", "exit_layer", "predicted_layer", "truncated"]
+        expected = ["long", *["even"] * (len(str(row["text"])) % 2 == 0)]
+        assert row["labels"] == (json.dumps(expected) if "sv" in suffix else expected)
+    if suffix == ".parquet":
+        assert pq.read_schema(target).field("labels").type == pa.list_(pa.string())
+
+
+def test_a_column_called_labels_is_renamed_where_the_result_has_one(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "a", "labels": "mine"}\n', "utf-8")
+    score_file(FakeEngine(), source, target)
+    assert read_back(target)[0]["labels"] == "mine"
+    score_file(FakeEngine(multi_label=True), source, target)
+    (row,) = read_back(target)
+    assert (row["input_labels"], row["labels"]) == ("mine", ["long", "short"])
+    score_file(FakeEngine(multi_label=True), source, tmp_path / "out.parquet")
+    assert read_back(tmp_path / "out.parquet") == [row]
+
+
+def test_an_empty_parquet_result_has_the_types_of_a_full_one(tmp_path: Path) -> None:
+    schemas = []
+    for rows in (0, 5):
+        source = write_source(tmp_path / "in.csv", rows)
+        score_file(FakeEngine(multi_label=True), source, tmp_path / "out.parquet", scores=True, top_k=1)
+        schemas.append(pq.read_schema(tmp_path / "out.parquet"))
+    assert schemas[0] == schemas[1]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("rows", [20, 25])
+def test_progress_tells_the_rows_and_how_many_there_are(suffix: str, rows: int, tmp_path: Path) -> None:
+    source = write_source(tmp_path / f"in{suffix.removesuffix('.gz')}", rows)
+    if suffix.endswith(".gz"):
+        source = source.with_name("in.jsonl.gz")
+        source.write_bytes(gzip.compress((tmp_path / "in.jsonl").read_bytes()))
+    seen: list[tuple[str, int, int | None]] = []
+    score_file(FakeEngine(), source, tmp_path / "out.jsonl", chunk_rows=10, progress=lambda *told: seen.append(told))
+    dones = [10, 20, 25] if rows == 25 else [10, 20]
+    assert [told[:2] for told in seen] == [("rows", done) for done in dones]
+    totals = [told[2] for told in seen]
+    if suffix.endswith(".gz"):
+        assert set(totals) == {None}
+    else:
+        assert totals[-1] == rows
+        # A field of the CSV file has two lines, and its header is none of its rows.
+        assert set(totals[:-1]) == {rows + (rows - rows // 10 if suffix == ".csv" else 0)}
+
+
+def test_lines_are_counted_only_where_that_takes_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('\n{"text": "a"}\n\n{"text": "b"}', "utf-8")  # blank lines count until they are read
+
+    def totals() -> list[int | None]:
+        seen: list[int | None] = []
+        score_file(
+            FakeEngine(),
+            source,
+            tmp_path / "out.jsonl",
+            chunk_rows=1,
+            progress=lambda what, done, total: seen.append(total),
+        )
+        return seen
+
+    assert totals() == [4, 2]
+    monkeypatch.setattr(stream_file, "_MAX_COUNTED_BYTES", 10)
+    assert totals() == [None, None]
+
+
+def test_an_engine_is_a_scorer(tiny_engine: Engine) -> None:
+    scorer: Scorer = tiny_engine  # mypy says so too
+    assert len(scorer.predict_columns([], top_k=1, threshold=0.5).label_names) == 3
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_source_that_gains_a_column_meanwhile_is_refused(suffix: str, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.jsonl", 5)
+
+    class Changing(FakeEngine):
+        def predict_columns(self, texts: Any, /, **options: Any) -> Made:
+            if texts and not self.calls:
+                with source.open("a") as file:
+                    file.write('{"text": "a", "new": 1}\n')
+            return super().predict_columns(texts, **options)
+
+    with pytest.raises(ValueError, match=r"up to line 6 .*\['new'\].*do not change it"):
+        score_file(Changing(), source, tmp_path / f"out{suffix}", chunk_rows=2)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import NUM_LAYERS, make_model, random_batch, tiny_encoder, toy_task
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from geep.data import DataPlan, MappedTexts, Split
+from geep.folder import Provenance
 from geep.modeling import HEADS, ExitOutput, GeepForSequenceClassification, first_linear
 from geep.training import (
     RECIPES,
+    EncodedRows,
     Stage,
+    TrainResult,
     TrainSettings,
     distillation,
     distillation_loss,
@@ -27,13 +39,18 @@ from geep.training import (
     exit_label_loss,
     full_model_loss,
     guided_shared_exit_loss,
+    run_recipe,
     shared_exit_loss,
     standardise_heads,
     train,
     weighted_joint_loss,
 )
+from geep.training.arguments import TAKEN
+from geep.training.metrics import judge
+from geep.training.rows import digest_rows
 
 MULTI_LABEL = "multi_label_classification"
+Rows = Sequence[Mapping[str, Any]]
 
 
 def output_of(num_exits: int = 3, *, seed: int = 0, shared: bool = True) -> ExitOutput:
@@ -184,15 +201,15 @@ def settings(recipe: str = "geep", **changes: Any) -> TrainSettings:
 def run(
     model: GeepForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     folder: Path,
     **options: Any,
 ) -> Any:
-    options = {"settings": settings(), "report": lambda *_: None} | options
-    return train(model, tokenizer, rows, checkpoint_dir=folder / "checkpoints", device="cpu", **options)
+    options = {"settings": settings()} | options
+    return run_recipe(model, tokenizer, rows, checkpoint_dir=folder / "checkpoints", device="cpu", **options)
 
 
-def toy_rows(tokenizer: PreTrainedTokenizerFast, count: int = 256, seed: int = 0) -> list[dict[str, Any]]:
+def toy_rows(tokenizer: PreTrainedTokenizerFast, count: int = 256, seed: int = 0) -> EncodedRows:
     return encode(tokenizer, *toy_task(count, seed=seed), max_length=32)
 
 
@@ -213,14 +230,14 @@ def evaluate(
 def test_every_recipe_learns(recipe: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model, row = fresh(), RECIPES[recipe]
     before, _ = evaluate(model, tokenizer, row.stages[0])
-    shares: list[tuple[str, float]] = []
+    said: list[tuple[str, int, int | None]] = []
     result = run(
         model,
         tokenizer,
         toy_rows(tokenizer),
         tmp_path,
         settings=settings(recipe),
-        report=lambda what, share: shares.append((what, share)),
+        progress=lambda *words: said.append(words),
     )
     after, accuracies = evaluate(model, tokenizer, row.stages[0])
     assert after < 0.8 * before
@@ -232,7 +249,7 @@ def test_every_recipe_learns(recipe: str, tokenizer: PreTrainedTokenizerFast, tm
     assert result.seconds > 0
     assert {log["stage"] for log in result.logs} == {stage.name for stage in row.stages}
     assert all(np.isfinite(log["loss"]) for log in result.logs if "loss" in log)
-    assert [what for what, share in shares if share == 1.0] == [f"training, {stage.name}" for stage in row.stages]
+    assert [what for what, done, total in said if done == total] == [f"training, {stage.name}" for stage in row.stages]
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "checkpoints").exists()
@@ -392,14 +409,16 @@ def test_pairs_keep_their_segments(tokenizer: PreTrainedTokenizerFast, tmp_path:
 def test_texts_are_cut_at_the_longest_length(tokenizer: PreTrainedTokenizerFast) -> None:
     (row,) = encode(tokenizer, ["w1 " * 50], np.array([0]), max_length=10)
     assert len(row["input_ids"]) == 10
-    assert encode(tokenizer, [], np.array([]), max_length=10) == []
+    assert len(encode(tokenizer, [], np.array([]), max_length=10)) == 0
+    with pytest.raises(ValueError, match="2 texts and 1 labels"):
+        encode(tokenizer, ["w1", "w2"], np.array([0]), max_length=10)
 
 
 def test_rows_are_not_changed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows = toy_rows(tokenizer, 32)
-    before: list[Mapping[str, Any]] = copy.deepcopy(rows)
-    run(fresh(), tokenizer, rows, tmp_path, settings=settings(epochs=1))
-    assert rows == before
+    in_memory, before = list(rows), copy.deepcopy(list(rows))
+    run(fresh(), tokenizer, in_memory, tmp_path, settings=settings(epochs=1))
+    assert in_memory == before
 
 
 def test_what_else_lies_in_the_folder_of_checkpoints_is_left_alone(
@@ -460,3 +479,478 @@ def test_a_checkpoint_that_was_cut_off_while_written_is_passed_over(
     rest = Interrupt(after=-1)
     assert run(fresh(), tokenizer, rows, tmp_path, settings=chosen, callbacks=[rest]).steps == 18
     assert rest.steps == 12
+
+
+# Rows
+
+
+def test_rows_on_disk_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    texts, labels = toy_task(50)
+    several = np.stack([labels == 0, labels != 2], axis=1).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("geep.training.rows._CHUNK_ROWS", 7)
+        for truth in (labels, several):
+            rows = encode(tokenizer, texts, truth, max_length=6)
+            columns = tokenizer(texts, truncation=True, max_length=6)
+            expected = [
+                {"input_ids": ids, "token_type_ids": types, "labels": label}
+                for ids, types, label in zip(
+                    columns["input_ids"], columns["token_type_ids"], truth.tolist(), strict=True
+                )
+            ]
+            assert len(rows) == 50
+            assert list(rows) == expected
+            assert rows[3:30:4] == expected[3:30:4]
+            assert rows[-1] == expected[-1]
+            with pytest.raises(IndexError, match="There are 50 rows, asked for number 50"):
+                rows[50]
+            assert rows.lengths.tolist() == [len(row["input_ids"]) for row in expected]
+            assert digest_rows(rows) == digest_rows(expected)
+            assert digest_rows(expected[1:]) != digest_rows(expected) != digest_rows(expected[::-1])
+
+
+def test_tokenising_says_how_far_it_is(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geep.training.rows._CHUNK_ROWS", 4)
+    said: list[tuple[str, int, int | None]] = []
+    encode(tokenizer, *toy_task(10), max_length=8, progress=lambda *words: said.append(words))
+    assert said == [("tokenising", 4, 10), ("tokenising", 8, 10), ("tokenising", 10, 10)]
+
+
+def test_texts_on_disk_train_as_those_in_memory(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, labels = toy_task(96)
+    mapped = MappedTexts([pa.array(texts[:40]), pa.array(texts[40:])])
+    kinds: list[Rows] = [
+        list(encode(tokenizer, texts, labels, max_length=32)),
+        encode(tokenizer, mapped, labels, max_length=32),
+    ]
+    chosen = settings(epochs=1, arguments={"logging_steps": 1})
+    one, other = (run(fresh(), tokenizer, rows, tmp_path, settings=chosen) for rows in kinds)
+    losses = [[log["loss"] for log in result.logs if "loss" in log] for result in (one, other)]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+
+
+def test_every_row_is_read_once_an_epoch(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, dev = toy_rows(tokenizer, 64), toy_rows(tokenizer, 24, seed=1)
+    read: list[int] = []
+    plain = EncodedRows.__getitem__
+
+    def counted(self: EncodedRows, item: Any) -> Any:
+        if isinstance(item, int):
+            read.append(item)
+        return plain(self, item)
+
+    monkeypatch.setattr(EncodedRows, "__getitem__", counted)
+    run(fresh(), tokenizer, rows, tmp_path, settings=settings(epochs=2, standardise=False), dev=dev)
+    assert len(read) == 2 * 64 + 2 * 24  # their lengths, for batches of texts alike, cost none
+
+
+# Settings of the Trainer
+
+
+def without_dropout(model: GeepForSequenceClassification) -> GeepForSequenceClassification:
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model
+
+
+def test_two_batches_of_8_make_the_step_of_one_of_16(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    # With a large epsilon AdamW's step is in proportion to the gradient, which is what is compared.
+    arguments = {"max_steps": 1, "logging_steps": 1, "adam_epsilon": 1.0}
+    rows, models, logs = toy_rows(tokenizer, 64), [], []
+    start = without_dropout(fresh()).state_dict()
+    for size, times in ((16, 1), (8, 2), (8, 1)):
+        model = without_dropout(fresh())
+        chosen = settings(
+            batch_size=size,
+            gradient_accumulation=times,
+            learning_rate=1.0,
+            warmup=0.0,
+            standardise=False,
+            max_grad_norm=100.0,
+            arguments=arguments,
+        )
+        logs.append(run(model, tokenizer, rows, tmp_path, settings=chosen).logs[0])
+        models.append(model.state_dict())
+    whole, halves, half = logs
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert halves["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert half["loss"] != pytest.approx(whole["loss"], rel=1e-3)
+    for name, weight in models[0].items():
+        moved = float((weight - start[name]).abs().max())
+        assert torch.allclose(models[1][name], weight, atol=1e-3 * moved + 1e-7), name
+    assert not torch.allclose(models[2]["teacher.out.weight"], models[0]["teacher.out.weight"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adam_beta3": 0.9}, "no field 'adam_beta3'; did you mean .*'adam_beta2'"),
+        ({"colour": 1}, "no field 'colour'; see"),
+        ({"num_train_epochs": 2}, "'num_train_epochs' of TrainingArguments is geep's to set; use TrainSettings.epochs"),
+        ({"gradient_accumulation_steps": 2}, "use TrainSettings.gradient_accumulation"),
+        ({"optim": "sgd"}, "AdamW"),
+        ({"save_total_limit": 5}, "the best one are kept"),
+        ({"logging_dir": object()}, "no field 'logging_dir'"),
+        ({"run_name": object()}, "as JSON, so values are words"),
+    ],
+)
+def test_arguments_that_geep_cannot_hand_through_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(arguments=arguments)
+
+
+def test_what_geep_sets_is_a_field_of_the_trainer_and_refused(tmp_path: Path) -> None:
+    known = {field.name for field in fields(TrainingArguments)} | {"warmup_ratio"}  # which older versions have
+    assert TAKEN.keys() <= known
+    for name in TAKEN:
+        with pytest.raises(ValueError, match=f"'{name}' of TrainingArguments is geep's to set"):
+            TrainSettings(arguments={name: 1})
+
+
+def test_arguments_reach_the_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    seen: list[TrainingArguments] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(args)
+            seen.append(kwargs["optimizer"].param_groups[0])
+
+    given = {"max_steps": 2, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "train_sampling_strategy": "random"}
+    chosen = settings(arguments=given)
+    assert chosen.arguments == given
+    assert hash(chosen) == hash(replace(chosen))
+    dev = toy_rows(tokenizer, 8)
+    result = run(fresh(), tokenizer, toy_rows(tokenizer, 32), tmp_path, settings=chosen, callbacks=[Look()], dev=dev)
+    assert result.steps == 2
+    args, group = seen
+    assert (args.lr_scheduler_type, args.train_sampling_strategy) == ("cosine", "random")
+    assert group["betas"] == (0.9, 0.95)  # type: ignore[index]
+
+
+# Development rows
+
+
+def slow_f1(answers: list[set[int]], truth: list[set[int]], labels: set[int]) -> float:
+    hit = sum(len(a & b & labels) for a, b in zip(answers, truth, strict=True))
+    given, there = (sum(len(a & labels) for a in rows) for rows in (answers, truth))
+    return 2 * hit / (given + there)
+
+
+def test_measures_of_one_label_equal_slow_ones() -> None:
+    random = np.random.default_rng(0)
+    truth, answers = random.integers(0, 4, 60), random.integers(1, 5, 60)
+    measures = judge(answers, truth)
+    sets = [{int(a)} for a in answers], [{int(b)} for b in truth]
+    assert measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(*sets, strict=True)) / 60)
+    assert measures["macro_f1"] == pytest.approx(np.mean([slow_f1(*sets, {label}) for label in range(5)]))
+    assert measures["majority"] == pytest.approx(max(np.bincount(truth)) / 60)
+    assert measures["num_answers"] == 4
+    assert "micro_f1" not in measures
+
+
+def test_measures_of_several_labels_equal_slow_ones() -> None:
+    random = np.random.default_rng(0)
+    truth, answers = random.integers(0, 2, (2, 50, 3))
+    answers[:30] = truth[:30]
+    measures = judge(answers, truth)
+    sets = tuple([set(np.flatnonzero(row).tolist()) for row in rows] for rows in (answers, truth))
+    assert measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(*sets, strict=True)) / 50)
+    assert measures["micro_f1"] == pytest.approx(slow_f1(*sets, {0, 1, 2}))
+    assert measures["macro_f1"] == pytest.approx(np.mean([slow_f1(*sets, {label}) for label in range(3)]))
+    constant = [slow_f1([{label}] * 50, sets[1], {0, 1, 2}) for label in range(3)]
+    assert measures["majority"] == pytest.approx(max(constant))
+    assert judge(np.zeros((2, 3)), np.zeros((2, 3)))["macro_f1"] == 0
+
+
+def test_the_full_model_is_judged_beside_the_most_frequent_label(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    texts, labels = toy_task(150, seed=5)
+    dev = encode(tokenizer, texts, labels, max_length=32)
+    model = fresh()
+    result = run(model, tokenizer, toy_rows(tokenizer), tmp_path, dev=dev)
+    assert result.dev is not None
+    with torch.no_grad():
+        answers = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.argmax(-1).numpy()
+    assert result.dev.accuracy == pytest.approx(float((answers == labels).mean()))  # of the weights that were kept
+    assert result.dev.majority == pytest.approx(np.bincount(labels).max() / 150)
+    assert result.dev.num_rows == 150
+    assert result.dev.accuracy > result.dev.majority
+    assert result.dev.micro_f1 is None
+    assert result.dev.score == result.dev.accuracy
+    assert result.learned_nothing is None
+    judged = [log for log in result.logs if "eval_score" in log]
+    assert len(judged) == 4
+    assert max(log["eval_accuracy"] for log in judged) == result.dev.accuracy
+
+
+def test_models_of_several_labels_are_judged_by_micro_f1(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    texts, labels = toy_task(256)
+    many = np.stack([labels == 0, labels != 2], axis=1).astype(np.float32)
+    rows = encode(tokenizer, texts, many, max_length=32)
+    result = run(fresh(num_labels=2, problem_type=MULTI_LABEL), tokenizer, rows, tmp_path, dev=rows)
+    assert result.dev is not None
+    assert result.dev.micro_f1 == result.dev.score > 0.75
+    assert result.dev.micro_f1 > result.dev.majority
+    assert result.learned_nothing is None
+
+
+def score_by_epoch(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
+    """Let the model's accuracy after each epoch be this, in turn."""
+    turns = iter(scores)
+
+    def pretended(answers: Any, truth: Any) -> dict[str, float]:
+        return {**judge(answers, truth), "accuracy": next(turns)}
+
+    monkeypatch.setattr("geep.training.trainer.judge", pretended)
+
+
+class Epochs(TrainerCallback):
+    """Copies the weights after each epoch in which they are judged."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in kwargs["model"].named_parameters()})
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.5, 0.9, 0.2], 2), ([0.9, 0.5, 0.8], 1), ([0.4, 0.8, 0.8], 3)])
+def test_the_best_epoch_is_kept_and_among_equals_the_last(
+    scores: list[float],
+    best: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    score_by_epoch(monkeypatch, scores)
+    model, watch = fresh(), Epochs()
+    rows, dev = toy_rows(tokenizer, 64), toy_rows(tokenizer, 16, seed=1)
+    result = run(model, tokenizer, rows, tmp_path, settings=settings(epochs=3), dev=dev, callbacks=[watch])
+    assert len(watch.weights) == 3
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, watch.weights[best - 1][name]), name
+    assert result.dev is not None
+    assert (result.dev.best_epoch, result.dev.accuracy) == (best, scores[best - 1])
+    assert result.steps == 12
+
+
+@pytest.mark.parametrize(("recipe", "after"), [("geep", 1), ("geep", 2), ("geep", 3), ("fastbert", 3), ("fastbert", 5)])
+def test_an_interrupted_training_keeps_the_best_epoch_too(
+    recipe: str, after: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, dev, chosen = toy_rows(tokenizer, 64), toy_rows(tokenizer, 16, seed=1), settings(recipe, epochs=3)
+    expected = fresh()
+    score_by_epoch(monkeypatch, [0.5, 0.9, 0.2])
+    whole = run(expected, tokenizer, rows, tmp_path / "whole", settings=chosen, dev=dev)
+    score_by_epoch(monkeypatch, [0.5, 0.9, 0.2])
+    with pytest.raises(Interruption):
+        run(fresh(), tokenizer, rows, tmp_path, settings=chosen, dev=dev, callbacks=[Interrupt(after)])
+    model = fresh()
+    result = run(model, tokenizer, rows, tmp_path, settings=chosen, dev=dev)
+    assert (result.dev, result.steps) == (whole.dev, whole.steps)
+    assert result.dev is not None
+    assert result.dev.best_epoch == 2
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, dict(expected.named_parameters())[name], atol=1e-5), name
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_exits_alone_do_not_choose_by_a_full_model_that_does_not_move(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows, dev = toy_rows(tokenizer, 64), toy_rows(tokenizer, 16, seed=1)
+    result = run(fresh(), tokenizer, rows, tmp_path, settings=settings("fastbert", epochs=3), dev=dev)
+    assert [log["stage"] for log in result.logs if "eval_score" in log] == ["fine-tune"] * 3
+
+
+def test_other_development_rows_are_another_training(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows, dev, chosen = toy_rows(tokenizer, 32), toy_rows(tokenizer, 16, seed=1), settings(epochs=2)
+    with pytest.raises(Interruption):
+        run(fresh(), tokenizer, rows, tmp_path, settings=chosen, dev=dev, callbacks=[Interrupt(1)])
+    with pytest.raises(ValueError, match="other development rows"):
+        run(fresh(), tokenizer, rows, tmp_path, settings=chosen)
+
+
+def test_a_model_that_learned_nothing_says_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.teacher.out.bias[1] = 100.0
+    rows = toy_rows(tokenizer, 32)
+    result = run(model, tokenizer, rows, tmp_path, settings=settings(epochs=1, learning_rate=1e-9), dev=rows)
+    assert "all 32 development rows the same answer" in str(result.learned_nothing)
+    assert result.dev is not None
+    poor = replace(result.dev, num_answers=3, accuracy=0.4, majority=0.4)
+    assert "accuracy on 32 development rows is 0.400" in str(poor.learned_nothing)
+    assert replace(poor, accuracy=0.41).learned_nothing is None
+    assert "micro F1" in str(replace(poor, micro_f1=0.1).learned_nothing)
+    assert TrainResult(1, 1.0, ()).learned_nothing is None
+
+
+# train
+
+
+@pytest.fixture
+def encoder_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    encoder = tiny_encoder("bert")
+    encoder.apply(encoder._init_weights)
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> DataPlan:
+    texts, labels = toy_task(200)
+    rows = [{"text": text, "label": "abc"[label]} for text, label in zip(texts, labels, strict=True)]
+    path = tmp_path / "toy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return DataPlan(str(path), holdout=0.3)
+
+
+def fine_tune(asked: DataPlan, folder: Path, encoder: str, **options: Any) -> TrainResult:
+    options = {"settings": settings(epochs=3, max_length=32), "plan": asked, "device": "cpu"} | options
+    return train(asked.parts(), folder, encoder=encoder, **options)
+
+
+def test_train_writes_a_whole_folder(plan: DataPlan, encoder_folder: str, tmp_path: Path) -> None:
+    said: set[str] = set()
+    folder = tmp_path / "out" / "model"
+    result = fine_tune(
+        plan, folder, encoder_folder, exit_layers=[1, 3], progress=lambda what, done, total: said.add(what)
+    )
+    assert result.dev is not None
+    assert result.dev.num_rows == len(plan.parts().profile)
+    assert result.learned_nothing is None
+    assert said == {"tokenising", "training, shared-exit"}
+    model = GeepForSequenceClassification.from_pretrained(folder)
+    assert model.config.exit_layers == [1, 3]
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 32
+    assert not (folder / "checkpoints").exists()
+    record = Provenance.read(folder)
+    assert DataPlan(**record.data) == plan
+    assert record.about["exit_layers"] == "1,3"
+    assert record.result == {"steps": result.steps, "seconds": result.seconds, "dev": asdict(result.dev)}
+
+
+def test_a_finished_folder_is_not_trained_again(
+    plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    first = fine_tune(plan, folder, encoder_folder)
+    monkeypatch.setattr("geep.training.fine_tuning.run_recipe", None)
+    assert fine_tune(plan, folder, encoder_folder) == first
+    for changes in (
+        {"settings": settings(epochs=2, max_length=32)},
+        {"head": "cls"},
+        {"exit_layers": [1]},
+        {"plan": replace(plan, seed=1)},
+        {"plan": None},
+    ):
+        with pytest.raises(ValueError, match="trained with other settings or data"):
+            fine_tune(plan, folder, encoder_folder, **changes)
+
+
+def test_a_part_of_many_rows_is_enough_to_judge_by(
+    plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geep.training.fine_tuning._MOST_DEV_ROWS", 10)
+    result = fine_tune(plan, tmp_path / "model", encoder_folder, settings=settings(epochs=1))
+    assert result.dev is not None
+    assert result.dev.num_rows == 10
+
+
+def test_a_folder_of_an_older_version_is_finished_too(plan: DataPlan, encoder_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    chosen = asdict(settings(epochs=3, max_length=32))
+    for name in ("gradient_accumulation", "arguments"):
+        del chosen[name]
+    data = asdict(plan)
+    del data["seed"]
+    about = {
+        "encoder": encoder_folder,
+        "head": "mean",
+        "exit_layers": "1, 2",
+        "settings": chosen,
+        "data": data,
+        "rows": len(plan.parts().train),
+    }
+    Provenance(about, {"steps": 7, "seconds": 1.5}, [{"loss": 1.0}]).write(folder)
+    assert fine_tune(plan, folder, encoder_folder, exit_layers=[1, 2]) == TrainResult(7, 1.5, ({"loss": 1.0},))
+    assert Provenance.read(folder).data == data
+    with pytest.raises(ValueError, match="other settings"):
+        fine_tune(plan, folder, encoder_folder, exit_layers=[1, 3])
+
+
+@pytest.mark.parametrize("when", ["while the model is saved", "before the last file"])
+def test_train_killed_after_the_last_step_runs_no_step_again(
+    when: str, plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fine_tune(plan, tmp_path / "whole", encoder_folder)
+    folder = tmp_path / "model"
+    save = GeepForSequenceClassification.save_pretrained
+
+    def killed(self: Any, path: Any, *rest: Any, **options: Any) -> Any:
+        if Path(path) == folder:
+            raise Interruption
+        return save(self, path, *rest, **options)
+
+    def unwritten(self: Provenance, folder: Any) -> None:
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+        if when == "before the last file":
+            patch.setattr(Provenance, "write", unwritten)
+        else:
+            patch.setattr(GeepForSequenceClassification, "save_pretrained", killed)
+        with pytest.raises(Interruption):
+            fine_tune(plan, folder, encoder_folder)
+    assert (folder / "checkpoints").exists()
+    assert not (folder / "training.json").exists()
+    said: list[str] = []
+    result = fine_tune(plan, folder, encoder_folder, progress=lambda what, done, total: said.append(what))
+    assert set(said) == {"tokenising"}
+    assert (result.steps, result.dev) == (expected.steps, expected.dev)
+    one, two = (GeepForSequenceClassification.from_pretrained(path) for path in (tmp_path / "whole", folder))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name)), name
+    assert not (folder / "checkpoints").exists()
+
+
+def test_train_without_a_plan_tells_rows_apart_by_their_texts(
+    plan: DataPlan, encoder_folder: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"encoder": encoder_folder, "settings": settings(epochs=1), "device": "cpu"}
+    parts = plan.parts()
+    first = train(parts, tmp_path / "model", **options)
+    assert train(parts, tmp_path / "model", **options) == first
+    with pytest.raises(ValueError, match="without plan="):
+        Provenance.read(tmp_path / "model").data  # noqa: B018
+    turned = replace(parts, train=parts.train.select(np.arange(len(parts.train))[::-1]))
+    with pytest.raises(ValueError, match="other settings or data"):
+        train(turned, tmp_path / "model", **options)
+
+
+def test_train_of_rows_without_labels_is_refused(plan: DataPlan, encoder_folder: str, tmp_path: Path) -> None:
+    parts = plan.parts()
+    with pytest.raises(ValueError, match="training rows have no labels"):
+        train(replace(parts, train=Split(parts.train.texts)), tmp_path / "model", encoder=encoder_folder)
+    bare = replace(parts, profile=Split(parts.profile.texts))
+    found = train(bare, tmp_path / "m", encoder=encoder_folder, settings=settings(epochs=1), device="cpu")
+    assert found.dev is None
+
+
+def test_a_folder_that_is_not_finished_has_no_provenance(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"training\.json is missing.*no folder finished by `geep train`"):
+        Provenance.read(tmp_path)
+    (tmp_path / "training.json").write_text('{"about": {}}', "utf-8")
+    with pytest.raises(ValueError, match="no record of a training"):
+        Provenance.read(tmp_path)

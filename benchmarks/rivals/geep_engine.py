@@ -46,7 +46,7 @@ def load(job: Job) -> Loaded:
     if options.get("budgets") and calibrated:
         ways += lines.budgets(options["budgets"], profile)
     about: dict[str, Any] = {
-        "deployed_as": engine.deployed_as,
+        "deployed_as": engine.deployment.deployed_as,
         "certified_on": engine.settings.certified_on,
         "speed": engine.settings.speed,
         "lengths": run.batch.lengths.tolist(),
@@ -138,7 +138,7 @@ class _Lines:
             layers = engine.plan(batch, settings=settings).predicted_layers
             clock.append(time.perf_counter())
             running = layers > 0
-            schedule(layers[running], batch.lengths[running], max_batch_tokens=engine.max_batch_tokens)
+            schedule(layers[running], batch.lengths[running], max_batch_tokens=engine.deployment.max_batch_tokens)
             clock.append(time.perf_counter())
             engine.run_tokens(batch, settings=settings)
             clock.append(time.perf_counter())

@@ -1,27 +1,11 @@
-"""Backends: ways to run an encoder layer by layer on texts that leave at different depths."""
+"""Backends: ways to run an encoder layer by layer on texts that leave at different depths.
 
-from typing import Any
+The room knows encoders, layers and packed tokens; it refuses to know texts, tables and thresholds. Read `protocol.py`
+(what every backend offers), `padded.py` (Hugging Face's own layers), `packed_layer.py` and `packed.py` (no padding),
+`onednn.py` and `int8.py` (the same layer on a CPU's kernels), `tiles.py`, `graphs.py`, `staging.py` and `cuda.py` (the
+same layer on a GPU), `registry.py` (which there are).
+"""
 
-from geep.backends.cuda import CudaBackend, CudaOptions
-from geep.backends.onnx import OnnxBackend
-from geep.backends.packed import PackedBackend
-from geep.backends.padded import PaddedBackend
-from geep.backends.protocol import Backend, TokenBatch
+import lazy_loader
 
-BACKENDS: dict[str, type[Any]] = {
-    "packed": PackedBackend,
-    "padded": PaddedBackend,
-    "cuda": CudaBackend,
-    "onnx": OnnxBackend,
-}
-
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "CudaBackend",
-    "CudaOptions",
-    "OnnxBackend",
-    "PackedBackend",
-    "PaddedBackend",
-    "TokenBatch",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

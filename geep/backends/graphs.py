@@ -43,7 +43,6 @@ class _Bucket:
     """
 
     def __init__(self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_tokens = num_tokens
         tiles = max_tiles(num_tokens)
         self.hidden = torch.zeros(num_tokens, width, dtype=dtype, device=device)
         self.source = torch.zeros(tiles * TILE, dtype=torch.int32, device=device)
@@ -52,9 +51,6 @@ class _Bucket:
         self.replays: dict[int, Work] = {}
         self.uses: Counter[int] = Counter()
         self.holds: weakref.ref[Tensor] | None = None
-
-    def has_room(self, num_tokens: int, num_tiles: int) -> bool:
-        return num_tokens <= self.num_tokens and num_tiles <= self.bias.shape[0]
 
     def load(self, hidden: Tensor, tiles: Tiles) -> None:
         self.hidden[: len(hidden)].copy_(hidden)

@@ -23,13 +23,14 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from torch.nn import functional as F
 
 from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
 from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
 from geep.backends.protocol import Integers
+from geep.folder import publish
 
 FLOAT_CHANNELS = 32
 """Channels between the two wide linear layers that stay in float32: the widest of each layer."""
@@ -83,9 +84,8 @@ class ActivationRanges:
 
     def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> None:
         """Write a safetensors file, with the digest of the model it belongs to."""
-        partial = Path(path).with_suffix(".partial")
-        save_file({name: ranges.contiguous() for name, ranges in self.sites.items()}, partial, metadata=fingerprint)
-        partial.replace(path)
+        tensors = {name: ranges.contiguous() for name, ranges in self.sites.items()}
+        publish(path, save_safetensors(tensors, fingerprint))
 
     @classmethod
     def load(cls, path: str | Path, *, fingerprint: dict[str, str]) -> Self:

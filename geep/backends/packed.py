@@ -88,7 +88,7 @@ class PackedBackend:
             if ranges is None:
                 raise ValueError(
                     "int8 on the packed backend needs the ranges of the model's activations, found none; "
-                    "run `geep profile MODEL --dtype int8` first, or use backend='onnx'."
+                    "run `geep profile MODEL --dtype int8` first."
                 )
             layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
         elif model.device.type == "cpu" and onednn.is_available():

@@ -2,9 +2,9 @@
 
 The room knows integers and tensors; it refuses to know what a key means. Read `cpu.py`: it is the reference that any
 other implementation has to equal, byte for byte. `triton.py` is that other implementation, for GPUs, and `bags.py` a
-kernel that searches a table and sums rows in one go; both need Triton and are imported by those who use them.
+kernel that searches a table and sums rows in one go; both need Triton. `devices.py` says which table a device gets.
 """
 
-from geep.hash_table.cpu import EMPTY_KEY, MISSING, HashTable, kernels_run_on
+import lazy_loader
 
-__all__ = ["EMPTY_KEY", "MISSING", "HashTable", "kernels_run_on"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

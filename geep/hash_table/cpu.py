@@ -13,15 +13,10 @@ The room refuses to know what a key means. Read `HashTable`, then `_hash`.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
 from typing import Self
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 EMPTY_KEY = -1
 """Key of a free slot: smaller than every key, so that each key displaces it and each search stops at it."""
@@ -194,19 +189,6 @@ class HashTable:
             raise ValueError(f"Found a key that a search does not reach, expected every key on its probe path{advice}")
         return table
 
-    def to(self, device: torch.device | str) -> HashTable:
-        """Return a copy of the table on `device`, with the same bytes.
-
-        On a CUDA device where Triton is installed it is a `geep.hash_table.triton.TritonHashTable`, elsewhere this
-        reference, which runs on any device.
-        """
-        device = torch.device(device)
-        if not kernels_run_on(device.type):
-            return HashTable.copy_of(self, device)
-        from geep.hash_table.triton import TritonHashTable
-
-        return TritonHashTable.copy_of(self, device)
-
     @classmethod
     def copy_of(cls, table: HashTable, device: torch.device | str) -> Self:
         """Return a table of this class on `device` with the bytes of `table`, whatever class that is of."""
@@ -262,20 +244,6 @@ class HashTable:
             self._values[slot[won]] = values[won]
             slot = (torch.cat([slot[~won], slot[displaced]]) + 1) & (self.capacity - 1)
             keys, values = next_keys, next_values
-
-
-@cache
-def kernels_run_on(device_type: str) -> bool:
-    """Tell whether the Triton kernels are the ones to use on a device of this type; say once if they are missed."""
-    if device_type != "cuda":
-        return False
-    if find_spec("triton") is None:
-        logger.warning(
-            "Triton is not installed: the hash table runs as torch operations on CUDA, which gives the same results "
-            "more slowly; pip install 'geep[gpu]' brings the kernels."
-        )
-        return False
-    return True
 
 
 def _check_not_negative(name: str, tensor: Tensor) -> None:

@@ -108,25 +108,6 @@ def _insert_kernel(
         slot = (slot + 1) & slot_mask
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_rows", "num_columns"])
-def _count_kernel(
-    rows: tl.tensor,
-    columns: tl.tensor,
-    counts: tl.tensor,
-    num_pairs: tl.tensor,
-    num_rows: tl.tensor,
-    num_columns: tl.tensor,
-    TILE: tl.constexpr,
-) -> None:
-    """Add one to the cell of each pair; pairs outside the counts are left out."""
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = place < num_pairs
-    row = tl.load(rows + place, mask=inside, other=MISSING)
-    column = tl.load(columns + place, mask=inside, other=MISSING)
-    inside = (row >= 0) & (row < num_rows) & (column >= 0) & (column < num_columns)
-    tl.atomic_add(counts + row * num_columns + column, 1, mask=inside, sem="relaxed")
-
-
 class TritonHashTable(cpu.HashTable):
     """`HashTable` by kernels on a CUDA device: the same bytes, the same errors but one.
 
@@ -198,46 +179,6 @@ class TritonHashTable(cpu.HashTable):
         # The values of the moved keys are read before any is written.
         values = torch.cat([values, self._values[moved]])
         self._values[self._find_slots(keys)] = values
-
-
-def count_pairs(rows: Tensor, columns: Tensor, *, num_rows: int, num_columns: int) -> Tensor:
-    """Count how often each pair of row and column occurs, as `torch.bincount(rows * num_columns + columns)` does.
-
-    Args:
-        rows: int64, shape (num_pairs,). A row outside 0 … num_rows - 1, such as `MISSING`, is not counted.
-        columns: int64, shape (num_pairs,); outside 0 … num_columns - 1 it is not counted.
-        num_rows: Rows of the result.
-        num_columns: Columns of the result.
-
-    Returns:
-        Counts, int32, shape (num_rows, num_columns). Integers, so the order of the additions leaves no trace.
-
-    Raises:
-        TypeError: If a tensor is not int64.
-        ValueError: If the shapes differ, the devices differ or the kernels cannot run there.
-    """
-    for name, tensor in (("rows", rows), ("columns", columns)):
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be torch.int64, got {tensor.dtype}; convert them with .long().")
-    if rows.ndim != 1 or rows.shape != columns.shape or rows.device != columns.device:
-        raise ValueError(
-            f"Found rows of shape {tuple(rows.shape)} on {rows.device} and columns of shape {tuple(columns.shape)} on "
-            f"{columns.device}, expected the same flat shape and device; give one column for each row."
-        )
-    check_device(rows.device)
-    counts = torch.zeros(num_rows, num_columns, dtype=torch.int32, device=rows.device)
-    with on_device_of(rows):
-        _count_kernel[_grid(rows)](
-            rows.contiguous(),
-            columns.contiguous(),
-            counts,
-            rows.numel(),
-            num_rows,
-            num_columns,
-            TILE=_TILE,
-            num_warps=_WARPS,
-        )
-    return counts
 
 
 def check_device(device: torch.device) -> None:

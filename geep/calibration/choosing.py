@@ -1,0 +1,162 @@
+"""Settings and the order of the walk, chosen on tuning rows. The rows that certify are not known here.
+
+Read `choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geep.calibration.runs import Outcomes
+from geep.engine import Engine, ExitSettings
+from geep.exits import AGREEMENT, CRITERIA, OnMiss
+from geep.progress import Progress, no_progress
+from geep.promise import Promise, Trial
+from geep.scheduler import CostModel, expected_seconds, thin_out
+
+Integers = NDArray[np.int64]
+
+# Speeds that `calibrate` walks, fixed before any text is seen: dense where well-trained exits live, near 0.
+TRIAL_SPEEDS: tuple[float, ...] = tuple(
+    round(float(speed), 4) for speed in (*np.geomspace(0.001, 0.1, 15), *np.linspace(0.14, 1.0, 44))
+)
+
+
+# Quantiles tried for the predicted layer. Asking early costs a check, asking late costs layers.
+TRIAL_QUANTILES: tuple[float, ...] = (0.05, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Settings that were weighed on the tuning texts.
+
+    Attributes:
+        settings: The settings, at speed 0.
+        trials: What every one of `TRIAL_SPEEDS` does with them.
+        least: The least that they take within the promise: mean layers, or seconds a text; infinity if no speed is.
+    """
+
+    settings: ExitSettings
+    trials: tuple[Trial, ...]
+    least: float
+
+    @property
+    def orders(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Speeds in the order of each of two walks: from speed 0, and from what looks safest on the tuning texts."""
+        return TRIAL_SPEEDS, _from_safest(self.trials)
+
+
+def choose(
+    tuning: Outcomes,
+    promise: Promise,
+    *,
+    on_miss: OnMiss = "continue",
+    criterion: str | None = None,
+    lexical_exit: bool | None = None,
+    cost: CostModel | None = None,
+    progress: Progress = no_progress,
+) -> Choice:
+    """Choose criterion, lexical exit, quantile and the layers asked, on tuning texts alone.
+
+    Args:
+        tuning: An engine on texts that it was not trained on.
+        promise: What must be kept, at the confidence of each of the two walks.
+        on_miss: The rule to choose for.
+        criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else
+            the profile's.
+        lexical_exit: Allow or forbid answers without the encoder; None: choose.
+        cost: What a run takes on this machine: settings are chosen for the least time. None: for the fewest layers.
+        progress: Told what is being done.
+    """
+    base = base_settings(tuning.engine, on_miss)
+    weighed = []
+    judges = criteria(base, criterion)
+    for number, judge in enumerate(judges):
+        progress("settings", number, len(judges))
+        weighed += [
+            _weigh(tuning, settings, promise, cost)
+            for settings in _candidates(tuning.engine, replace(base, criterion=judge), lexical_exit)
+        ]
+    progress("settings", len(judges), len(judges))
+    best = min(weighed, key=lambda choice: choice.least)
+    if cost is not None and on_miss == "continue":
+        best = _with_fewer_checks(tuning, best, promise, cost)
+    return best
+
+
+def base_settings(engine: Engine, on_miss: OnMiss) -> ExitSettings:
+    """The engine's settings without what will be chosen."""
+    return replace(engine.settings, speed=0.0, on_miss=on_miss, lexical_exit=False, check_layers=None)
+
+
+def criteria(base: ExitSettings, asked: str | None) -> list[str]:
+    """Criteria worth weighing: the one asked for, or beside a learned one the plain ones.
+
+    "agreement" avoids every answer that differs from the full model's, even where it is the right one. Where exits
+    repair many answers, a promise about accuracy is kept with fewer layers by a criterion that does not know.
+    """
+    if asked is not None:
+        return [asked]
+    return [AGREEMENT, *CRITERIA] if base.agreement else [base.criterion]
+
+
+def _candidates(engine: Engine, base: ExitSettings, lexical_exit: bool | None) -> list[ExitSettings]:
+    """Settings worth weighing with a criterion."""
+    quantiles, switches = [base.quantile], [False]
+    if engine.predictor is not None:
+        quantiles = list(TRIAL_QUANTILES)
+        if engine.predictor.num_labels is not None and lexical_exit is not False:
+            switches = [True] if lexical_exit else [False, True]
+    return [replace(base, quantile=quantile, lexical_exit=lexical) for quantile in quantiles for lexical in switches]
+
+
+def _weigh(tuning: Outcomes, settings: ExitSettings, promise: Promise, cost: CostModel | None) -> Choice:
+    """Try every speed; the least is over those whose observed risk stays within the promise."""
+    at_speeds = [replace(settings, speed=speed) for speed in TRIAL_SPEEDS]
+    trials = tuple(tuning.trial(each, promise) for each in at_speeds)
+    # Where the tuning texts could certify a speed, the fresh ones, about as many, probably can; what merely looks good
+    # would be chosen for its luck. Too few tuning texts certify nothing: then what looks good has to do.
+    kept = [number for number, trial in enumerate(trials) if trial.passed]
+    kept = kept or [number for number, trial in enumerate(trials) if trial.risk <= promise.allowed]
+    if cost is None:
+        least = min((trials[number].mean_exit_layer for number in kept), default=np.inf)
+    else:
+        least = min((_seconds(tuning, at_speeds[number], cost) for number in kept), default=np.inf)
+    return Choice(settings, trials, float(least))
+
+
+def _seconds(tuning: Outcomes, settings: ExitSettings, cost: CostModel) -> float:
+    engine, depths = tuning.engine, np.asarray(tuning.depths)
+    return expected_seconds(
+        depths[tuning.planned(settings)],
+        depths[tuning.answered(settings)],
+        tuning.run.batch.lengths,
+        settings.asked_layers(engine.depths).tolist(),
+        cost,
+        max_batch_tokens=engine.deployment.max_batch_tokens,
+        window_tokens=engine.config.window_tokens,
+    )
+
+
+def _with_fewer_checks(tuning: Outcomes, choice: Choice, promise: Promise, cost: CostModel) -> Choice:
+    """Leave out the exits that cost more time than they save."""
+
+    def weighed(layers: tuple[int, ...]) -> Choice:
+        return _weigh(tuning, replace(choice.settings, check_layers=layers), promise, cost)
+
+    return weighed(thin_out(tuning.engine.depths[:-1], lambda layers: weighed(layers).least))
+
+
+def _from_safest(trials: Sequence[Trial]) -> list[float]:
+    """Speeds from the one that looks safest on the tuning texts upwards.
+
+    The walk from speed 0 has to pass where a handful of answers change: there the bound is wide and one text of bad
+    luck ends it, long before speeds at which as many answers are repaired as spoilt. This walk begins there. It may
+    fail at its first step, if what looked safest was luck: then the other walk's result stands.
+    """
+    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
+    return [trial.speed for trial in trials[safest:]]

@@ -1,0 +1,77 @@
+"""The int8 engine of a float32 one; one that is far off is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from geep.backends import PackedBackend
+from geep.backends.int8 import observe
+from geep.backends.packed_layer import packed_layers
+from geep.calibration.runs import ExitRun
+from geep.data import Split
+from geep.engine import Engine
+from geep.exits import profile_exits
+from geep.folder import RANGES_FILE
+from geep.scheduler import schedule
+
+# A quantised model that is further off than this, before any exit, is broken rather than a little less accurate.
+MAX_QUANTISED_DROP = 0.01
+MAX_QUANTISED_DISAGREEMENT = 0.05
+
+
+# Texts on which activations are observed; their ranges hardly move beyond a few hundred.
+_OBSERVED_TEXTS = 1024
+
+
+def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) -> Engine:
+    """Return the int8 engine of a float32 one on the packed backend, without table.
+
+    Args:
+        engine: Engine whose weights are float32.
+        texts: Texts on which the ranges of the activations are observed; the first thousand are taken.
+        folder: The model's folder, where the ranges are kept for `Engine.from_pretrained`; None: nowhere.
+
+    Raises:
+        ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
+    """
+    batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
+    plain, packed = packed_layers(engine.model), PackedBackend(engine.model, layers=())  # embeds; the plain layers run
+    everyone = np.full(len(batch), engine.depths[-1])
+    with torch.inference_mode():
+        cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.deployment.max_batch_tokens)
+        starts = (packed.start(batch.select(cut.indices)) for cut in cuts)
+        ranges = observe(plain, ((live.hidden, live.runs) for live in starts))
+    quantised = Engine(
+        engine.model,
+        engine.tokenizer,
+        config=replace(engine.config, backend="packed", dtype="int8"),
+        identity=engine.identity,
+        ranges=ranges,
+    )
+    if folder is not None:
+        ranges.save(Path(folder) / RANGES_FILE, fingerprint=engine.identity)
+    return quantised
+
+
+def check_quantised(run: ExitRun, *, multi_label: bool) -> None:
+    """Refuse a quantised engine that is far from its float32 model with all layers run."""
+    if run.reference is None:
+        return
+    every = profile_exits(
+        run.exit_logits[-1:], [1], labels=run.labels, reference=run.reference, multi_label=multi_label
+    )
+    if every.correct is not None and every.reference_correct is not None:
+        lost, most = float(every.reference_correct.mean() - every.correct.mean()), MAX_QUANTISED_DROP
+        what = "points of accuracy"
+    else:
+        lost, most = float((~every.agrees).mean()), MAX_QUANTISED_DISAGREEMENT
+        what = "% of the answers"
+    if lost > most:
+        raise ValueError(
+            f"int8 loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all layers "
+            f"run, expected at most {100 * most:g}; use float32 or bfloat16."
+        )

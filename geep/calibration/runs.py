@@ -1,0 +1,185 @@
+"""All exits of some texts, run once: what any setting would have done is read off.
+
+Read `ExitRun`, then `Outcomes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geep.backends import TokenBatch
+from geep.data import Split
+from geep.engine import Engine, ExitSettings
+from geep.exits import AGREEMENT, ExitProfile, OnMiss, answer_of, follow, profile_exits
+from geep.predictor import ExitPrediction
+from geep.progress import Progress, no_progress
+from geep.promise import PairedCounts, Promise, Trial
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRun:
+    """All exits of some texts, run once; any setting's outcome can be read off without running the model again.
+
+    Attributes:
+        batch: The texts' tokens.
+        exit_logits: Logits of every exit, the full model last, (num_depths, num_texts, num_labels).
+        labels: Label ids, or 0/1 for multi-label; None where unknown.
+        reference: Logits of the float32 full model, (num_texts, num_labels); None where that is the last exit, or
+            where nothing is compared with it.
+    """
+
+    batch: TokenBatch
+    exit_logits: Tensor
+    labels: Tensor | None
+    reference: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        split: Split,
+        *,
+        what: str = "all exits",
+        progress: Progress = no_progress,
+        with_reference: bool = True,
+    ) -> ExitRun:
+        """Run the exits of an engine over texts, and the float32 full model of a quantised one if wanted.
+
+        `what` names the work to `progress`.
+        """
+        batch = engine.tokenize(split.inputs).batch
+        labels = None if split.labels is None else torch.from_numpy(split.labels)
+        reference = None
+        if engine.deployment.dtype == "int8" and with_reference:
+            reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
+        return cls(batch, engine.exit_logits(batch, what=what, progress=progress), labels, reference)
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Token ids and lengths as the predictor takes them."""
+        return torch.from_numpy(self.batch.input_ids), torch.from_numpy(self.batch.lengths)
+
+
+class Outcomes:
+    """What an engine would have done, with any settings, on texts whose exits were all run.
+
+    The columns of everything it returns are `depths`: the lexical exit, at 0, where the engine's table has one, then
+    the exits, the full model last. The table and the criteria are asked once for each of their answers.
+    """
+
+    def __init__(self, engine: Engine, run: ExitRun) -> None:
+        self.engine, self.run = engine, run
+        self._foretold: dict[tuple[int, float], ExitPrediction] = {}
+        self._profiles: dict[object, ExitProfile] = {}
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Encoder layers run at each column."""
+        return self.engine.depths if self.lexical_logits is None else (0, *self.engine.depths)
+
+    @cached_property
+    def lexical_logits(self) -> Tensor | None:
+        """The table's guess at the labels, (num_texts, num_labels); None where there is none."""
+        predictor = self.engine.predictor
+        return None if predictor is None else predictor.predict(*self.run.flat, speed=0.5).lexical_logits
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits of every column, (num_depths, num_texts, num_labels)."""
+        if self.lexical_logits is None:
+            return self.run.exit_logits
+        return torch.cat([self.lexical_logits[None].float(), self.run.exit_logits])
+
+    @property
+    def full_answers(self) -> Tensor:
+        """What the full model answers: label ids (num_texts,), or flags (num_texts, num_labels)."""
+        full = self.run.exit_logits[-1] if self.run.reference is None else self.run.reference
+        return answer_of(full, multi_label=self.engine.multi_label)
+
+    def profile(self, settings: ExitSettings) -> ExitProfile:
+        """Profile of all columns.
+
+        An exit that the settings do not ask has uncertainty 1: it is never certain enough.
+        """
+        learned = tuple(settings.temperatures.items()), tuple(settings.agreement.items())
+        key = settings.criterion, settings.check_layers, *learned
+        if key not in self._profiles:
+            depths, engine = self.depths, self.engine
+            by_agreement = settings.criterion == AGREEMENT
+            profile = profile_exits(
+                self.logits,
+                depths,
+                criterion=settings.criterion,
+                temperatures=[settings.temperature(depth) for depth in depths],
+                agreement=[settings.agreement[depth] for depth in depths[:-1]] if by_agreement else None,
+                labels=self.run.labels,
+                reference=self.run.reference,
+                multi_label=engine.multi_label,
+            )
+            silent = ~np.isin(depths, [0, *settings.asked_layers(engine.depths)])
+            profile.uncertainty[:, silent] = 1.0
+            self._profiles[key] = profile
+        return self._profiles[key]
+
+    def planned(self, settings: ExitSettings) -> Integers:
+        """Column at which the engine would ask each text first, (num_texts,)."""
+        engine, batch = self.engine, self.run.batch
+        if engine.predictor is None or settings.speed == 0:
+            plan = engine.plan(batch, settings=settings)
+        else:
+            key = engine.predictor.speed_index(settings.speed), settings.quantile
+            if key not in self._foretold:
+                self._foretold[key] = engine.foretell(batch, settings)
+            plan = engine.plan_from(self._foretold[key], batch.lengths, settings)
+        return np.searchsorted(self.depths, plan.predicted_layers)
+
+    def answered(self, settings: ExitSettings) -> Integers:
+        """Column at which the engine would answer each text, (num_texts,)."""
+        return follow(self.profile(settings), self.planned(settings), speed=settings.speed, on_miss=settings.on_miss)
+
+    def trial(self, settings: ExitSettings, promise: Promise) -> Trial:
+        """Hold an engine with these settings against a promise.
+
+        Raises:
+            ValueError: If the promise is about accuracy and the texts have no labels.
+        """
+        profile, planned = self.profile(settings), self.planned(settings)
+        return try_speed(profile, planned, promise, speed=settings.speed, on_miss=settings.on_miss)
+
+
+def try_speed(profile: ExitProfile, planned: Integers, promise: Promise, *, speed: float, on_miss: OnMiss) -> Trial:
+    """Hold one speed against a promise on texts that are all profiled.
+
+    Args:
+        profile: Profile of the texts.
+        planned: Column at which each text is asked first, (num_texts,).
+        promise: What must be kept.
+        speed: The speed.
+        on_miss: The engine's rule, see `geep.exits.follow`.
+
+    Raises:
+        ValueError: If the promise is about accuracy and the profile has no labels.
+    """
+    rows, column = np.arange(len(profile)), follow(profile, planned, speed=speed, on_miss=on_miss)
+    changed = int((~profile.agrees[rows, column]).sum())
+    counts = PairedCounts(len(rows), changed)
+    if profile.correct is not None and profile.reference_correct is not None:
+        full, deployed = profile.reference_correct, profile.correct[rows, column]
+        spoilt, repaired = int((full & ~deployed).sum()), int((~full & deployed).sum())
+        counts = PairedCounts(len(rows), changed, spoilt, repaired)
+    layers = np.asarray(profile.depths)[column]
+    return Trial.of(promise, counts, speed=float(speed), mean_exit_layer=float(layers.mean()))

@@ -1,0 +1,315 @@
+"""Commands that make a model: train, profile, calibrate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import geep
+from geep.cli import options as opt
+from geep.cli import show
+from geep.training.settings import TrainSettings
+
+Option = typer.Option
+
+
+def train_command(
+    data: opt.DataArgument,
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the model.", show_default=False)],
+    model: Annotated[
+        str, Option("--model", "-m", help=f"Encoder: a name ({opt.names('ENCODERS')}), a folder, or a hub id.")
+    ] = "all-minilm-l6-v2",
+    recipe: Annotated[
+        str, Option(help=f"One of {opt.names('RECIPES')}.", rich_help_panel=opt.TRAINING)
+    ] = TrainSettings.recipe,
+    head: Annotated[str, Option(help=f"Exit classifier: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)] = "mean",
+    exit_layers: Annotated[
+        str | None,
+        Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),
+    ] = None,
+    epochs: Annotated[
+        float, Option(help="Passes over the training rows; the best is kept.", rich_help_panel=opt.TRAINING)
+    ] = TrainSettings.epochs,
+    batch_size: Annotated[
+        int, Option(help="Texts on a device at a time.", rich_help_panel=opt.TRAINING)
+    ] = TrainSettings.batch_size,
+    gradient_accumulation: Annotated[
+        int, Option(help="Batches to a step.", rich_help_panel=opt.TRAINING)
+    ] = TrainSettings.gradient_accumulation,
+    learning_rate: Annotated[
+        float | None, Option(help="Peak rate. Default: the recipe's.", rich_help_panel=opt.TRAINING)
+    ] = None,
+    max_length: Annotated[
+        int, Option(help="Longest text, tokens: longer ones are cut, now and later.", rich_help_panel=opt.TRAINING)
+    ] = TrainSettings.max_length,
+    max_train: Annotated[
+        int | None, Option(help="Learn from a random part of the rows.", rich_help_panel=opt.TRAINING)
+    ] = None,
+    holdout: Annotated[
+        float,
+        Option(
+            help="Share of training rows held out to profile and calibrate, if there is no dev split.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = 0.2,
+    bf16: Annotated[
+        bool,
+        Option(
+            "--bf16",
+            help="Mixed precision; pays on GPUs and on CPUs with AVX-512 BF16.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = TrainSettings.bf16,
+    set_: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other field of Hugging Face's TrainingArguments; may be repeated.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        Option(
+            "--calibrate/--no-calibrate",
+            help="Also profile and calibrate, so that the model is ready.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = True,
+    max_drop: opt.MaxDrop = None,
+    min_agreement: opt.MinAgreement = None,
+    confidence: opt.Confidence = 0.95,
+    calibration: opt.CalibrationRows = None,
+    data_dir: opt.DataDir = None,
+    text_column: opt.TextColumn = "text",
+    text_pair_column: opt.TextPairColumn = "text_pair",
+    label_column: opt.LabelColumn = "label",
+    seed: opt.Seed = None,
+    device: opt.Device = None,
+    revision: opt.Revision = None,
+    token: opt.Token = None,
+    cache_dir: opt.CacheDir = None,
+    local_files_only: opt.LocalFilesOnly = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Train a classifier with exits, learn its exit table and calibrate it: a folder ready for `geep predict`.
+
+    Interrupted, the same command goes on from the last epoch.
+
+    Examples:
+        geep train reuters-r8 -o models/r8 --max-length 64
+
+        geep train my-folder/ -o models/mine -m bert-base-uncased --bf16 --max-drop 1.0
+
+        geep train sst2 --data-dir data -o models/sst2 --recipe fastbert --set lr_scheduler_type=cosine
+    """
+    with show.errors(as_json):
+        console = show.console_for(as_json)
+        # Refused before an hour of training and not after it.
+        asked = opt.promise(max_drop, min_agreement, confidence)
+        settings = geep.TrainSettings(
+            recipe=recipe,
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            bf16=bf16,
+            arguments=opt.training_arguments(set_ or []),
+        )
+        plan = geep.DataPlan(
+            data,
+            str(data_dir) if data_dir else None,
+            holdout,
+            max_train,
+            text_column,
+            text_pair_column,
+            label_column,
+        )
+        if seed is not None:
+            settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
+        dataset = plan.load()
+        parts = plan.divide(dataset)
+        certifying = rows_to_certify(calibration, parts, plan)
+        show.rows(console, dataset, parts)
+        with show.bars(console) as progress:
+            result = geep.train(
+                parts,
+                output,
+                encoder=model,
+                settings=settings,
+                head=head,
+                exit_layers=opt.layers(exit_layers),
+                plan=plan,
+                device=device,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                progress=progress,
+            )
+        show.trained(console, result)
+        summary: dict[str, Any] = {
+            "output": str(output),
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "dev": result.dev and asdict(result.dev),
+            "learned_nothing": result.learned_nothing,
+        }
+        if calibrate and geep.RECIPES[recipe].has_exits:
+            engine = geep.Engine.from_pretrained(output, device=device, exits=False)
+            found = run_profile(console, engine, parts, output)
+            summary["profile"] = found.record()
+            summary["calibration"] = run_calibration(console, found, certifying, output, asked)
+        show.document(summary, as_json)
+
+
+def profile_command(
+    model: opt.FolderArgument,
+    predictor: Annotated[
+        str | None, Option(help=f"{opt.names('PREDICTORS')}. Default: what ranks held-out texts best.")
+    ] = None,
+    criterion: Annotated[
+        str, Option(help=f"agreement (learned from held-out rows), {opt.names('CRITERIA')}.")
+    ] = "agreement",
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    backend: opt.Backend = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Run all exits of a trained model over its data and learn table, temperatures and criterion from them.
+
+    The rows are those that `geep train` set aside. Do it again for another backend or dtype: exits differ.
+
+    Examples:
+        geep profile models/r8
+
+        geep profile models/r8 --predictor counts --criterion entropy
+    """
+    with show.errors(as_json):
+        console = show.console_for(as_json)
+        parts = geep.DataPlan(**geep.Provenance.read(model).data).parts()
+        if dtype == "int8" and backend in (None, "packed"):
+            plain = geep.Engine.from_pretrained(model, exits=False, device=device, dtype="float32", backend="packed")
+            engine = geep.quantise(plain, parts.train)
+        else:
+            engine = geep.Engine.from_pretrained(model, exits=False, device=device, dtype=dtype, backend=backend)
+        found = run_profile(console, engine, parts, model, kind=predictor, criterion=criterion)
+        show.document(found.record(), as_json)
+
+
+def calibrate_command(
+    model: opt.FolderArgument,
+    max_drop: opt.MaxDrop = None,
+    min_agreement: opt.MinAgreement = None,
+    confidence: opt.Confidence = 0.95,
+    calibration: opt.CalibrationRows = None,
+    on_miss: opt.OnMissOption = "continue",
+    criterion: Annotated[
+        str | None,
+        Option(
+            help=f"agreement, {opt.names('CRITERIA')}. Default: which keeps the promise with fewest layers.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = None,
+    lexical: opt.Lexical = None,
+    by_time: Annotated[
+        bool,
+        Option(
+            "--by-time",
+            help="Choose settings by time on this CPU, not by layers; may ask fewer exits.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = False,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    backend: opt.Backend = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Find the highest speed that keeps a promise, and write it into the model folder.
+
+    The rows are those that `geep train` set aside for it; nothing was trained or chosen on them. `--calibration` names
+    others.
+
+    Examples:
+        geep calibrate models/r8 --max-drop 0.5
+
+        geep calibrate models/r8 --min-agreement 0.99 --confidence 0.99
+
+        geep calibrate models/r8 --calibration yesterday.jsonl
+    """
+    with show.errors(as_json):
+        console = show.console_for(as_json)
+        promise = opt.promise(max_drop, min_agreement, confidence)
+        engine = geep.Engine.from_pretrained(model, speed=0.0, device=device, dtype=dtype, backend=backend)
+        plan = geep.DataPlan(**geep.Provenance.read(model).data)
+        parts = plan.parts()
+        with show.bars(console) as progress:
+            result = geep.calibrate(
+                engine,
+                parts.profile,
+                rows_to_certify(calibration, parts, plan),
+                promise,
+                on_miss=opt.on_miss(on_miss),
+                criterion=criterion,
+                lexical_exit=lexical,
+                cost=engine.deployment.cost if by_time else None,
+                progress=progress,
+            )
+        result.save(model)
+        show.calibrated(console, result)
+        show.document(result.record(), as_json)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps that several commands take
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rows_to_certify(calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
+    """The rows of a file that was named, else those that were held out."""
+    if calibration is None:
+        return parts.calibration
+    return geep.load_split(calibration, label_names=parts.label_names, **plan.columns)
+
+
+def run_profile(
+    console: Console,
+    engine: geep.Engine,
+    parts: geep.Parts,
+    folder: Path,
+    *,
+    kind: str | None = None,
+    criterion: str = "agreement",
+) -> geep.ProfileResult:
+    """Profile, write what was learned into the folder, show it."""
+    with show.bars(console) as progress:
+        found = geep.profile(engine, parts.train, parts.profile, kind=kind, criterion=criterion, progress=progress)
+    found.save(folder)
+    show.profiled(console, found, len(parts.profile))
+    return found
+
+
+def run_calibration(
+    console: Console, found: geep.ProfileResult, fresh: geep.Split, folder: Path, promise: geep.Promise
+) -> dict[str, Any]:
+    """Calibrate as the last step of training; that nothing can be certified is a message here, not the end."""
+    if promise.needs_labels and fresh.labels is None:
+        promise = geep.Promise(min_agreement=1 - promise.allowed, confidence=promise.confidence)
+        console.print("[yellow]The held-out rows have no labels: the promise is agreement with the full model.[/]")
+    try:
+        with show.bars(console) as progress:
+            result = geep.calibrate(found.engine, found.heldout, fresh, promise, progress=progress)
+    except geep.NothingCertifiedError as refusal:
+        console.print(f"[yellow]Not calibrated:[/] {escape(str(refusal))}")
+        geep.save_refusal(found.engine, folder, refusal)
+        return {"speed": 0.0, "refused": str(refusal)}
+    result.save(folder)
+    show.calibrated(console, result)
+    return result.record()

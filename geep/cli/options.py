@@ -1,0 +1,170 @@
+"""Options that several commands share, the same words everywhere, and words made into records.
+
+The names listed in help texts are those of tables whose rooms load torch; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import geep
+
+if TYPE_CHECKING:
+    from geep.exits import OnMiss
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
+    "ENCODERS": ("all-minilm-l6-v2",),
+    "RECIPES": ("geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
+    "HEADS": ("attention", "cls", "mean"),
+    "PREDICTORS": ("counts", "fitted"),
+    "CRITERIA": ("entropy", "confidence", "margin"),
+    "BACKENDS": ("packed", "padded", "cuda"),
+    "DTYPES": ("float32", "bfloat16", "float16", "int8"),
+}
+"""Names of rows that help texts list, by the table they are rows of."""
+
+
+def names(table: str) -> str:
+    """The rows of a table in words."""
+    return ", ".join(NAMES[table])
+
+
+# Panels of `--help`, in the order in which a newcomer needs them.
+DATA, TRAINING, PROMISE, RUNNING, HUB = "Data", "Training", "Promise", "How it runs", "Hugging Face hub"
+
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        help=f"A data set name ({names('DATASETS')}), a name or folder under --data-dir with train/dev/test files, "
+        "or one file (.jsonl, .csv, .parquet, also .gz).",
+        show_default=False,
+    ),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Model folder written by `geep train`, or such a model of the hub.", show_default=False)
+]
+FolderArgument = Annotated[Path, typer.Argument(help="Model folder written by `geep train`.", show_default=False)]
+
+DataDir = Annotated[Path | None, typer.Option(help="Folder of data set folders.", rich_help_panel=DATA)]
+TextColumn = Annotated[str, typer.Option(help="Column of the text.", rich_help_panel=DATA)]
+TextPairColumn = Annotated[
+    str, typer.Option(help="Column of the second text, where there is one.", rich_help_panel=DATA)
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
+OtherColumn = Annotated[
+    str | None, typer.Option(help="Of the file named. Default: as trained.", rich_help_panel=DATA, show_default=False)
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all that is drawn. Default: a fixed one.")]
+
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Accuracy lost against the full model, at most, in points. Default: 0.5.", rich_help_panel=PROMISE
+    ),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: share answered as the full model answers, at least, such as 0.99. Needs no labels.",
+        rich_help_panel=PROMISE,
+    ),
+]
+Confidence = Annotated[float, typer.Option(help="How sure the promise is.", rich_help_panel=PROMISE)]
+CalibrationRows = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="File of rows like those to come, on which the promise is certified instead of the held-out rows; never "
+        "rows that were trained on.",
+        rich_help_panel=PROMISE,
+    ),
+]
+OnMissOption = Annotated[
+    str,
+    typer.Option(help="Unsure at the predicted exit: 'continue', or 'stop' as the paper.", rich_help_panel=PROMISE),
+]
+Lexical = Annotated[
+    bool | None,
+    typer.Option(
+        "--lexical/--no-lexical", help="Answers by the table alone. Default: if they pay.", rich_help_panel=PROMISE
+    ),
+]
+
+Speed = Annotated[
+    float | None,
+    typer.Option(help="Exit once uncertainty is below this, 0 (full model) to 1. Default: the calibrated speed."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, … Default: a GPU where there is one.", rich_help_panel=RUNNING)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"{names('DTYPES')} (int8: on CPUs). Default: by device.", rich_help_panel=RUNNING),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help=f"{names('BACKENDS')}. Default: by encoder and device.", rich_help_panel=RUNNING),
+]
+MaxBatchTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a staircase. Default: by a short timing.", rich_help_panel=RUNNING),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub.", rich_help_panel=HUB)]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Access token. Default: the stored one.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel=HUB
+    ),
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where downloads are kept. Default: the hub's cache.", rich_help_panel=HUB)
+]
+LocalFilesOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Use what is in the cache and ask no network.", rich_help_panel=HUB)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, for machines.")]
+
+
+def layers(text: str | None) -> Sequence[int] | None:
+    """Layer numbers of a list by commas; None for none given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--exit-layers takes layer numbers by commas, as 1,2,4; got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def promise(max_drop: float | None, min_agreement: float | None, confidence: float) -> geep.Promise:
+    """The promise that options name; half a point of accuracy if they name none."""
+    if max_drop is None and min_agreement is None:
+        max_drop = 0.5
+    return geep.Promise(None if max_drop is None else max_drop / 100, min_agreement, confidence)
+
+
+def on_miss(value: str) -> OnMiss:
+    """The rule on a miss."""
+    if value in ("stop", "continue"):
+        rule: Literal["stop", "continue"] = "stop" if value == "stop" else "continue"
+        return rule
+    raise ValueError(f"--on-miss is 'stop' or 'continue', got {value!r}.")
+
+
+def training_arguments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Values by name from a list of NAME=VALUE; a value that is no JSON is a string."""
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set takes NAME=VALUE, as lr_scheduler_type=cosine; got {assignment!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

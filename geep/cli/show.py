@@ -1,0 +1,250 @@
+"""What people see: tables, bars, errors. What was computed is not known here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import geep
+from geep import progress as progress_room
+
+Report = progress_room.Progress
+
+
+def console_for(as_json: bool) -> Console:
+    """People read standard output; with --json it belongs to the document, and people read standard error."""
+    return Console(stderr=as_json)
+
+
+def document(value: object, as_json: bool) -> None:
+    """Print the one JSON document of a command, if it was asked for."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple | set) else str(value)
+
+
+@contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Turn errors a user can cause into one message and exit code 2; anything else keeps its traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Other libraries' bars and chatter stay out of the way of ours; read when transformers is first imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError, geep.FetchError) as error:
+        if os.environ.get("GEEP_DEBUG"):
+            raise
+        if as_json:
+            document({"error": str(error), "error_type": type(error).__name__}, as_json)
+        # Neither wrapped nor coloured: paths and commands in it can be copied.
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped; the same command goes on.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Report]:
+    """Show a bar with the time left for each thing that is reported; for logs, a line now and then."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as shown:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _lines(console: Console) -> Report:
+    """For logs: a line when something begins and at every quarter, or whenever an unknown number has doubled."""
+    said: dict[str, int] = {}
+
+    def report(what: str, done: int, total: int | None) -> None:
+        step = min(4 * done // total, 4) if total else done.bit_length()
+        if said.get(what, -1) < step:
+            said[what] = step
+            console.print(f"{what}: {25 * step} %" if total else f"{what}: {done:,}")
+
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What each command found
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
+    """Say how many rows there are for what."""
+    test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
+    console.print(
+        f"{dataset.name}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
+        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}."
+    )
+
+
+def trained(console: Console, result: geep.TrainResult) -> None:
+    """Say what training did, and how good the model is beside always answering the most frequent label."""
+    if result.was_finished:
+        console.print("The folder holds a model trained with these settings already; nothing was trained.")
+    else:
+        console.print(f"Trained {result.steps:,} steps, {result.seconds:.0f} s.")
+    dev = result.dev
+    if dev is None:
+        return
+    measure = "accuracy" if dev.micro_f1 is None else "micro F1"
+    console.print(
+        f"On {dev.num_rows:,} rows it did not learn from: {measure} {100 * dev.score:.2f} %, macro F1 "
+        f"{100 * dev.macro_f1:.2f} %; always answering the most frequent label: {100 * dev.majority:.2f} %. "
+        f"Weights of epoch {dev.best_epoch:g}."
+    )
+    if result.learned_nothing is not None:
+        console.print(f"[bold yellow]{escape(result.learned_nothing)}[/]")
+
+
+def profiled(console: Console, found: geep.ProfileResult, num_texts: int) -> None:
+    """Show how well exit layers are predicted."""
+    table = Table(title=f"How well exit layers are predicted on {num_texts:,} held-out texts")
+    for name in ("predictor", "speed", "rank correlation", "mean error, layers", "predicted too early"):
+        table.add_column(name, justify="left" if name == "predictor" else "right")
+    for row in found.quality:
+        table.add_row(
+            row.kind,
+            f"{row.speed:g}",
+            f"{row.rank_correlation:.2f}",
+            f"{row.mean_absolute_error:.2f}",
+            f"{row.early_share:.0%}",
+        )
+    console.print(table)
+    predictor = found.engine.predictor
+    console.print(
+        f"Criterion {found.engine.settings.criterion}, predictor {predictor.kind if predictor else None}. "
+        "Speed 0 (the full model) until `geep calibrate` finds one."
+    )
+
+
+def calibrated(console: Console, result: geep.Calibration) -> None:
+    """Show the walk that was kept."""
+    what, trials = result.promise.risk.name, result.walk.trials
+    table = Table(title=f"Certifying {what} of at most {result.promise.allowed:.2%} on {result.num_texts:,} texts")
+    for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
+        table.add_column(name, justify="right")
+    shown = trials if len(trials) <= 12 else trials[:: max(len(trials) // 10, 1)] + trials[-1:]
+    for trial in shown:
+        table.add_row(
+            f"{trial.speed:g}",
+            f"{trial.mean_exit_layer:.2f}",
+            f"{trial.risk:.2%}",
+            f"{trial.bound:.2%}",
+            "[green]kept[/]" if trial.passed else "[red]stop[/]",
+        )
+    console.print(table)
+    settings = result.engine.settings
+    if settings.speed == 0:
+        console.print(
+            "[yellow]No speed keeps this promise: the full model will answer. More held-out texts would help.[/]"
+        )
+        return
+    console.print(
+        f"Speed {settings.speed:g}, quantile {settings.quantile:g}, "
+        f"lexical exit {'on' if settings.lexical_exit else 'off'}."
+    )
+
+
+def evaluated(console: Console, report: geep.EvaluationReport) -> None:
+    """Show the engine beside its rivals."""
+    title = f"{report.num_texts:,} texts; timed on {report.num_timed:,}, median of {report.rounds} rounds"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # The numbers keep their width on a terminal of 80 columns; long names go on in a second line.
+    table.add_column("", overflow="fold")
+    for name in ("accuracy %", "agrees %", "layers run", "fewer", "texts/s", "x full"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    for row in report.rows:
+        table.add_row(
+            row.name,
+            "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
+            f"{100 * row.agreement:.2f}",
+            f"{row.mean_exit_layer:.2f}",
+            "-" if row.layer_speedup is None else f"{row.layer_speedup:.2f}x",
+            f"{row.throughput:,.1f}",
+            f"{row.ratio:.2f}x",
+            style="bold red" if row.name == "GEEP continue" else None,
+        )
+    console.print(table)
+    for quality in report.quality:
+        console.print(
+            f"Exit layers by {quality.kind}: rank correlation {quality.rank_correlation:.2f}, mean error "
+            f"{quality.mean_absolute_error:.2f} layers, too early {quality.early_share:.0%}"
+        )
+    best = geep.headline(report)
+    drop = "" if best.accuracy_drop is None else f"accuracy {-100 * best.accuracy_drop:+.2f} points, "
+    lexical = report.row("geep-continue").lexical_share
+    constant = "no constant depth is as good"
+    if best.over_constant is not None:
+        constant = f"{best.over_constant:.2f}x the fastest constant depth as good ({best.constant_depth})"
+    console.print(
+        f"[bold]GEEP at speed {report.speed:g}[/]: {drop}layers / {best.layer_speedup or float('inf'):.2f}, "
+        f"time: {best.over_full:.2f}x packed full, {best.over_pipeline:.2f}x HF pipeline, "
+        f"{constant}; {lexical:.0%} answered by the table alone."
+    )
+
+
+def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers: int) -> None:
+    """Say what became of a file."""
+    if result.num_bad:
+        console.print(f"[yellow]{result.num_bad:,} bad rows left out[/], listed in {goal}.errors.jsonl; the first:")
+        for bad in result.bad_rows[:3]:
+            console.print(f"  line {bad.line}: {escape(bad.reason)}")
+    mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
+    console.print(
+        f"{result.rows:,} rows in {result.seconds:.1f} s "
+        f"({result.rows / max(result.seconds, 1e-9):,.0f} a second), "
+        f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {goal}"
+    )
+
+
+def predictions(console: Console, answers: Sequence[Mapping[str, Any]], *, multi_label: bool) -> None:
+    """Show texts with their labels."""
+    table = Table()
+    for name in ("labels" if multi_label else "label", "score", "exit layer", "predicted", "text"):
+        table.add_column(name, justify="left" if name in ("label", "labels", "text") else "right")
+    for answer in answers:
+        predicted = answer["predicted_layer"]
+        table.add_row(
+            (", ".join(answer["labels"]) or "none") if multi_label else answer["label"],
+            f"{answer['score']:.3f}",
+            str(answer["exit_layer"]),
+            "-" if predicted is None else str(predicted),
+            escape(answer["text"][:70] + ("…" if len(answer["text"]) > 70 else "")),
+        )
+    console.print(table)

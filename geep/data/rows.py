@@ -1,0 +1,103 @@
+"""Rows of files: what a usable row is, and what is said of one that is none.
+
+The file knows columns and values; it refuses to know file formats, labels' meaning and how files are written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAIR_COLUMN = "text_pair"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One usable row of a file.
+
+    Attributes:
+        line: Line of the file on which the row begins, counted from 1; in Parquet the row's number, from 1.
+        fields: All columns of the row, the text included. In CSV every value is a string.
+        text: The text, a valid Unicode string. It may be empty.
+        text_pair: The second text, or None where the row has none.
+        label: The label as it stands in the file, or None where the row has none.
+    """
+
+    line: int
+    fields: dict[str, object]
+    text: str
+    text_pair: str | None
+    label: object | None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """One row that cannot be used, and why.
+
+    Attributes:
+        line: Line of the file on which the row begins, counted from 1; in Parquet the row's number, from 1.
+        reason: What was found and what was expected.
+    """
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what, and which of them must exist."""
+
+    text: str
+    pair: str
+    label: str
+    require_label: bool
+
+    def check(self, path: Path, found: Iterable[str]) -> None:
+        """Raise if a column that is asked for is not among those of the file."""
+        names = list(found)
+        wanted = [(self.text, "text", "--text-column")]
+        if self.pair != PAIR_COLUMN:  # a pair under its default name may be absent
+            wanted.append((self.pair, "second text", "--text-pair-column"))
+        if self.require_label:
+            wanted.append((self.label, "label", "--label-column"))
+        for column, meaning, flag in wanted:
+            if column not in names:
+                shown = ", ".join(repr(name) for name in names) or "none"
+                raise ValueError(
+                    f"{path} has no {meaning} column {column!r}; its columns are: {shown}. "
+                    f"Name the right one with {flag}."
+                )
+
+    def row(self, line: int, fields: dict[str, object]) -> Row | BadRow:
+        """Make a row of named fields, or say why it is none."""
+        text = fields.get(self.text)
+        if not isinstance(text, str):
+            return BadRow(line, _not_a_text(self.text, fields))
+        pair = fields.get(self.pair)
+        if pair is None and self.pair == PAIR_COLUMN:
+            pass
+        elif not isinstance(pair, str):
+            return BadRow(line, _not_a_text(self.pair, fields))
+        label = fields.get(self.label)
+        if label == "":  # CSV has no other way to say that a row has no label
+            label = None
+        if label is None and self.require_label:
+            return BadRow(line, f"no label in column {self.label!r}")
+        return Row(line, fields, text, pair, label)
+
+
+def _not_a_text(column: str, fields: dict[str, object]) -> str:
+    if column not in fields:
+        return f"no column {column!r}; found {sorted(fields)[:10]}"
+    return f"column {column!r} must be a string, found {shown(fields[column])}"
+
+
+def shown(value: object) -> str:
+    """A value as JSON would write it, short enough for a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

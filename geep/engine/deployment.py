@@ -1,0 +1,233 @@
+"""How an engine runs: what is asked for becomes device, dtype, backend and longest text.
+
+Read `EngineConfig` (asked for), `Deployment` (what it became), `load_model`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from geep.backends import BACKENDS, Backend, CudaOptions
+from geep.backends.int8 import ActivationRanges, largest_weight
+from geep.engine.cost import batch_tokens, measure_cost
+from geep.folder import HubOptions
+from geep.modeling import GeepForSequenceClassification, family_of
+from geep.scheduler import CostModel
+
+logger = logging.getLogger(__name__)
+
+# Dtypes an engine may be asked for, and the dtype its model then has; which of them a backend runs, it says itself.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs. What it decides is in `ExitSettings`.
+
+    Attributes:
+        backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's family allows it, else padded.
+        device: "cpu", "cuda", …; None: a GPU where there is one.
+        dtype: Row of `DTYPES`; None: the backend's default, float32 on a CPU, bfloat16 on a GPU. "int8" multiplies in
+            8 bits and keeps all else in float32.
+        max_batch_tokens: Tokens of a staircase; None: what a short timing of the backend finds enough (`CostModel`).
+        window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
+        max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
+        compile: Whether the cuda backend compiles its layer and replays graphs of small batches: slower at first,
+            faster then. None: on a GPU.
+    """
+
+    backend: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    max_batch_tokens: int | None = None
+    window_tokens: int = 2**17
+    max_length: int | None = None
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"Unknown backend {self.backend!r}; known: {sorted(BACKENDS)}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}.")
+        for name in ("max_batch_tokens", "window_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_length is not None and self.max_length < 3:
+            raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of `EngineConfig` as keywords, for type checkers; a test holds the two together."""
+
+    backend: str | None
+    device: str | None
+    dtype: str | None
+    max_batch_tokens: int | None
+    window_tokens: int
+    max_length: int | None
+    compile: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model as it runs on this machine.
+
+    Attributes:
+        model: On its device and in its dtype, not in training.
+        dtype: Row of `DTYPES`.
+        backend: Runs the encoder's layers and the exits.
+        max_length: Longest text in tokens.
+        cost: What a layer and a check take on this machine; None on a GPU or where the budget was given.
+        max_batch_tokens: Tokens of a staircase.
+        deployed_as: In words, all that a promise depends on: backend, dtype and longest text.
+    """
+
+    model: GeepForSequenceClassification
+    dtype: str
+    backend: Backend[Any]
+    max_length: int
+    cost: CostModel | None
+    max_batch_tokens: int
+    deployed_as: str
+
+    @classmethod
+    def of(
+        cls,
+        model: GeepForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EngineConfig,
+        ranges: ActivationRanges | None,
+    ) -> Deployment:
+        """Take a model over: move it to the device, cast it to the dtype and build the backend that runs it.
+
+        Raises:
+            ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
+                run the encoder.
+        """
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again."
+                )
+        device = _device(config.device)
+        backend_name = config.backend or default_backend(model.encoder.config.model_type, device)
+        dtype = _dtype(config.dtype, backend_name, device)
+        model = nn.Module.to(model, device=device, dtype=DTYPES[dtype]).train(mode=False)
+        max_length = _max_length(config.max_length, model, tokenizer)
+        backend = _build_backend(backend_name, model, dtype, ranges, config.compile)
+        # Weights of fewer bits answer otherwise: a promise made with 8 does not cover them.
+        weights = " with 7-bit weights" if dtype == "int8" and largest_weight() < 127 else ""
+        is_timed = device.type == "cpu" and config.max_batch_tokens is None
+        cost = measure_cost(backend, model.config.depths[0]) if is_timed else None
+        return cls(
+            model,
+            dtype,
+            backend,
+            max_length,
+            cost,
+            config.max_batch_tokens or batch_tokens(cost),
+            f"{backend_name}, {dtype}{weights}, at most {max_length} tokens",
+        )
+
+
+def load_model(
+    path: str | Path, hub: HubOptions | None = None
+) -> tuple[GeepForSequenceClassification, PreTrainedTokenizerBase]:
+    """Load model (float32) and tokenizer of a folder or of the hub, whole or not at all.
+
+    Args:
+        path: Folder or model id.
+        hub: How a model of the hub is had; None: its defaults.
+
+    Raises:
+        FileNotFoundError: If `path` is no folder and cannot be a name on the hub.
+        ValueError: If the weights are damaged or do not cover the model.
+    """
+    name, options = str(path), {} if hub is None else hub.keywords()
+    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no model folder {name}; make one with `geep train`.")
+    try:
+        model, info = GeepForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} are damaged ({error}); copy or train the model again.") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"The weights of {path} lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])!r}; "
+            "the file belongs to another model or was cut. Copy or train the model again."
+        )
+    return model, AutoTokenizer.from_pretrained(name, **options)
+
+
+def default_backend(model_type: str, device: torch.device) -> str:
+    """Name of the first backend that runs an encoder's family on a device."""
+    names = ("cuda", *BACKENDS) if device.type == "cuda" else BACKENDS
+    return next(name for name in names if BACKENDS[name].supports(model_type))
+
+
+def _build_backend(
+    name: str,
+    model: GeepForSequenceClassification,
+    dtype: str,
+    ranges: ActivationRanges | None,
+    compiles: bool | None,
+) -> Backend[Any]:
+    backend = BACKENDS[name]
+    if name == "cuda" and compiles is not None:
+        options = CudaOptions(compile=compiles, graphs=None if compiles else False)
+        return backend.build(model, dtype=dtype, ranges=ranges, options=options)
+    if compiles:
+        raise ValueError(f"compile=True is for the cuda backend, found {name!r}; leave it out.")
+    return backend.build(model, dtype=dtype, ranges=ranges)
+
+
+def _device(asked: str | None) -> torch.device:
+    if asked is None:
+        found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("Running on %s.", found)
+        return found
+    device = torch.device(asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={asked!r} was asked for, but torch finds no CUDA device; use device='cpu'.")
+    return device
+
+
+def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
+    known = BACKENDS[backend].dtypes(device.type)
+    if not known:
+        raise ValueError(f"The {backend} backend does not run on {device.type}; use device='cpu' or another backend.")
+    if asked is None:
+        return known[0]
+    if asked not in known:
+        others = [name for name, row in BACKENDS.items() if asked in row.dtypes(device.type)]
+        raise ValueError(
+            f"{asked} is not run by the {backend} backend on {device.type}, which runs {' or '.join(known)}; "
+            f"use one of them{f', or backend={others[0]!r}' if others else ''}."
+        )
+    if device.type == "cpu" and asked == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
+    return asked
+
+
+def _max_length(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text in tokens: the least of the user's, the tokenizer's and the position table's limits."""
+    config = model.encoder.config
+    positions = config.max_position_embeddings
+    if family_of(config).positions_after_pad:
+        positions -= config.pad_token_id + 1
+    limits = [positions, tokenizer.model_max_length, *([] if asked is None else [asked])]
+    return int(min(limits))

@@ -1,0 +1,450 @@
+"""The engine: texts in, predictions out, in the caller's order.
+
+Life of a text: token ids → lexical exit, or predicted exit layer → staircase → exit → prediction. There is one way
+through, `Engine.run_tokens`; Python callers, files and evaluation all take it.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from geep.backends import TokenBatch
+from geep.backends.int8 import ActivationRanges
+from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, load_model
+from geep.engine.predictions import Prediction, Predictions
+from geep.engine.run import Course, Plan, RunResult
+from geep.engine.settings import ExitSettings
+from geep.engine.tokens import TextInput, TokenizedTexts, check_texts, in_parts, tokenize, tokenized_ahead
+from geep.exits import AGREEMENT
+from geep.folder import RANGES_FILE, SETTINGS_FILE, TABLE_FILE, HubOptions, file_of, fingerprint
+from geep.modeling import GeepForSequenceClassification, family_of
+from geep.predictor import ExitPrediction, ExitPredictor
+from geep.progress import Progress, no_progress
+
+Integers = NDArray[np.int64]
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Classifies texts; see the module's docstring.
+
+    Invariants: the result has one prediction for each text, in order; a text's answer does not depend on the texts
+    beside it beyond the rounding of its dtype; an engine holds no state that a call could change, so calls may come
+    from several threads.
+    """
+
+    def __init__(
+        self,
+        model: GeepForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        predictor: ExitPredictor | None = None,
+        settings: ExitSettings | None = None,
+        config: EngineConfig | None = None,
+        identity: dict[str, str] | None = None,
+        ranges: ActivationRanges | None = None,
+    ) -> None:
+        """Make an engine of parts in memory; `from_pretrained` makes one of a folder.
+
+        Args:
+            model: Taken over: moved to the device and cast to the dtype.
+            tokenizer: Its tokenizer.
+            predictor: Exit table of this very model and tokenizer.
+            settings: When exits answer; None: the full model always does.
+            config: How to run.
+            identity: The `fingerprint` of model and tokenizer, where it is known already.
+            ranges: Ranges of the model's activations, which the packed backend needs for int8.
+
+        Raises:
+            ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
+                run the encoder, or the settings need a table that is not there.
+        """
+        self.config = EngineConfig() if config is None else config
+        self.settings = ExitSettings() if settings is None else settings
+        self.tokenizer = tokenizer
+        self.predictor = predictor
+        self.ranges = ranges
+        self.depths: tuple[int, ...] = model.config.depths
+        self.multi_label: bool = model.config.problem_type == "multi_label_classification"
+        names: dict[Any, str] = dict(model.config.id2label or {})
+        self.label_names = tuple(names[i] for i in range(len(names)))
+        self._check(self.settings)
+        # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
+        self.identity = fingerprint(model, tokenizer) if identity is None else identity
+        self.deployment = Deployment.of(model, tokenizer, self.config, ranges)
+        # The table where it is asked: on a GPU, one kernel foretells a window's exit layers.
+        self._planner = None if predictor is None else _on_device(predictor, self.model.device)
+        self._course = Course(
+            backend=self.deployment.backend,
+            depths=self.depths,
+            num_labels=len(self.label_names),
+            multi_label=self.multi_label,
+            max_batch_tokens=self.deployment.max_batch_tokens,
+            window_tokens=self.config.window_tokens,
+        )
+        if self.settings.certified_on not in (None, self.deployment.deployed_as):
+            logger.warning(
+                "The speed was certified for [%s], this engine runs [%s]: the promise does not cover it. "
+                "Run `geep profile` and `geep calibrate` as deployed.",
+                self.settings.certified_on,
+                self.deployment.deployed_as,
+            )
+
+    @property
+    def model(self) -> GeepForSequenceClassification:
+        """The model, on its device and in its dtype."""
+        return self.deployment.model
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Load and save
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        speed: float | None = None,
+        exits: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **config: Unpack[EngineOptions],
+    ) -> Engine:
+        """Load a folder written by `geep train` (or `Engine.save_pretrained`), or such a model of the hub.
+
+        Args:
+            path: Folder or model id.
+            speed: Overrides the calibrated speed.
+            exits: Whether to read table and settings; without them every text runs all layers.
+            revision: Of a model of the hub: branch, tag or commit; None: the default branch.
+            token: Access token, or True for the stored one; None: the stored one where needed.
+            cache_dir: Where downloads are kept; None: the hub's cache.
+            local_files_only: Whether to use what is in the cache already and ask no network.
+            **config: Fields of `EngineConfig`: backend, device, dtype, max_batch_tokens, window_tokens, max_length,
+                compile.
+
+        Raises:
+            FileNotFoundError: If `path` is no folder and cannot be a name on the hub.
+            OSError: If the hub has no such model, or cannot be reached.
+            ValueError: If files of the folder are damaged or do not belong together.
+            TypeError: If a keyword is no field of `EngineConfig`.
+        """
+        engine_config = EngineConfig(**config)
+        hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
+        model, tokenizer = load_model(path, hub)
+        table = file_of(path, TABLE_FILE, hub) if exits else None
+        calibration = file_of(path, SETTINGS_FILE, hub) if exits else None
+        observed = file_of(path, RANGES_FILE, hub) if engine_config.dtype == "int8" else None
+        identity = fingerprint(model, tokenizer)
+        settings = ExitSettings() if calibration is None else ExitSettings.load(calibration)
+        return cls(
+            model,
+            tokenizer,
+            predictor=None if table is None else ExitPredictor.load(table, fingerprint=identity),
+            settings=settings if speed is None else replace(settings, speed=speed),
+            config=engine_config,
+            identity=identity,
+            ranges=None if observed is None else ActivationRanges.load(observed, fingerprint=identity),
+        )
+
+    def in_float32(self) -> Engine:
+        """Return the engine in float32 on the same weights, without table: the reference of a quantised one.
+
+        Raises:
+            ValueError: If the engine has cast the weights, so that float32 is gone.
+        """
+        if self.model.dtype != torch.float32:
+            raise ValueError(f"The weights were cast to {self.model.dtype}; load the model again in float32.")
+        # The size of batches is taken over: a reference need not be timed.
+        budget = self.deployment.max_batch_tokens
+        config = replace(self.config, backend=None, dtype="float32", max_batch_tokens=budget)
+        return Engine(self.model, self.tokenizer, config=config, identity=self.identity)
+
+    def save_pretrained(self, folder: str | Path, *, record: Mapping[str, Any] | None = None) -> None:
+        """Write model, tokenizer, table and settings; `record` is kept in `calibration.json` beside the settings.
+
+        Raises:
+            ValueError: If the engine has cast the weights: rounded ones do not belong in a folder.
+        """
+        if self.model.dtype != torch.float32:
+            raise ValueError(
+                f"The engine runs in {self.model.dtype}, and rounded weights are not saved. Save model and tokenizer "
+                "before making an engine of them, then write the table beside them with engine.save_exits(folder)."
+            )
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.save_exits(folder, record=record)
+
+    def save_exits(self, folder: str | Path, *, record: Mapping[str, Any] | None = None) -> None:
+        """Write table, settings and int8 ranges beside a model that is in the folder; an older table does not stay."""
+        table = Path(folder) / TABLE_FILE
+        if self.predictor is None:
+            table.unlink(missing_ok=True)
+        else:
+            self.predictor.save(table, fingerprint=self.identity)
+        if self.ranges is not None:
+            self.ranges.save(Path(folder) / RANGES_FILE, fingerprint=self.identity)
+        self.settings.save(folder, record)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload geep classifier",
+    ) -> str:
+        """Upload model, tokenizer, table and settings to the Hugging Face hub, as `save_pretrained` writes them.
+
+        Args:
+            repo_id: ``user/name``; made if it does not exist.
+            token: Access token, or True for the stored one; None: the stored one.
+            private: Whether a repository that is made is private; None: the account's default.
+            revision: Branch to commit to; None: the default branch.
+            commit_message: The commit's message.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: As `save_pretrained`.
+        """
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory(prefix="geep-") as folder:
+            self.save_pretrained(folder)
+            made = hub.create_repo(repo_id, private=private, exist_ok=True)
+            return str(
+                hub.upload_folder(
+                    repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+                )
+            )
+
+    def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
+        """Return an engine on the same weights with another table or other settings."""
+        other = object.__new__(Engine)
+        other.__dict__.update(self.__dict__)
+        if predictor is not None:
+            other.predictor, other._planner = predictor, _on_device(predictor, self.model.device)
+        other.settings = self.settings if settings is None else settings
+        other._check(other.settings)
+        return other
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Texts in, predictions out
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        texts: Iterable[TextInput],
+        *,
+        speed: float | None = None,
+        top_k: int | None = None,
+        threshold: float = Predictions.threshold,
+    ) -> list[Prediction]:
+        """Classify texts, or pairs of texts.
+
+        Args:
+            texts: Strings, or tuples of two strings, in a list or any other iterable. None gives an empty list.
+            speed: Overrides the engine's speed for this call.
+            top_k: Labels in `Prediction.scores`, most likely first; None: all, in the model's order.
+            threshold: Probability from which a label of a multi-label model is in `Prediction.labels`.
+
+        Returns:
+            One prediction for each text, in the order of the texts.
+
+        Raises:
+            TypeError: If `texts` is one string, or an item is neither a string nor a pair of strings.
+            ValueError: If a text holds half a character (a lone surrogate); the message names it. If an option is out
+                of range.
+            FloatingPointError: If a text's logits are not finite; the message names it.
+        """
+        return list(self.predict_columns(texts, speed=speed, top_k=top_k, threshold=threshold))
+
+    def predict_columns(
+        self,
+        texts: Iterable[TextInput],
+        *,
+        speed: float | None = None,
+        top_k: int | None = None,
+        threshold: float = Predictions.threshold,
+    ) -> Predictions:
+        """Classify texts as `predict` does, and answer in columns: arrays of labels, scores and exit layers."""
+        parts = list(self.predict_stream(texts, speed=speed, top_k=top_k, threshold=threshold))
+        if not parts:
+            nothing = self.tokenize([])
+            parts = [self._predictions(self.run_tokens(nothing.batch), nothing.truncated, top_k, threshold)]
+        return Predictions.join(parts)
+
+    def predict_stream(
+        self,
+        texts: Iterable[TextInput],
+        *,
+        speed: float | None = None,
+        top_k: int | None = None,
+        threshold: float = Predictions.threshold,
+    ) -> Iterator[Predictions]:
+        """Classify texts as `predict_columns` does, a part at a time, in memory that does not grow with their number.
+
+        Texts are taken from the iterable as they are needed, a part ahead of the run.
+        """
+        settings = self.settings if speed is None else replace(self.settings, speed=speed)
+        start = 0
+        for tokens in tokenized_ahead(in_parts(texts), self._tokenize):
+            result = self.run_tokens(tokens.batch, settings=settings)
+            self._check_finite(result, tokens.batch, settings, first=start)
+            yield self._predictions(result, tokens.truncated, top_k, threshold)
+            start += len(tokens.batch)
+
+    def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
+        """Turn texts into token ids, cut at the longest length; memory grows with the number of texts.
+
+        Raises:
+            TypeError, ValueError: As `predict`.
+        """
+        if isinstance(texts, str):
+            raise TypeError("Expected a list of texts, got one string; write tokenize([text]).")
+        check_texts(texts)
+        return self._tokenize(texts)
+
+    def _tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
+        return tokenize(
+            self.tokenizer,
+            texts,
+            max_length=self.deployment.max_length,
+            has_segments=family_of(self.model.encoder.config).has_token_type_ids,
+        )
+
+    def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
+        broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()
+        if not broken:
+            return
+        # A backend may run short texts in one block, in which NaN spreads. The text to name is broken alone, too.
+        for row in broken:
+            alone = self.run_tokens(batch.select(np.array([row])), settings=settings)
+            if not torch.isfinite(alone.logits).all():
+                break
+        else:
+            row = broken[0]
+        raise FloatingPointError(
+            f"Text {first + row} has logits that are not finite; nothing can be said of it. "
+            f"If the dtype is {self.deployment.dtype}, try float32."
+        )
+
+    def _predictions(
+        self, result: RunResult, truncated: NDArray[np.bool_], top_k: int | None, threshold: float
+    ) -> Predictions:
+        return Predictions.of_logits(
+            result.logits,
+            multi_label=self.multi_label,
+            label_names=self.label_names,
+            exit_layers=result.exit_layers,
+            predicted_layers=None if self.predictor is None else result.predicted_layers,
+            truncated=truncated,
+            threshold=threshold,
+            top_k=top_k,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Tokens in, logits out
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def plan(self, batch: TokenBatch, *, settings: ExitSettings | None = None) -> Plan:
+        """Say, before the run, at which layer each text is to be asked first.
+
+        Without a table every text is asked at the first exit ("continue"), and speed 0 always runs all layers. Where
+        only some exits are asked, it is the next of them.
+        """
+        settings = self.settings if settings is None else settings
+        asked = settings.asked_layers(self.depths)
+        if settings.speed == 0:
+            return Plan(np.full(len(batch), self.depths[-1]), None)
+        if self._planner is None:
+            self._check(settings)
+            return Plan(np.full(len(batch), asked[0]), None)
+        return self.plan_from(self.foretell(batch, settings), batch.lengths, settings)
+
+    def foretell(self, batch: TokenBatch, settings: ExitSettings) -> ExitPrediction:
+        """Ask the table, which must be there; of the settings, only speed and quantile matter."""
+        if self._planner is None:
+            raise ValueError("There is no exit table to ask; run `geep profile` first.")
+        place = self._planner.device
+        return self._planner.predict(
+            torch.from_numpy(batch.input_ids).to(place),
+            torch.from_numpy(batch.lengths).to(place),
+            speed=settings.speed,
+            quantile=settings.quantile,
+        )
+
+    def plan_from(self, found: ExitPrediction, lengths: Integers, settings: ExitSettings) -> Plan:
+        """Make a plan of what the table said of texts of these lengths."""
+        asked = settings.asked_layers(self.depths)
+        layers = asked[np.searchsorted(asked, found.exit_layers.cpu().numpy())]
+        if found.lexical_logits is None:
+            return Plan(layers, None)
+        lexical = found.lexical_logits.cpu()
+        if settings.lexical_exit:
+            unsure = settings.uncertainty(lexical, 0, multi_label=self.multi_label)
+            # Empty texts have no token to guess from.
+            layers[(unsure < settings.speed).numpy() & (lengths > 0)] = 0
+        return Plan(layers, lexical)
+
+    def run_tokens(
+        self, batch: TokenBatch, *, settings: ExitSettings | None = None, exit_layers: Integers | None = None
+    ) -> RunResult:
+        """Run tokenised texts: plan, schedule, staircases, pooled survivors.
+
+        Args:
+            batch: The texts.
+            settings: Overrides the engine's settings.
+            exit_layers: Layers that take the place of the prediction, each an exit or the full model, (num_texts,);
+                the lexical exit is then left out.
+
+        Raises:
+            ValueError: If an exit layer has no exit.
+        """
+        settings = self.settings if settings is None else settings
+        if exit_layers is None:
+            plan = self.plan(batch, settings=settings)
+        else:
+            unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
+            if unknown:
+                raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
+            # The table's guess is read where an exit's answer is judged, which "stop" never does.
+            judged = settings.criterion == AGREEMENT and settings.on_miss == "continue"
+            guess = self.plan(batch, settings=settings).lexical_logits if judged else None
+            plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
+        return self._course.run(batch, plan, settings)
+
+    def exit_logits(self, batch: TokenBatch, *, what: str = "all exits", progress: Progress = no_progress) -> Tensor:
+        """Logits of every exit and of the full model, on the backend as deployed: (num_depths, num_texts, num_labels).
+
+        What profiles, tables and calibrations are made of, so that they speak of the exits that will answer.
+
+        Args:
+            batch: The texts.
+            what: Name of the work for `progress`.
+            progress: Told how many tokens are done.
+        """
+        return self._course.exit_logits(batch, what=what, progress=progress)
+
+    def _check(self, settings: ExitSettings) -> None:
+        settings.check(self.depths, None if self.predictor is None else tuple(self.predictor.depths))
+
+
+def _on_device(predictor: ExitPredictor, device: torch.device) -> ExitPredictor:
+    return predictor.to(device) if device.type == "cuda" else predictor

@@ -1,0 +1,218 @@
+"""One run of texts: its staircases, and the pools in which survivors wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geep.backends import Backend, TokenBatch
+from geep.engine.settings import ExitSettings
+from geep.exits import AGREEMENT
+from geep.progress import Progress, no_progress
+from geep.scheduler import budget_cuts, schedule
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Columns of a run, one row a text, in the caller's order.
+
+    Attributes:
+        logits: Logits over the temperature of the exit that answered, (num_texts, num_labels) float32, on the host.
+        exit_layers: Encoder layers run, (num_texts,).
+        predicted_layers: Layer at which each text was first asked, (num_texts,).
+    """
+
+    logits: Tensor
+    exit_layers: Integers
+    predicted_layers: Integers
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of texts before any encoder layer runs.
+
+    Attributes:
+        predicted_layers: Layer at which each text is asked first; 0: answered by the table, (num_texts,).
+        lexical_logits: The table's guess at the label, (num_texts, num_labels); None where there is none.
+    """
+
+    predicted_layers: Integers
+    lexical_logits: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What every run of an engine shares.
+
+    Attributes:
+        backend: Runs layers and exits.
+        depths: Layers at which an answer can be had, the full model last.
+        num_labels: Labels.
+        multi_label: Whether several labels may hold at once.
+        max_batch_tokens: Tokens of a staircase.
+        window_tokens: Tokens that are sorted and pooled together.
+    """
+
+    backend: Backend[Any]
+    depths: tuple[int, ...]
+    num_labels: int
+    multi_label: bool
+    max_batch_tokens: int
+    window_tokens: int
+
+    def run(self, batch: TokenBatch, plan: Plan, settings: ExitSettings) -> RunResult:
+        """Run texts by a plan: staircases, and pooled survivors, a window at a time."""
+        run = Run(self, settings, plan)
+        with torch.inference_mode():
+            rows = run.answer_known()
+            for start, stop in budget_cuts(batch.lengths[rows], max_tokens=self.window_tokens):
+                run.window(batch, rows[start:stop])
+            return run.result()
+
+    def exit_logits(self, batch: TokenBatch, *, what: str = "all exits", progress: Progress = no_progress) -> Tensor:
+        """Logits of every exit and of the full model: (num_depths, num_texts, num_labels).
+
+        Args:
+            batch: The texts.
+            what: Name of the work for `progress`.
+            progress: Told how many tokens are done.
+        """
+        done, total = 0, len(batch.input_ids)
+        out = torch.empty(len(self.depths), len(batch), self.num_labels)
+        full = np.full(len(batch), self.depths[-1])
+        with torch.inference_mode():
+            for staircase in schedule(full, batch.lengths, max_batch_tokens=self.max_batch_tokens):
+                live = self.backend.start(batch.select(staircase.indices))
+                index = torch.from_numpy(staircase.indices)
+                for layer in range(1, self.depths[-1] + 1):
+                    live = self.backend.advance(live, layer, len(staircase.indices))
+                    if layer in self.depths:
+                        logits = self.backend.exit_logits(live, layer, 0, len(staircase.indices))
+                        out[self.depths.index(layer), index] = logits.float().cpu()
+                done += int(staircase.lengths.sum())
+                progress(what, done, total)
+        return out
+
+
+class Run:
+    """One run of texts: its columns, and the pools in which survivors wait.
+
+    Args:
+        course: What every run of an engine shares.
+        settings: When exits answer.
+        plan: Where each text is asked first.
+    """
+
+    def __init__(self, course: Course, settings: ExitSettings, plan: Plan) -> None:
+        self.course, self.settings, self.plan = course, settings, plan
+        self.backend = course.backend
+        num_texts = len(plan.predicted_layers)
+        self.logits = torch.full((num_texts, course.num_labels), torch.nan)
+        self.waiting: list[tuple[Integers, Tensor]] = []
+        self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
+        self.pools: dict[int, list[tuple[Any, Integers]]] = {}
+
+    def answer_known(self) -> Integers:
+        """Answer the texts that need no encoder, and return the rows of the others."""
+        layers, logits = self.plan.predicted_layers, self.plan.lexical_logits
+        if logits is not None:
+            known = np.flatnonzero(layers == 0)
+            self._answer(known, logits[torch.from_numpy(known)], 0)
+        return np.flatnonzero(layers > 0)
+
+    def window(self, batch: TokenBatch, rows: Integers) -> None:
+        """Run the texts at `rows`; afterwards no pool holds any."""
+        layers = self.plan.predicted_layers[rows]
+        budget = self.course.max_batch_tokens
+        for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
+            texts = rows[staircase.indices]
+            live = self.backend.start(batch.select(texts))
+            for layer in range(1, int(staircase.exit_layers[0]) + 1):
+                due = staircase.texts_at(layer + 1)
+                continuing = due if self._is_final(layer) else None
+                live = self.backend.advance(live, layer, staircase.texts_at(layer), continuing=continuing)
+                if due < len(live.lengths):
+                    self._ask(live, layer, due, texts)
+        # Survivors of all staircases wait at the layer they have run. From the shallowest pool upwards they are packed
+        # into full batches again and run to the next exit, so no batch shrinks as its texts leave.
+        asked = self.settings.asked_layers(self.course.depths)
+        for layer in self.course.depths[:-1]:
+            following = int(asked[np.searchsorted(asked, layer, side="right")])
+            for live, texts in self._merged(self.pools.pop(layer, []), budget):
+                for step in range(layer + 1, following + 1):
+                    continuing = 0 if self._is_final(step) else None
+                    live = self.backend.advance(live, step, len(texts), continuing=continuing)
+                self._ask(live, following, 0, texts)
+
+    def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
+        """Let the exit at `layer` answer the live texts from `start` on; those not certain enough go to the pool."""
+        stop = len(live.lengths)
+        asked = texts[start:stop]
+        logits = self.backend.exit_logits(live, layer, start, stop).float()
+        if self._is_final(layer):
+            self._answer(asked, logits, layer)
+            return
+        # The one wait for the device: who is certain enough decides who goes on.
+        logits = logits.cpu()
+        unsure = self.settings.uncertainty(
+            logits, layer, multi_label=self.course.multi_label, lexical=self._guess(asked)
+        )
+        sure = (unsure < self.settings.speed).numpy()
+        hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
+        self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
+        if len(missed):
+            everyone = start == 0 and len(missed) == stop
+            survivors = live if everyone else self.backend.select(live, start + missed)
+            self.pools.setdefault(layer, []).append((survivors, asked[missed]))
+
+    def _is_final(self, layer: int) -> bool:
+        """Whether the texts that are asked at a layer end there, whatever the answer."""
+        return self.settings.on_miss == "stop" or layer == self.course.depths[-1]
+
+    def _guess(self, texts: Integers) -> Tensor | None:
+        """The table's logits of some texts, where the criterion reads them."""
+        guess = self.plan.lexical_logits
+        if guess is None or self.settings.criterion != AGREEMENT:
+            return None
+        return guess[torch.from_numpy(texts)]
+
+    def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
+        if len(texts):
+            self.exit_layers[texts] = depth
+            scaled = logits / self.settings.temperature(depth)
+            # What the device says stays there until the end: fetching it now would wait for it.
+            if scaled.device.type == "cpu":
+                self.logits[torch.from_numpy(texts)] = scaled
+            else:
+                self.waiting.append((texts, scaled))
+
+    def _merged(self, pool: list[tuple[Any, Integers]], budget: int) -> list[tuple[Any, Integers]]:
+        """Pack the pieces of a pool into as few batches as the budget allows."""
+        if not pool:
+            return []
+        sizes = np.array([int(live.lengths.sum()) for live, _ in pool], dtype=np.int64)
+        merged = []
+        for start, stop in budget_cuts(sizes, max_tokens=budget):
+            pieces = pool[start:stop]
+            if len(pieces) == 1:
+                merged.append(pieces[0])
+                continue
+            live = self.backend.concat([piece for piece, _ in pieces])
+            texts = np.concatenate([texts for _, texts in pieces])
+            by_length = np.argsort(live.lengths, kind="stable")
+            merged.append((self.backend.select(live, by_length), texts[by_length]))
+        return merged
+
+    def result(self) -> RunResult:
+        """Fetch what waits on the device, in one copy."""
+        if self.waiting:
+            texts = np.concatenate([texts for texts, _ in self.waiting])
+            self.logits[torch.from_numpy(texts)] = torch.cat([logits for _, logits in self.waiting]).cpu()
+        return RunResult(self.logits, self.exit_layers, self.plan.predicted_layers)

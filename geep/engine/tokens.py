@@ -1,0 +1,169 @@
+"""Texts checked and tokenised, one part ahead of the run. Models are not known here.
+
+Read `check_texts`, `tokenize`, `tokenized_ahead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils.generic import PaddingStrategy
+
+from geep.backends import TokenBatch
+
+Integers = NDArray[np.int64]
+
+TextInput = str | tuple[str, str]
+
+# Texts tokenised at once by `predict`. Large enough that sorting finds texts alike, small enough to bound memory.
+TEXTS_PER_CALL = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedTexts:
+    """Token ids of texts and which texts were cut, (num_texts,)."""
+
+    batch: TokenBatch
+    truncated: NDArray[np.bool_]
+
+
+def check_texts(texts: Sequence[TextInput], *, first: int = 0) -> None:
+    """Refuse what is no text and no pair of texts.
+
+    Args:
+        texts: The texts.
+        first: Number of the first of them in the caller's list.
+
+    Raises:
+        TypeError: If an item is neither a string nor a pair of strings; the message names it.
+        ValueError: If a text holds half a character (a lone surrogate); the message names it.
+    """
+    for index, text in enumerate(texts, start=first):
+        parts = (text,) if isinstance(text, str) else text
+        if parts is text and not (
+            isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        ):
+            raise TypeError(f"Text {index} is {type(text).__name__}; expected a string or a pair of strings.")
+        if not all(part.isascii() or _is_unicode(part) for part in parts):
+            raise ValueError(
+                f"Text {index} holds half a character (a lone surrogate), expected Unicode; replace it, for example by "
+                "text.encode('utf-8', 'replace').decode()."
+            )
+
+
+def in_parts(texts: Iterable[TextInput]) -> Iterator[Sequence[TextInput]]:
+    """Cut texts into parts of `TEXTS_PER_CALL`, each checked as it comes: memory does not grow with their number.
+
+    A sequence is checked whole before its first part, so that nothing is run for nothing.
+
+    Raises:
+        TypeError, ValueError: As `check_texts`; also if `texts` is one string.
+    """
+    if isinstance(texts, str):
+        raise TypeError("Expected a list of texts, got one string; write predict([text]).")
+    if isinstance(texts, Sequence):
+        check_texts(texts)
+        yield from (texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL))
+        return
+    source, first = iter(texts), 0
+    while part := list(islice(source, TEXTS_PER_CALL)):
+        check_texts(part, first=first)
+        yield part
+        first += len(part)
+
+
+def tokenized_ahead(
+    parts: Iterable[Sequence[TextInput]], work: Callable[[Sequence[TextInput]], TokenizedTexts]
+) -> Iterator[TokenizedTexts]:
+    """Tokenise each part while the one before it runs; the tokenizer's Rust threads leave Python's lock alone."""
+    with ThreadPoolExecutor(1, thread_name_prefix="geep-tokenize") as thread:
+        waiting: Future[TokenizedTexts] | None = None
+        for part in parts:
+            following = thread.submit(work, part)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[TextInput], *, max_length: int, has_segments: bool
+) -> TokenizedTexts:
+    """Turn checked texts into token ids, cut at the longest length; memory grows with the number of texts.
+
+    Args:
+        tokenizer: The model's.
+        texts: Texts or pairs of texts.
+        max_length: Longest text in tokens.
+        has_segments: Whether the encoder takes segment ids, which pairs then get.
+    """
+    with_types = has_segments and any(not isinstance(text, str) for text in texts)
+    encode = _encode if tokenizer.is_fast else _encode_slowly
+    found = encode(tokenizer, texts, max_length)
+    lengths = np.fromiter(map(len, found.ids), dtype=np.int64, count=len(texts))
+    types = _flat(found.type_ids, lengths) if with_types else None
+    return TokenizedTexts(TokenBatch(_flat(found.ids, lengths), types, lengths), found.truncated)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Token ids and segment ids of each text, and which were cut."""
+
+    ids: Sequence[Sequence[int]]
+    type_ids: Sequence[Sequence[int]]
+    truncated: NDArray[np.bool_]
+
+
+def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+    """Tokenise in Rust, texts and pairs together, and no more than is asked for: no offsets, masks or words."""
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+        max_length=max_length,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    rows = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+    # Built as lists at once: each look at an encoding's ids makes a new list.
+    ids = [row.ids for row in rows]
+    cut = (len(row) >= max_length and bool(row.overflowing) for row in rows)
+    types = [row.type_ids for row in rows] if any(not isinstance(text, str) for text in texts) else []
+    return _Encoded(ids, types, np.fromiter(cut, dtype=bool, count=len(rows)))
+
+
+def _encode_slowly(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+    """Tokenise with a tokenizer that is written in Python: a text at a time, as it would itself."""
+
+    def encode(text: TextInput, **options: Any) -> tuple[list[int], list[int]]:
+        # In lists, for a single empty second text would count as none.
+        parts = [[part] for part in ((text,) if isinstance(text, str) else text)]
+        row = tokenizer(*parts, return_token_type_ids=True, verbose=False, **options)
+        return row["input_ids"][0], row["token_type_ids"][0]
+
+    rows = [encode(text) for text in texts]
+    cut = np.fromiter((len(ids) > max_length for ids, _ in rows), dtype=bool, count=len(rows))
+    for number in np.flatnonzero(cut).tolist():
+        rows[number] = encode(texts[number], truncation=True, max_length=max_length)
+    return _Encoded([ids for ids, _ in rows], [types for _, types in rows], cut)
+
+
+def _flat(rows: Sequence[Sequence[int]], lengths: Integers) -> Integers:
+    return np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))

@@ -1,0 +1,244 @@
+"""Every way of running the model that is compared, each at its best batch size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import pipeline
+
+from geep.backends import BACKENDS, Backend
+from geep.calibration import Outcomes
+from geep.engine import Engine, RunResult
+from geep.exits import AGREEMENT, ExitProfile, follow
+
+Integers = NDArray[np.int64]
+
+# Batch sizes among which a rival that works by batches finds its best.
+BATCH_SIZES: tuple[int, ...] = (1, 8, 32, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A way of running the model: its timed run, and the exit column of every text of the split."""
+
+    name: str
+    group: str
+    setting: str
+    run: Callable[[], object]
+    columns: Integers
+
+
+FULL_MODEL = "full model, packed"
+
+
+def line_up(
+    outcomes: Outcomes,
+    texts: Sequence[Any],
+    timed: Integers,
+    sweep: tuple[float, ...],
+    generator: np.random.Generator,
+) -> list[Rival]:
+    """Line up everything that is compared, each at its best batch size where it has one."""
+    engine, settings = outcomes.engine, outcomes.engine.settings
+    profile = outcomes.profile(settings)
+    last = len(profile.depths) - 1
+    everyone = np.full(len(profile), last)
+    depths = np.asarray(profile.depths)
+    # Two batches of the largest size tell sizes apart; with fewer texts a size above their number is no size.
+    trial = texts[: 2 * max(BATCH_SIZES)]
+    sizes = tuple(size for size in BATCH_SIZES if size <= len(trial))
+    rivals: list[Rival] = []
+
+    hf = _HfPipeline.of(engine)
+    arrival = _fastest(sizes, lambda size: hf(trial, size, by_length=False))
+    by_length = _fastest(sizes, lambda size: hf(trial, size, by_length=True))
+    for size in sorted({arrival, 32}):
+        note = "best batch size" if size == arrival else "common batch size"
+        run = _bind(hf, texts, size, by_length=False)
+        rivals.append(Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, everyone))
+    run = _bind(hf, texts, by_length, by_length=True)
+    rivals.append(
+        Rival(f"HF pipeline, length-sorted, batch {by_length}", "pipeline-sorted", "best batch size", run, everyone)
+    )
+    rivals.append(Rival(FULL_MODEL, "full", "speed 0", _bind(engine.predict, texts, speed=0.0), everyone))
+
+    if depths[0] == 0:
+        rivals.append(
+            Rival(
+                "the table alone", "lexical", "no encoder", _bind(_run_lexical, engine, texts), np.zeros_like(everyone)
+            )
+        )
+    for column, depth in enumerate(profile.depths):
+        if 0 < depth < depths[-1]:
+            rivals.append(
+                Rival(
+                    f"constant depth {depth}",
+                    "constant",
+                    f"{depth} layers",
+                    _bind(_run_at, engine, texts, np.full(len(texts), depth)),
+                    np.full(len(profile), column),
+                )
+            )
+
+    first = int(np.searchsorted(depths, 1))
+    fastbert = follow(profile, np.full(len(profile), first), speed=settings.speed, on_miss="continue")
+    shrinking = ShrinkingBatch.of(engine)
+    size = _fastest(sizes, lambda size: shrinking(trial, size))
+    rivals.append(
+        Rival(
+            f"FastBERT, shrinking batch {size}",
+            "fastbert",
+            f"speed {settings.speed:g}",
+            _bind(shrinking, texts, size),
+            fastbert,
+        )
+    )
+
+    stop = replace(settings, on_miss="stop", quantile=0.5, lexical_exit=False)
+    stop_columns = outcomes.planned(stop)
+    shuffled = generator.permutation(stop_columns)
+    rivals.append(
+        Rival(
+            "random depths, stop's histogram",
+            "random",
+            f"speed {settings.speed:g}",
+            _bind(_run_at, engine, texts, depths[shuffled][timed]),
+            shuffled,
+        )
+    )
+    stopping, going_on = engine.replace(settings=stop), engine.replace(settings=replace(settings, on_miss="continue"))
+    rivals.append(
+        Rival("GEEP stop", "geep-stop", f"speed {settings.speed:g}", _bind(stopping.predict, texts), stop_columns)
+    )
+    speeds = [settings.speed, *(speed for speed in sweep if speed != settings.speed)]
+    for number, speed in enumerate(speeds):
+        at = replace(going_on.settings, speed=speed)
+        columns = outcomes.answered(at)
+        name = "GEEP continue" if number == 0 else f"GEEP continue, speed {speed:g}"
+        rivals.append(
+            Rival(name, "geep-continue", f"speed {speed:g}", _bind(going_on.predict, texts, speed=speed), columns)
+        )
+
+    oracle = stable_oracle(profile.from_depth(1)) + first
+    rivals.append(
+        Rival(
+            "oracle",
+            "oracle",
+            "answer never changes again",
+            _bind(_run_at, engine, texts, depths[oracle][timed]),
+            oracle,
+        )
+    )
+    return rivals
+
+
+def _bind(function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[[], object]:
+    return lambda: function(*args, **kwargs)
+
+
+def _fastest(sizes: Sequence[int], run: Callable[[int], object]) -> int:
+    """Try every size once, after a run that is not counted, and return the fastest."""
+    run(sizes[-1])
+    seconds = {}
+    for size in sizes:
+        begin = time.perf_counter()
+        run(size)
+        seconds[size] = time.perf_counter() - begin
+    return min(seconds, key=lambda size: seconds[size])
+
+
+def stable_oracle(profile: ExitProfile) -> Integers:
+    """Column of the first exit from which the answer never changes again: the bound for equal answers."""
+    same_from_here = np.logical_and.accumulate(profile.agrees[:, ::-1], axis=1)[:, ::-1]
+    return same_from_here.argmax(1)
+
+
+def _run_at(engine: Engine, texts: Sequence[Any], exit_layers: Integers) -> RunResult:
+    """Run raw texts to given depths on the engine: tokenised, scheduled and answered as `predict` does."""
+    settings = replace(engine.settings, on_miss="stop")
+    return engine.run_tokens(engine.tokenize(texts).batch, settings=settings, exit_layers=exit_layers)
+
+
+def _run_lexical(engine: Engine, texts: Sequence[Any]) -> Tensor | None:
+    """Answer raw texts by the table's guess at the label: a bag of n-grams, and what exit 0 can do by itself."""
+    batch = engine.tokenize(texts).batch
+    if engine.predictor is None:
+        return None
+    ids, lengths = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths)
+    logits = engine.predictor.predict(ids, lengths, speed=engine.settings.speed).lexical_logits
+    return None if logits is None else logits.softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _HfPipeline:
+    """Hugging Face's text-classification pipeline on the same model, in arrival order or sorted by length."""
+
+    call: Any
+    max_length: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> _HfPipeline:
+        make: Any = pipeline  # its overloads name every kind of model there is
+        call = make("text-classification", model=engine.model, tokenizer=engine.tokenizer, device=engine.model.device)
+        return cls(call, engine.deployment.max_length)
+
+    def __call__(self, texts: Sequence[Any], batch_size: int, *, by_length: bool) -> list[Any]:
+        inputs = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
+        if by_length:
+            sizes = [len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts]
+            inputs = [inputs[i] for i in np.argsort(sizes)]
+        # Given a generator, the pipeline keeps its data loader busy; given a list, it warns of just that.
+        return list(
+            self.call((each for each in inputs), batch_size=batch_size, truncation=True, max_length=self.max_length)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkingBatch:
+    """FastBERT's batched run as published: padded batches in arrival order, a classifier after every layer, texts that
+    are certain enough leave the batch at once, the others go on in a smaller one.
+    """  # noqa: D205
+
+    engine: Engine
+    backend: Backend[Any]
+
+    @classmethod
+    def of(cls, engine: Engine) -> ShrinkingBatch:
+        """Run an engine's model, padded, at its settings."""
+        return cls(engine, BACKENDS["padded"].build(engine.model, dtype=str(engine.model.dtype).removeprefix("torch.")))
+
+    def __call__(self, texts: Sequence[Any], batch_size: int) -> Tensor:
+        """Answer raw texts: probabilities (num_texts, num_labels)."""
+        engine, backend, settings = self.engine, self.backend, self.engine.settings
+        batch = engine.tokenize(texts).batch
+        out = torch.empty(len(texts), len(engine.label_names))
+        guess = engine.plan(batch, settings=settings).lexical_logits if settings.criterion == AGREEMENT else None
+        with torch.inference_mode():
+            for start in range(0, len(texts), batch_size):
+                rows = np.arange(start, min(start + batch_size, len(texts)))
+                live = backend.start(batch.select(rows))
+                for layer in range(1, engine.depths[-1] + 1):
+                    live = backend.advance(live, layer, len(rows))
+                    if layer not in engine.depths:
+                        continue
+                    logits = backend.exit_logits(live, layer, 0, len(rows)).float().cpu()
+                    if layer == engine.depths[-1]:
+                        sure = np.ones(len(rows), dtype=bool)
+                    else:
+                        lexical = None if guess is None else guess[torch.from_numpy(rows)]
+                        unsure = settings.uncertainty(logits, layer, multi_label=engine.multi_label, lexical=lexical)
+                        sure = unsure.numpy() < settings.speed
+                    out[torch.from_numpy(rows[sure])] = logits[torch.from_numpy(sure)]
+                    rows = rows[~sure]
+                    if not len(rows):
+                        break
+                    if sure.any():
+                        live = backend.select(live, np.flatnonzero(~sure))
+        return out.softmax(-1)

@@ -1,0 +1,66 @@
+"""Temperatures and agreement scores, from logits of texts that the model was not trained on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional as F
+
+from geep.exits.criteria import AgreementScore, margins
+
+Flags = NDArray[np.bool_]
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False) -> float:
+    """Temperature that minimises the log-loss of logits (num_texts, num_labels) on labels (Guo et al. 2017).
+
+    The loss is convex in the inverse temperature, so a golden-section search over [1/20, 20] finds the one minimum.
+    """
+    logits = logits.float()
+
+    def loss(inverse: float) -> float:
+        if multi_label:
+            return float(F.binary_cross_entropy_with_logits(logits * inverse, labels.float()))
+        return float(F.cross_entropy(logits * inverse, labels))
+
+    low, high = 1 / 20, 20.0
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(left) <= loss(right):
+            high = right
+        else:
+            low = left
+    return 2 / (low + high)
+
+
+# scikit-learn's C on standardised margins: exits near the top disagree on a handful of texts only.
+_INVERSE_PENALTY = 0.3
+
+
+def fit_agreement_score(
+    logits: Tensor, lexical: Tensor | None, agrees: Flags, *, multi_label: bool = False
+) -> AgreementScore:
+    """Fit the weights of an agreement score on texts that the model was not trained on.
+
+    Args:
+        logits: Of the exit, (num_texts, num_labels).
+        lexical: The table's logits of the same texts; None where there is no table or the exit is the table.
+        agrees: Whether the exit's answer is the full model's, (num_texts,).
+        multi_label: Whether several labels may hold at once.
+    """
+    features = torch.stack(margins(logits, lexical, multi_label=multi_label), dim=-1).double().numpy()
+    differing = int((~agrees).sum())
+    if differing in (0, len(agrees)):
+        # Nothing to tell apart: the smoothed share, whatever the margins.
+        return AgreementScore(math.log((len(agrees) - differing + 1) / (differing + 1)), 0.0, 0.0)
+    mean, scale = features.mean(0), features.std(0)
+    scale[scale == 0] = 1.0
+    model = LogisticRegression(C=_INVERSE_PENALTY).fit((features - mean) / scale, agrees)
+    weights = model.coef_[0] / scale
+    return AgreementScore(float(model.intercept_[0] - weights @ mean), float(weights[0]), float(weights[1]))

@@ -1,0 +1,10 @@
+from .calibration_file import CalibrationFile as CalibrationFile
+from .files import RANGES_FILE as RANGES_FILE
+from .files import SETTINGS_FILE as SETTINGS_FILE
+from .files import TABLE_FILE as TABLE_FILE
+from .files import TRAINING_FILE as TRAINING_FILE
+from .files import HubOptions as HubOptions
+from .files import file_of as file_of
+from .files import fingerprint as fingerprint
+from .files import publish as publish
+from .provenance import Provenance as Provenance

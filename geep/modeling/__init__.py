@@ -1,0 +1,29 @@
+"""The model: any BERT-class encoder of Hugging Face, with an exit classifier at inner layers and a teacher at the end.
+
+The room refuses to know texts, thresholds, tables and batches. Read `families.py` (encoders, taken apart into layers),
+`heads.py` (classifiers), `model.py`, which tells Hugging Face's auto classes the model's name.
+"""
+
+from geep.modeling.families import FAMILIES, Family, LayerCall, LayerCalls, ProblemType, family_of, layer_calls
+from geep.modeling.heads import HEADS, AttentionHead, ClsHead, MeanHead, first_linear, standardise_input
+from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
+
+__all__ = [
+    "AttentionHead",
+    "ClsHead",
+    "ExitOutput",
+    "FAMILIES",
+    "Family",
+    "GeepConfig",
+    "GeepForSequenceClassification",
+    "HEADS",
+    "LayerCall",
+    "LayerCalls",
+    "MeanHead",
+    "ProblemType",
+    "family_of",
+    "first_linear",
+    "label_loss",
+    "layer_calls",
+    "standardise_input",
+]

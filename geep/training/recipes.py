@@ -1,0 +1,74 @@
+"""Recipes: the stages a model is trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from geep.training.losses import (
+    Loss,
+    distillation_loss,
+    exit_label_loss,
+    full_model_loss,
+    guided_shared_exit_loss,
+    shared_exit_loss,
+    weighted_joint_loss,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run of the Trainer.
+
+    Attributes:
+        name: Name of the stage's folder of checkpoints.
+        loss: What is minimised.
+        trains: "all" parameters, or only the "exits" on a frozen encoder and teacher, which then run without dropout.
+        needs: Arguments of the model's forward that make it return what the loss reads.
+        epochs_scale: Epochs of this stage for each epoch asked for.
+        learning_rate_scale: Learning rate of this stage for the rate asked for.
+    """
+
+    name: str
+    loss: Loss
+    trains: Literal["all", "exits"] = "all"
+    needs: Mapping[str, bool] | None = None
+    epochs_scale: float = 1.0
+    learning_rate_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Stages run one after another, with a learning rate that suits them (docs/results.md has comparisons)."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: float = 1e-4
+    has_exits: bool = True
+
+
+_EXITS: Mapping[str, bool] = {"output_exits": True}
+
+
+_SHARED: Mapping[str, bool] = {"output_exits": True, "output_shared_exits": True}
+
+
+RECIPES: dict[str, Recipe] = {
+    "geep": Recipe((Stage("shared-exit", guided_shared_exit_loss, needs=_SHARED),)),
+    "geep-paper": Recipe((Stage("shared-exit", shared_exit_loss, needs=_SHARED),)),
+    "fastbert": Recipe(
+        (
+            Stage("fine-tune", full_model_loss),
+            # FastBERT's own proportions: 3 epochs, then 5 at ten times the rate.
+            Stage("distil", distillation_loss, "exits", _EXITS, epochs_scale=5 / 3, learning_rate_scale=10.0),
+        )
+    ),
+    "deebert": Recipe(
+        (
+            Stage("fine-tune", full_model_loss),
+            Stage("exits", exit_label_loss, "exits", _EXITS, learning_rate_scale=10.0),
+        )
+    ),
+    "pabee": Recipe((Stage("joint", weighted_joint_loss, needs=_EXITS),)),
+    "vanilla": Recipe((Stage("fine-tune", full_model_loss),), has_exits=False),
+}
