@@ -12,7 +12,7 @@ Measured, on an encoder of BERT-base's shape with random weights (or on --model)
 
 Not measured: accuracy (weights are random), energy, several GPUs, online latency.
 
-Not yet run on a GPU; the tests run it at toy sizes on a CPU. The command
+The tests run it at toy sizes on a CPU. The command
 
     python benchmarks/gpu.py
 
@@ -249,7 +249,7 @@ def staircase(bench: Bench) -> list[dict[str, Any]]:
     """Mixed depths against full depth, from token ids to logits on the host."""
     rows = []
     plain = bench.engine.replace()
-    plain.backend = bench.backend(first_tokens_from=2**60)
+    plain._course = replace(plain._course, backend=bench.backend(first_tokens_from=2**60))
     for num_texts in bench.sizes.texts:
         lengths = draw_lengths(25, num_texts=num_texts, longest=min(100, bench.engine.deployment.max_length))
         batch = bench.batch(lengths)
@@ -298,7 +298,9 @@ def texts(bench: Bench) -> list[dict[str, Any]]:
 
     def hugging_face(size: int) -> list[Any]:
         # A generator, not a list: the pipeline then keeps its data loader busy.
-        return list(call((text for text in some), batch_size=size, truncation=True, max_length=engine.deployment.max_length))
+        return list(
+            call((text for text in some), batch_size=size, truncation=True, max_length=engine.deployment.max_length)
+        )
 
     runs += [(f"hf_pipeline_{size}", len(some), partial(hugging_face, size)) for size in sizes.pipeline_batches]
     rows = []

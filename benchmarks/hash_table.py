@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from geep.hash_table import MISSING, HashTable
-from geep.predictor import ExitPrediction, ExitPredictor, ExitTable, Levels, Lexical, ScoreRows
+from geep.predictor import ExitPrediction, ExitPredictor, ExitTable, FittedTable, Levels, Lexical, ScoreRows
 
 RESULTS = Path(__file__).parent / "results"
 LOAD_FACTORS = (0.5, 0.7, 0.8, 0.9)
@@ -194,13 +194,14 @@ def predict_case(device: torch.device, num_texts: int) -> Case:
     edges = torch.linspace(-0.5, 0.5, 15)[None] + 6
     shares = (torch.arange(12)[None, None] >= torch.arange(16)[None, :, None] * 11 // 15).float()
     rows = torch.randn(table.num_rows, 1 + num_labels, generator=generator)
-    predictor = ExitPredictor(
+    fitted = FittedTable(
         "counts",
         table,
         ScoreRows(rows[:, :1].contiguous(), torch.tensor([6.0])),
         Levels(edges, shares),
         Lexical(rows[:, 1:].contiguous(), torch.zeros(num_labels)),
     )
+    predictor = ExitPredictor(fitted)
     ids, lengths = (tensor.to(device) for tensor in draw(num_texts))
     kinds = {"embedding_bag": predictor.to(device, fused=False)}
     if device.type == "cuda":

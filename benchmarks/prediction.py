@@ -4,7 +4,7 @@ Measured, for each data set of `benchmarks/study.py`, on held-out texts that the
 
 - "criteria": mean layers at a given share of answers that differ from the full model's, for each way to judge an exit.
   Judged on one half of the texts, fitted on the other.
-- "promises": what `keep_promise` makes of one half and certifies on the other, with each part of it switched on in
+- "promises": what `calibrate` makes of one half and certifies on the other, with each part of it switched on in
   turn: mean layers, accuracy lost, modelled seconds. The mean over several random halvings, since one is luck. The
   halvings draw from both halves, and criterion, its features and penalty were picked on such halvings: these lines
   compare, only "test" judges.
@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,33 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from geep import calibration, exits
 from geep.backends import TokenBatch
-from geep.calibration import ExitRun, full_profile, keep_promise, planned_columns, profile
-from geep.data import divide, load_dataset
+from geep.calibration import (
+    TRIAL_QUANTILES,
+    TRIAL_SPEEDS,
+    Choice,
+    ExitRun,
+    Outcomes,
+    calibrate,
+    choosing,
+    profile,
+    try_speed,
+)
+from geep.data import DataPlan
 from geep.engine import Engine, ExitSettings
-from geep.exits import CRITERIA, ExitProfile, Promise, clopper_pearson_upper, fit_temperature, follow, profile_exits
+from geep.exits import (
+    AGREEMENT,
+    CRITERIA,
+    AgreementScore,
+    ExitProfile,
+    fit_agreement_score,
+    fit_temperature,
+    follow,
+    profile_exits,
+)
+from geep.folder import Provenance
 from geep.predictor import fit_levels
+from geep.promise import RISKS, PairedCounts, Promise, clopper_pearson_upper, walk
 from geep.scheduler import CostModel, expected_seconds, thin_out
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,9 +129,9 @@ def write(line: dict[str, Any]) -> None:
 def collect(name: str, data_dir: Path, model: Path, cache: Path, max_test: int) -> Texts:
     """Run all exits of a trained model over all its rows, once."""
     engine = Engine.from_pretrained(model, device="cpu")
-    about = json.loads((model / "training.json").read_text(encoding="utf-8"))["about"]["data"]
-    dataset = load_dataset(about["name"], data_dir=data_dir)
-    parts = divide(dataset, fraction=about["holdout"], max_train=about["max_train"])
+    plan = replace(DataPlan(**Provenance.read(model).data), data_dir=str(data_dir))
+    dataset = plan.load()
+    parts = plan.divide(dataset)
     assert dataset.test is not None  # all of `DATA_SETS` have one
     runs = {}
     splits = {"train": parts.train, "profile": parts.profile, "calibration": parts.calibration, "test": dataset.test}
@@ -210,13 +230,13 @@ def _layers_at(judged: ExitProfile, levels: NDArray[np.float32]) -> list[float]:
 
 def _judged(texts: Texts, fit: ExitRun, judge: ExitRun) -> dict[str, tuple[ExitProfile, NDArray[np.float32]]]:
     """Profiles of the judged half, and the uncertainties of the fitted half as levels to try."""
-    engine, both = learned(texts, fit, exits.AGREEMENT), _joined(fit, judge)
-    settings = engine.settings
-    plain = full_profile(engine, both, replace(settings, criterion=plainest(texts, fit)))
-    learnt = full_profile(engine, both, settings)
-    own = {depth: replace(score, table=0.0) for depth, score in _without_table(engine, fit).items()}
-    no_table = full_profile(engine, both, replace(settings, agreement=own))
-    answers = _answers(engine, both)
+    engine = learned(texts, fit, AGREEMENT)
+    both, settings = Outcomes(engine, _joined(fit, judge)), engine.settings
+    plain = both.profile(replace(settings, criterion=plainest(texts, fit)))
+    learnt = both.profile(settings)
+    own = {depth: replace(score, table=0.0) for depth, score in _without_table(Outcomes(engine, fit)).items()}
+    no_table = both.profile(replace(settings, agreement=own))
+    answers = both.logits.argmax(-1).T.numpy()
     changed = answers[:, 1:-1] != answers[:, :-2]
     patience = plain.uncertainty.copy()
     patience[:, 1:-1] = np.where(changed, 1.0, patience[:, 1:-1])
@@ -228,34 +248,27 @@ def _judged(texts: Texts, fit: ExitRun, judge: ExitRun) -> dict[str, tuple[ExitP
         "and thresholds that loosen with depth": looser,
         "agreement": learnt.uncertainty,
         "agreement, without the table": no_table.uncertainty,
-        "agreement, with the exits before": _with_history(engine, both, len(fit.batch), plain),
+        "agreement, with the exits before": _with_history(both, len(fit.batch), plain),
     }
     count = len(fit.batch)
-    rows = np.arange(count, len(both.batch))
+    rows = np.arange(count, len(both))
     return {
         name: (replace(plain, uncertainty=unsure.astype(np.float32)).select(rows), unsure[:count, :-1])
         for name, unsure in ways.items()
     }
 
 
-def _answers(engine: Engine, run: ExitRun) -> NDArray[np.int64]:
-    _, logits = calibration._all_logits(engine, run)
-    return logits.argmax(-1).T.numpy()
-
-
-def _without_table(engine: Engine, run: ExitRun) -> dict[int, exits.AgreementScore]:
-    depths, logits = calibration._all_logits(engine, run)
-    agrees = full_profile(engine, run, ExitSettings()).agrees
+def _without_table(fit: Outcomes) -> dict[int, AgreementScore]:
+    agrees = fit.profile(ExitSettings()).agrees
     return {
-        depth: exits.AgreementScore.fit(logits[column], None, agrees[:, column])
-        for column, depth in enumerate(depths[:-1])
+        depth: fit_agreement_score(fit.logits[column], None, agrees[:, column])
+        for column, depth in enumerate(fit.depths[:-1])
     }
 
 
-def _with_history(engine: Engine, run: ExitRun, num_fit: int, profile: ExitProfile) -> NDArray[np.float64]:
+def _with_history(outcomes: Outcomes, num_fit: int, profile: ExitProfile) -> NDArray[np.float64]:
     """A logistic model per exit that also reads what all exits before it said, so it has to ask them all."""
-    _, logits = calibration._all_logits(engine, run)
-    shares, rows = logits.log_softmax(-1).numpy(), np.arange(len(run.batch))
+    shares, rows = outcomes.logits.log_softmax(-1).numpy(), np.arange(len(outcomes))
     unsure = np.zeros(profile.uncertainty.shape)
     for column in range(len(profile.depths) - 1):
         answer = shares[column].argmax(-1)
@@ -283,13 +296,28 @@ def product_bound(spoilt: int, repaired: int, num_texts: int, tail: float) -> fl
 
 
 @contextmanager
-def _swapped(module: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(module, name)
-    setattr(module, name, value)
+def _old_bounds() -> Iterator[None]:
+    """Promises of accuracy are certified by `product_bound` meanwhile."""
+
+    def bound(counts: PairedCounts, tail: float) -> float:
+        return product_bound(*counts.judged(), counts.num_texts, tail)
+
+    kept = RISKS["max_accuracy_drop"]
+    RISKS["max_accuracy_drop"] = replace(kept, bound=bound)
     try:
         yield
     finally:
-        setattr(module, name, kept)
+        RISKS["max_accuracy_drop"] = kept
+
+
+@contextmanager
+def _every_exit_asked() -> Iterator[None]:
+    """`choose` leaves no exit out meanwhile."""
+    choosing.thin_out = lambda layers, _: tuple(layers)
+    try:
+        yield
+    finally:
+        choosing.thin_out = thin_out
 
 
 Method = Callable[[Texts, ExitRun, ExitRun, Promise], Engine]
@@ -297,44 +325,51 @@ Method = Callable[[Texts, ExitRun, ExitRun, Promise], Engine]
 
 def _before(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
     """Settings chosen by what looks good on the tuning texts, without asking what they could certify."""
-    weigh = calibration._weigh
-
-    def by_looks(*arguments: Any) -> Any:
-        choice = weigh(*arguments)
-        good = [trial.mean_exit_layer for trial in choice.trials if trial.risk <= promise.allowed]
-        return replace(choice, least=min(good, default=np.inf))
-
-    with _swapped(calibration, "_weigh", by_looks):
-        return _old_bound(texts, tuning, fresh, promise)
+    engine, each = learned(texts, tuning, plainest(texts, tuning)), promise.halved()
+    tuned, certified = Outcomes(engine, tuning), Outcomes(engine, fresh)
+    weighed = []
+    with _old_bounds():
+        for quantile in TRIAL_QUANTILES:
+            for lexical in (False, True):
+                settings = replace(engine.settings, speed=0.0, quantile=quantile, lexical_exit=lexical)
+                trials = tuple(tuned.trial(replace(settings, speed=speed), each) for speed in TRIAL_SPEEDS)
+                good = [trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed]
+                weighed.append(Choice(settings, trials, min(good, default=np.inf)))
+        best = min(weighed, key=lambda choice: choice.least)
+        speed = max(
+            walk(lambda speed: certified.trial(replace(best.settings, speed=speed), each), order).speed
+            for order in best.orders
+        )
+    return engine.replace(settings=replace(best.settings, speed=speed))
 
 
 def _old_bound(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
-    with _swapped(exits, "drop_bound", product_bound):
+    with _old_bounds():
         return _plain(texts, tuning, fresh, promise)
 
 
 def _plain(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
-    return keep_promise(learned(texts, tuning, plainest(texts, tuning)), tuning, fresh, promise).engine
+    return calibrate(learned(texts, tuning, plainest(texts, tuning)), tuning, fresh, promise).engine
 
 
 def _agreement(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
-    engine = learned(texts, tuning, exits.AGREEMENT)
-    return keep_promise(engine, tuning, fresh, promise, criterion=exits.AGREEMENT).engine
+    engine = learned(texts, tuning, AGREEMENT)
+    return calibrate(engine, tuning, fresh, promise, criterion=AGREEMENT).engine
 
 
 def _now(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
-    return keep_promise(learned(texts, tuning, exits.AGREEMENT), tuning, fresh, promise).engine
+    return calibrate(learned(texts, tuning, AGREEMENT), tuning, fresh, promise).engine
 
 
 def _for(name: str, *, thin: bool) -> Method:
-    """`keep_promise` with a cost model; without thinning out, only the quantile is chosen by time."""
+    """`calibrate` with a cost model; without thinning out, only the quantile is chosen by time."""
 
     def run(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
         cost, tokens = COSTS[name]
-        other = learned(texts, tuning, exits.AGREEMENT)
-        other.config = replace(other.config, max_batch_tokens=tokens)
-        with _swapped(calibration, "thin_out", thin_out if thin else lambda layers, _: tuple(layers)):
-            return keep_promise(other, tuning, fresh, promise, cost=cost, criterion=exits.AGREEMENT).engine
+        other = learned(texts, tuning, AGREEMENT)
+        other.deployment = replace(other.deployment, max_batch_tokens=tokens)
+        with nullcontext() if thin else _every_exit_asked():
+            return calibrate(other, tuning, fresh, promise, cost=cost, criterion=AGREEMENT).engine
 
     return run
 
@@ -352,7 +387,7 @@ METHODS: dict[str, Method] = {
 
 
 def promises(texts: Texts, halvings: int) -> Iterator[dict[str, Any]]:
-    """What `keep_promise` certifies, part by part."""
+    """What `calibrate` certifies, part by part."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for tuning, fresh in _halvings(texts, halvings):
         for promise_name, promise in PROMISES.items():
@@ -376,8 +411,8 @@ def promises(texts: Texts, halvings: int) -> Iterator[dict[str, Any]]:
 def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
     """Mean layers, accuracy and modelled microseconds a text of an engine on texts whose exits are known."""
     settings = engine.settings
-    found, plan = full_profile(engine, run, settings), planned_columns(engine, run.batch, settings)
-    column = follow(found, plan, speed=settings.speed, on_miss="continue")
+    outcomes = Outcomes(engine, run)
+    found, plan, column = outcomes.profile(settings), outcomes.planned(settings), outcomes.answered(settings)
     rows, depths = np.arange(len(found)), np.asarray(found.depths)
     assert found.correct is not None
     asked = settings.asked_layers(engine.depths).tolist()
@@ -431,12 +466,12 @@ def probe(texts: Texts, halvings: int) -> Iterator[dict[str, Any]]:
 
 
 def _probed(texts: Texts, fit: ExitRun, judge: ExitRun, first: int, quantile: float, name: str) -> float:
-    engine = learned(texts, fit, exits.AGREEMENT)
-    fitted, judged = (full_profile(engine, run, engine.settings) for run in (fit, judge))
+    engine = learned(texts, fit, AGREEMENT)
+    fitted, judged = (Outcomes(engine, run).profile(engine.settings) for run in (fit, judge))
     depths, promise, least = np.asarray(judged.depths), PROMISES["drop 0.5"].halved(), np.inf
     later = np.flatnonzero(depths > first)
     column = int(np.flatnonzero(depths == first)[0])
-    for speed in calibration.TRIAL_SPEEDS:
+    for speed in TRIAL_SPEEDS:
         exit_after = fitted.from_depth(first + 1).exit_indices(speed)
         levels = fit_levels(
             torch.from_numpy(fitted.uncertainty[:, [column]]),
@@ -451,7 +486,7 @@ def _probed(texts: Texts, fit: ExitRun, judge: ExitRun, first: int, quantile: fl
         unsure[(places > column) & (places < following[:, None])] = 1.0
         asked_at = replace(judged, uncertainty=unsure)
         plan = np.zeros(len(judged), dtype=np.int64)
-        trial = exits.try_speed(asked_at, plan, promise, speed=speed, on_miss="continue")
+        trial = try_speed(asked_at, plan, promise, speed=speed, on_miss="continue")
         if not trial.passed:
             continue
         last = depths[follow(asked_at, plan, speed=speed, on_miss="continue")]

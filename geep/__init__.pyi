@@ -9,8 +9,8 @@ from .calibration import (
     save_refusal as save_refusal,
 )
 from .data import (
-    Dataset as Dataset,
     DataPlan as DataPlan,
+    Dataset as Dataset,
     FetchError as FetchError,
     Parts as Parts,
     Split as Split,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny: a second thread gains nothing, and makes two test runs on one machine wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace
 from typing import Any
@@ -29,8 +31,7 @@ from geep.backends import TokenBatch
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import profile_exits
 from geep.modeling import FAMILIES, GeepForSequenceClassification
-from geep.predictor import ExitPredictor, TextExits
-from geep.predictor import fit_predictor as fit_table
+from geep.predictor import ExitPredictor, TextExits, fit_predictor as fit_table
 
 # RoBERTa's order: padding is not row 0, so nothing can rely on that.
 CLS, PAD, SEP, UNK, MASK = range(5)

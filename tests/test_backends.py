@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAX_LENGTH, NUM_LAYERS, PAD, alone, make_model, random_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from geep.backends import BACKENDS, TokenBatch

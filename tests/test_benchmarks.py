@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_engine, make_model, random_texts
+from conftest import make_engine, make_model, random_texts, toy_task
+
+from geep.calibration import ExitRun
+from geep.data import Split
+from geep.engine import ExitSettings
+from geep.promise import RISKS, Promise
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -138,6 +143,25 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
     shape["intermediate_size"] = 128
     wide = gpu.Bench(gpu.Engine(*gpu.random_model(vocab_size=200, **shape), config=engine.config), sizes)
     assert wide.flops(np.array([10])) == 24 * 10 * 32**2 + 4 * 100 * 32
+
+
+def test_the_prediction_study_runs_on_a_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load("prediction")
+    engine = make_engine(table=False, settings=ExitSettings())
+
+    def run(count: int, seed: int) -> ExitRun:
+        texts, labels = toy_task(count, seed=seed, noise=0.1)
+        return ExitRun.of(engine, Split(texts, labels=labels))
+
+    texts = study.Texts(engine, run(150, 0), run(300, 1), run(30, 2), num_profile=150)
+    monkeypatch.setattr(study, "PROMISES", {"drop 0.5": Promise(max_accuracy_drop=0.1)})
+    kept = dict(RISKS), study.choosing.thin_out
+    lines = {step: list(measure(texts, 1)) for step, measure in study.STEPS.items()}
+    assert (RISKS, study.choosing.thin_out) == kept  # what a method swaps is put back
+    assert [line["method"] for line in lines["promises"]] == list(study.METHODS)
+    assert {step: len(found) for step, found in lines.items()} == {"criteria": 6, "promises": 8, "probe": 12, "test": 5}
+    assert all(0 <= line["layers"] <= 4 for line in lines["promises"])
+    json.dumps(lines)
 
 
 # --- throughput: the protocol between parent and workers

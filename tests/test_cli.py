@@ -185,6 +185,9 @@ def test_bad_input_gets_one_message_and_code_2(model: Path, workplace: Path, tmp
         (["train", "no-such-data", "-o", tmp_path / "m", "-m", encoder], "no-such-data"),
         (["calibrate", model, "--max-drop", "0.5", "--min-agreement", "0.9"], "names one of"),
         (["calibrate", model, "--on-miss", "panic"], "--on-miss"),
+        (["predict", "nobody/nothing", "-t", "w1", "--local-files-only"], "nobody/nothing"),
+        (["predict", model, "-t", "w1", "--top-k", "0"], "top_k must be at least 1"),
+        (["predict", model, "-t", "w1", "--threshold", "2"], "threshold must lie in"),
     ]
     for arguments, expected in cases:
         shown = run(*arguments, code=2)
@@ -218,6 +221,27 @@ def test_damaged_model_folders_are_refused(model: Path, workplace: Path) -> None
     assert "another model" in run("predict", model, "-t", "w1", code=2)
 
 
+def test_training_says_how_good_the_model_is_beside_the_most_frequent_label(workplace: Path, tmp_path: Path) -> None:
+    changes = ("--output", str(tmp_path / "model"), "--epochs", "2", "--gradient-accumulation", "2", "--no-calibrate")
+    arguments = [*train_arguments(workplace), *changes, "--set", "lr_scheduler_type=cosine", "--set", "adam_beta2=0.98"]
+    summary = run(*arguments, "--json")
+    assert summary["steps"] == 2 * -(-240 // (16 * 2))
+    assert {"accuracy", "majority", "best_epoch"} <= summary["dev"].keys()
+    asked = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))["about"]["settings"]
+    assert asked["arguments"] == {"lr_scheduler_type": "cosine", "adam_beta2": 0.98}
+    assert "always answering the most frequent label" in run(*arguments)
+    assert "did you mean" in run(*arguments, "--set", "lr_schedular_type=cosine", code=2)
+    assert "NAME=VALUE" in run(*arguments, "--set", "cosine", code=2)
+
+
+def test_rows_of_ones_own_certify(model: Path, tmp_path: Path) -> None:
+    mine = write_rows(tmp_path / "mine.jsonl", 333, seed=77)
+    options = ("--min-agreement", "0.9", "--device", "cpu", "--json")
+    found = run("calibrate", model, "--calibration", mine, *options)
+    assert found["num_texts"] == 333
+    assert run("calibrate", model, *options)["num_texts"] == 150
+
+
 def test_every_command_helps_with_examples() -> None:
     for command in ("train", "profile", "calibrate", "evaluate", "predict"):
         assert f"geep {command}" in run(command, "--help")
@@ -235,3 +259,9 @@ def test_multi_label_data_goes_through(workplace: Path, tmp_path: Path) -> None:
     run("train", tmp_path / "train.jsonl", "-o", output, "-m", encoder, "--epochs", "1", "--device", "cpu")
     answers = run("predict", output, "-t", "w1 w2", "--device", "cpu", "--json")
     assert set(answers[0]["scores"]) == {"one", "two"}
+    above = run("predict", output, "-t", "w1 w2", "--threshold", "0", "--top-k", "1", "--device", "cpu", "--json")
+    assert above[0]["labels"] == ["one", "two"]
+    assert len(above[0]["scores"]) == 1
+    target = tmp_path / "out.jsonl"
+    run("predict", output, tmp_path / "train.jsonl", "-o", target, "--threshold", "0", "--device", "cpu")
+    assert all(json.loads(line)["labels"] == ["one", "two"] for line in target.read_text("utf-8").splitlines())

@@ -20,8 +20,7 @@ from conftest import (
     random_batch,
     random_texts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_backends import built_run, close, one_walk
 from torch import Tensor
 
@@ -455,7 +454,7 @@ def test_compile_is_for_the_cuda_backend() -> None:
     assert built.options == CudaOptions(compile=False, graphs=False)
 
 
-# On a GPU. Not yet run.
+# On a GPU
 
 
 @contextmanager

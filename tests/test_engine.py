@@ -1,11 +1,16 @@
-"""An engine answers like the model alone, in the caller's order, whatever the batches; bad parts are refused."""
+"""An engine answers like the model alone, in the caller's order, whatever the batches; bad parts are refused.
+
+What it is like on disk and on the hub: test_folder.py.
+"""
 
 from __future__ import annotations
 
-import json
 import random
+import threading
+import typing
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,14 @@ from conftest import (
     make_engine,
     make_model,
     make_tokenizer,
+    on_course,
     random_batch,
     random_texts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from geep.backends import BACKENDS
-from geep.engine import Engine, EngineConfig, ExitSettings, Prediction
+from geep.engine import Engine, EngineConfig, EngineOptions, ExitSettings, Prediction, Predictions
 from geep.exits import AGREEMENT, AgreementScore, follow, profile_exits
 from geep.modeling import FAMILIES
 
@@ -90,12 +95,12 @@ def expected_run(engine: Engine, batch: Any, chosen: ExitSettings) -> Expected:
 def test_a_run_is_the_rule_on_the_models_own_exits(
     rule: str, backend: str, engines: dict[str, Engine], expected: dict[str, Expected], data: st.DataObject
 ) -> None:
-    config = EngineConfig(
-        max_batch_tokens=data.draw(st.sampled_from([1, 17, 64, 300, 10_000])),
-        window_tokens=data.draw(st.sampled_from([1, 50, 200, 100_000])),
-    )
+    sizes = {
+        "max_batch_tokens": data.draw(st.sampled_from([1, 17, 64, 300, 10_000])),
+        "window_tokens": data.draw(st.sampled_from([1, 50, 200, 100_000])),
+    }
     chosen = replace(RULES[rule], temperatures=TEMPERATURES)
-    engine = with_config(engines[backend], config).replace(settings=chosen)
+    engine = on_course(engines[backend], **sizes).replace(settings=chosen)
     order = data.draw(st.permutations(range(len(TEXTS))))
     picked = order[: data.draw(st.integers(1, len(TEXTS)))]
     batch = engine.tokenize([TEXTS[i] for i in picked]).batch
@@ -120,12 +125,6 @@ def expected(engines: dict[str, Engine]) -> dict[str, Expected]:
     engine = engines["packed"]
     batch = engine.tokenize(TEXTS).batch
     return {name: expected_run(engine, batch, replace(rule, temperatures=TEMPERATURES)) for name, rule in RULES.items()}
-
-
-def with_config(engine: Engine, config: EngineConfig) -> Engine:
-    other = engine.replace()
-    other.config = config
-    return other
 
 
 def test_the_rules_above_use_every_kind_of_exit(engines: dict[str, Engine]) -> None:
@@ -227,11 +226,14 @@ def test_layers_that_are_given_lose_no_text_between_the_checks(
 def test_exit_logits_are_those_of_every_exit(engines: dict[str, Engine]) -> None:
     for engine in engines.values():
         batch = engine.tokenize(TEXTS).batch
-        shares: list[float] = []
-        found = with_config(engine, EngineConfig(max_batch_tokens=100)).exit_logits(batch, report=shares.append)
+        told: list[tuple[str, int, int | None]] = []
+        found = on_course(engine, max_batch_tokens=100).exit_logits(
+            batch, what="some texts", progress=lambda *step, told=told: told.append(step)
+        )
         assert torch.allclose(found, alone(engine.model, batch), atol=5e-5)
-        assert shares == sorted(shares)
-        assert shares[-1] == 1.0
+        assert len(told) > 1
+        assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+        assert told[-1] == ("some texts", len(batch.input_ids), len(batch.input_ids))
 
 
 # Input
@@ -316,6 +318,257 @@ def test_calls_from_several_threads_give_the_same(tiny_engine: Engine) -> None:
         with ThreadPoolExecutor(8) as pool:
             for found, wanted in zip(pool.map(fresh.predict, parts), expected, strict=True):
                 assert_alike(found, wanted)
+
+
+# Columns
+
+
+NAMES = ("red", "green", "blue", "grey")
+# Few different logits, so that labels tie, and some beyond what float32 tells from 0 and 1.
+LOGITS = st.one_of(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0]), st.floats(-200, 200, width=32))
+TABLES = st.integers(1, 4).flatmap(lambda labels: st.lists(st.lists(LOGITS, min_size=labels, max_size=labels)))
+
+
+def columns_of(
+    table: list[list[float]], *, num_labels: int, multi_label: bool = False, predicted: bool = True, **options: Any
+) -> Predictions:
+    numbers = np.arange(len(table), dtype=np.int64)
+    return Predictions.of_logits(
+        torch.tensor(table, dtype=torch.float32).reshape(len(table), num_labels),
+        multi_label=multi_label,
+        label_names=NAMES[:num_labels],
+        exit_layers=numbers % 5,
+        predicted_layers=numbers % 3 if predicted else None,
+        truncated=numbers % 2 == 1,
+        **options,
+    )
+
+
+@settings(deadline=None)
+@given(
+    table=TABLES,
+    multi_label=st.booleans(),
+    predicted=st.booleans(),
+    top_k=st.sampled_from([None, 1, 2, 3, 9]),
+    threshold=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_columns_equal_the_records(
+    table: list[list[float]], multi_label: bool, predicted: bool, top_k: int | None, threshold: float
+) -> None:
+    num_labels = len(table[0]) if table else 3
+    names = NAMES[:num_labels]
+    found = columns_of(
+        table, num_labels=num_labels, multi_label=multi_label, predicted=predicted, top_k=top_k, threshold=threshold
+    )
+    records = list(found)
+    assert len(found) == len(records) == len(table)
+    for row, (record, logits) in enumerate(zip(records, table, strict=True)):
+        scaled = torch.tensor(logits, dtype=torch.float32)
+        probabilities = (scaled.sigmoid() if multi_label else scaled.softmax(-1)).tolist()
+        assert found.probabilities[row].tolist() == pytest.approx(probabilities, abs=1e-6)
+        given_ = dict(zip(names, found.probabilities[row].tolist(), strict=True))
+        # Python's sort is stable: of equally likely labels the first of the model's comes first.
+        ranked = sorted(names, key=lambda name: -given_[name])
+        expected = {name: given_[name] for name in (names if top_k is None else ranked[:top_k])}
+        assert list(record.scores.items()) == list(expected.items())
+        assert record.label == ranked[0] == found.labels[row] == names[found.label_ids[row]]
+        assert record.score == given_[ranked[0]] == found.scores[row]
+        holding = tuple(name for name in names if given_[name] >= threshold) if multi_label else (ranked[0],)
+        assert record.labels == holding
+        assert tuple(np.array(names)[found.label_flags[row]]) == holding
+        assert (record.exit_layer, record.truncated) == (row % 5, row % 2 == 1)
+        assert record.predicted_layer == (row % 3 if predicted else None)
+        # Numbers of Python, which JSON takes.
+        assert [type(value) for value in (record.exit_layer, record.score, record.truncated)] == [int, float, bool]
+
+
+def test_records_are_had_by_place_and_by_slice() -> None:
+    found = columns_of([[float(number), 0.0] for number in range(7)], num_labels=2)
+    records = list(found)
+    assert [found[place] for place in range(7)] == records
+    assert [found[place] for place in range(-7, 0)] == records
+    for part in (slice(2, 5), slice(None, None, 2), slice(None, None, -1), slice(9, 20), slice(-3, None)):
+        assert found[part] == records[part]
+    for place in (7, -8):
+        with pytest.raises(IndexError):
+            found[place]
+    assert list(reversed(found)) == records[::-1]
+    assert records[3] in found
+    assert found.index(records[3]) == 3
+    # As arrays, columns are compared one by one; as a whole they are the same only if they are the same object.
+    assert found == found
+    assert found != columns_of([], num_labels=2)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.booleans())
+def test_parts_are_joined_in_order(sizes: list[int], predicted: bool) -> None:
+    random = np.random.default_rng(0)
+    parts = [
+        columns_of(random.normal(size=(size, 3)).tolist(), num_labels=3, predicted=predicted, top_k=2, threshold=0.25)
+        for size in sizes
+    ]
+    joined = Predictions.join(parts)
+    assert list(joined) == [record for part in parts for record in part]
+    assert (joined.predicted_layers is None) == (not predicted)
+    assert (joined.top_k, joined.threshold, joined.label_names) == (2, 0.25, NAMES[:3])
+
+
+def test_no_texts_have_empty_columns(tiny_engine: Engine) -> None:
+    for found in (tiny_engine.predict_columns([]), tiny_engine.predict_columns(iter(())), columns_of([], num_labels=3)):
+        assert list(found) == []
+        assert len(found) == 0
+        shapes = (found.labels, found.scores, found.label_ids, found.exit_layers, found.truncated)
+        assert [column.shape for column in shapes] == [(0,)] * 5
+        assert found.probabilities.shape == found.label_flags.shape == (0, 3)
+    assert list(tiny_engine.predict_stream([])) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.5}, "threshold must lie in"),
+        ({"threshold": float("nan")}, "threshold must lie in"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str, tiny_engine: Engine) -> None:
+    for texts in ([], ["w1"]):
+        with pytest.raises(ValueError, match=message):
+            tiny_engine.predict(texts, **options)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_an_engine_answers_in_columns_as_in_records(problem_type: str) -> None:
+    engine = make_engine(make_model(problem_type=problem_type))
+    whole = engine.predict(TEXTS)
+    columns = engine.predict_columns(TEXTS)
+    assert list(columns) == whole
+    assert columns.label_names == engine.label_names
+    assert columns.predicted_layers is not None
+    few = engine.predict(TEXTS, top_k=2, threshold=0.2)
+    for short, full in zip(few, whole, strict=True):
+        assert list(short.scores.items()) == sorted(full.scores.items(), key=lambda item: -item[1])[:2]
+        assert (short.label, short.score) == (full.label, full.score)
+        if problem_type == "multi_label_classification":
+            assert short.labels == tuple(name for name, score in full.scores.items() if score >= 0.2)
+        else:
+            assert short.labels == (full.label,)
+    if problem_type == "multi_label_classification":
+        assert {len(answer.labels) for answer in few} > {1}
+
+
+# Streams
+
+
+PART = 5
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geep.engine.tokens.TEXTS_PER_CALL", PART)
+
+
+class Source:
+    """An iterator that counts what was taken from it."""
+
+    def __init__(self, texts: list[Any]) -> None:
+        self.texts, self.taken = texts, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.taken == len(self.texts):
+            raise StopIteration
+        self.taken += 1
+        return self.texts[self.taken - 1]
+
+
+@pytest.mark.parametrize("count", [0, 1, PART - 1, PART, PART + 1, 4 * PART + 2])
+def test_texts_may_come_from_any_iterable(small_parts: None, tiny_engine: Engine, count: int) -> None:
+    texts = random_texts(count, seed=9)
+    expected = tiny_engine.predict(texts)
+    assert len(expected) == count
+    for source in (Source(texts), (text for text in texts), tuple(texts), np.array(texts, dtype=object)):
+        assert_alike(tiny_engine.predict(source), expected)
+    assert_alike([record for part in tiny_engine.predict_stream(Source(texts)) for record in part], expected)
+    joined = tiny_engine.predict_columns(Source(texts))
+    assert joined.labels.tolist() == [answer.label for answer in expected]
+    assert joined.exit_layers.tolist() == [answer.exit_layer for answer in expected]
+
+
+def test_a_stream_takes_texts_as_they_are_needed(
+    small_parts: None, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = Source(random_texts(6 * PART + 2, seed=9)), []
+    run = Engine.run_tokens
+
+    def watched(self: Engine, batch: Any, **options: Any) -> Any:
+        seen.append(source.taken)
+        return run(self, batch, **options)
+
+    monkeypatch.setattr(Engine, "run_tokens", watched)
+    answered = 0
+    stream = tiny_engine.predict_stream(source)
+    assert source.taken == 0
+    for part in stream:
+        # The part that runs, and the one that is tokenised meanwhile.
+        assert source.taken <= answered + 2 * PART
+        answered += len(part)
+    assert answered == 6 * PART + 2
+    assert seen == [min((number + 2) * PART, 6 * PART + 2) for number in range(7)]
+
+
+def test_a_stream_that_is_left_takes_no_more_and_ends_its_thread(small_parts: None, tiny_engine: Engine) -> None:
+    source = Source(random_texts(6 * PART, seed=9))
+    stream = tiny_engine.predict_stream(source)
+    assert len(next(stream)) == PART
+    stream.close()  # type: ignore[attr-defined]
+    assert source.taken == 2 * PART
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("geep-tokenize")]
+
+
+def test_a_stream_may_never_end(small_parts: None, tiny_engine: Engine) -> None:
+    def forever() -> Iterator[str]:
+        while True:
+            yield "w1 w2"
+
+    stream = tiny_engine.predict_stream(forever())
+    assert [len(next(stream)) for _ in range(3)] == [PART] * 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ("\ud800", ValueError, "Text 12 holds half a character"),
+        (3, TypeError, "Text 12 is int; expected a string"),
+        (("a", None), TypeError, "Text 12 is tuple"),
+    ],
+)
+def test_a_bad_text_of_an_iterator_is_named_by_its_place(
+    small_parts: None, tiny_engine: Engine, bad: Any, error: type[Exception], message: str
+) -> None:
+    texts: list[Any] = [*random_texts(12, seed=9), bad, *random_texts(9, seed=9)]
+    for made in (texts, Source(texts)):
+        with pytest.raises(error, match=message):
+            tiny_engine.predict(made)
+
+
+def test_a_list_with_a_bad_text_is_refused_before_anything_runs(
+    small_parts: None, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "run_tokens", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(TypeError, match="Text 22 is NoneType"):
+        tiny_engine.predict([*random_texts(22, seed=9), None])  # type: ignore[list-item]
+
+
+def test_logits_that_are_not_finite_name_their_text_by_its_place(small_parts: None) -> None:
+    engine = make_engine(table=False)
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[20] = torch.nan
+    texts = ["w1"] * 13 + [WORDS[20 - 5]] + ["w2"] * 4
+    with pytest.raises(FloatingPointError, match="Text 13 has logits that are not finite"):
+        engine.predict(iter(texts))
 
 
 # Parts that do not fit
@@ -479,13 +732,13 @@ def test_texts_are_tokenised_ahead_in_order(monkeypatch: pytest.MonkeyPatch) -> 
     engine = make_engine()
     texts = random_texts(23, seed=9)
     expected = [prediction.label for prediction in engine.predict(texts)]
-    monkeypatch.setattr("geep.engine._TEXTS_PER_CALL", 5)
+    monkeypatch.setattr("geep.engine.tokens.TEXTS_PER_CALL", 5)
     assert [prediction.label for prediction in engine.predict(texts)] == expected
     with pytest.raises(ValueError, match="Text 17 holds half a character"):
         engine.predict([*texts[:17], "\ud800", *texts[17:]])
 
 
-# Copies and folders
+# Copies
 
 
 def test_replace_leaves_the_original_as_it_was(tiny_engine: Engine) -> None:
@@ -499,83 +752,11 @@ def test_replace_leaves_the_original_as_it_was(tiny_engine: Engine) -> None:
     assert_alike(tiny_engine.predict(TEXTS), before)
 
 
-@every_rule
-def test_a_saved_engine_answers_the_same(rule: str, tiny_engine: Engine, tmp_path: Path) -> None:
-    engine = tiny_engine.replace(settings=replace(RULES[rule], temperatures=TEMPERATURES))
-    engine.save_pretrained(tmp_path, record={"found": "by hand"})
-    loaded = Engine.from_pretrained(tmp_path, device="cpu")
-    assert loaded.settings == engine.settings
-    assert_alike(loaded.predict(TEXTS), engine.predict(TEXTS))
-    assert json.loads((tmp_path / "calibration.json").read_text("utf-8"))["record"] == {"found": "by hand"}
-    assert Engine.from_pretrained(str(tmp_path), speed=0.05, device="cpu").settings == replace(
-        engine.settings, speed=0.05
-    )
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "exit_table.safetensors", "calibration.json"} <= names
-    assert not [name for name in names if name.endswith((".bin", ".pkl", ".partial"))]
-
-
-def test_a_saved_engine_without_a_table_answers_the_same(tmp_path: Path) -> None:
-    engine = make_engine(table=False)
-    engine.save_pretrained(tmp_path)
-    loaded = Engine.from_pretrained(tmp_path, device="cpu")
-    assert loaded.predictor is None
-    assert_alike(loaded.predict(TEXTS), engine.predict(TEXTS))
-
-
-def test_a_folder_that_was_never_calibrated_is_the_full_model(tiny_engine: Engine, tmp_path: Path) -> None:
-    tiny_engine.model.save_pretrained(tmp_path)
-    tiny_engine.tokenizer.save_pretrained(tmp_path)
-    loaded = Engine.from_pretrained(tmp_path, device="cpu")
-    assert loaded.settings == ExitSettings()
-    assert {prediction.exit_layer for prediction in loaded.predict(TEXTS)} == {NUM_LAYERS}
-
-
-def test_a_table_of_another_model_or_tokenizer_is_refused(tiny_engine: Engine, tmp_path: Path) -> None:
-    tiny_engine.save_pretrained(tmp_path)
-    model = make_model()
-    with torch.no_grad():
-        model.teacher.out.bias += 0.01
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model"):
-        Engine.from_pretrained(tmp_path, device="cpu")
-    tiny_engine.model.save_pretrained(tmp_path)
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["novelty"])
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer"):
-        Engine.from_pretrained(tmp_path, device="cpu")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        "3",
-        '{"settings": null}',
-        '{"settings": {}}',
-        '{"settings": {"speed": 2, "temperatures": {}}}',
-        '{"settings": {"speed": "0.5", "temperatures": {}}}',
-        '{"settings": {"speed": NaN, "temperatures": {}}}',
-        '{"settings": {"haste": 0.5, "temperatures": {}}}',
-        '{"settings": {"temperatures": {"one": 1}}}',
-        '{"settings": {"temperatures": {"1": -1}}}',
-        '{"settings": {"temperatures": {}, "criterion": "luck"}}',
-        '{"settings": {"temperatures": {}, "criterion": []}}',
-        '{"settings": {"temperatures": {}, "check_layers": 3}}',
-        '{"settings": {"temperatures": {}, "agreement": {"1": [0.5]}}}',
-        '{"settings": {"temperatures": {}, "agreement": {"1": [0.5, NaN, 1]}}}',
-        "\udcff",
-    ],
-)
-def test_a_damaged_calibration_is_refused(content: str, tiny_engine: Engine, tmp_path: Path) -> None:
-    tiny_engine.settings.save(tmp_path)
-    assert ExitSettings.load(tmp_path) == tiny_engine.settings
-    (tmp_path / "calibration.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"calibration\.json is damaged .*run `geep calibrate` again"):
-        ExitSettings.load(tmp_path)
+def test_the_options_are_the_fields_of_the_config() -> None:
+    """`EngineOptions` repeats them for type checkers, which see no further than the file."""
+    assert typing.get_type_hints(EngineOptions) == typing.get_type_hints(EngineConfig)
+    assert EngineOptions.__annotations__.keys() == {field.name for field in fields(EngineConfig)}
+    assert not EngineOptions.__required_keys__
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
@@ -591,22 +772,6 @@ def test_random_batches_without_special_meaning_run_like_texts(tiny_engine: Engi
     assert torch.allclose(run.logits[~near], logits[~near], atol=5e-5)
 
 
-def test_rounded_weights_are_not_saved_but_their_table_is(tmp_path: Path) -> None:
-    model, tokenizer = make_model(), make_tokenizer()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    if not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("this CPU has no AVX-512 BF16, and there is no GPU")
-    base = Engine(model, tokenizer, config=EngineConfig(device="cpu", dtype="bfloat16"))
-    engine = base.replace(predictor=fit_predictor(base), settings=ExitSettings(speed=0.5))
-    with pytest.raises(ValueError, match="rounded weights are not saved"):
-        engine.save_pretrained(tmp_path)
-    engine.save_exits(tmp_path)
-    texts = random_texts(20, seed=3)
-    again = Engine.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
-    assert [found.label for found in again.predict(texts)] == [found.label for found in engine.predict(texts)]
-
-
 def test_an_engine_that_runs_otherwise_than_certified_says_so(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu"))
     certified = ExitSettings(speed=0.5, certified_on=engine.deployment.deployed_as)
@@ -614,3 +779,21 @@ def test_an_engine_that_runs_otherwise_than_certified_says_so(caplog: pytest.Log
     assert "does not cover" not in caplog.text
     Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu", backend="padded"))
     assert "does not cover" in caplog.text
+
+
+def test_tokens_do_not_depend_on_the_parts_in_which_they_are_made(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    singles = random_texts(11, seed=8)
+    mixed: list[Any] = [*singles, *zip(singles, singles[::-1], strict=True), *singles, ""]
+    for texts in (singles, mixed, []):
+        whole = tiny_engine.tokenize(texts)
+        with monkeypatch.context() as patch:
+            patch.setattr("geep.engine.tokens.TEXTS_PER_CALL", 4)
+            parts = tiny_engine.tokenize(texts)
+        assert np.array_equal(parts.batch.input_ids, whole.batch.input_ids)
+        assert np.array_equal(parts.batch.lengths, whole.batch.lengths)
+        assert np.array_equal(parts.truncated, whole.truncated)
+        assert (parts.batch.token_type_ids is None) == (whole.batch.token_type_ids is None)
+        if whole.batch.token_type_ids is not None:
+            assert np.array_equal(parts.batch.token_type_ids, whole.batch.token_type_ids)

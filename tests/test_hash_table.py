@@ -6,8 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from geep.hash_table import EMPTY_KEY, MISSING, HashTable, on_device

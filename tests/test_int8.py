@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_engine, make_model, make_tokenizer, random_batch, random_texts, toy_task
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from geep.backends import PackedBackend, int8, onednn
@@ -221,10 +220,11 @@ def test_an_int8_engine_says_what_it_runs(vnni: bool, weights: str, monkeypatch:
 def test_an_int8_engine_is_kept_with_its_ranges_and_is_near_float32(folder: Path) -> None:
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", max_length=20)
     texts = random_texts(60, seed=4)
-    made = quantise(engine, Split(random_texts(200, seed=5)), folder=folder)
+    made = quantise(engine, Split(random_texts(200, seed=5)))
+    made.save_exits(folder)
     again = Engine.from_pretrained(folder, device="cpu", dtype="int8", max_length=20)
     weights = "" if int8.largest_weight() == 127 else " with 7-bit weights"
-    assert made.deployed_as == again.deployed_as == f"packed, int8{weights}, at most 20 tokens"
+    assert made.deployment.deployed_as == again.deployment.deployed_as == f"packed, int8{weights}, at most 20 tokens"
     batch = engine.tokenize(texts).batch
     full = engine.run_tokens(batch, settings=ExitSettings()).logits
     found = again.run_tokens(batch, settings=ExitSettings()).logits

@@ -6,8 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from scipy.optimize import nnls
 
 from geep.scheduler import CostModel, Staircase, Timings, budget_cuts, expected_seconds, schedule, thin_out

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 import geep
 from geep.data import BadRow, read_rows
 from geep.engine import Engine, Prediction
-from geep.scoring import Scorer, ScoreReport, score_file
-from geep.scoring import stream as stream_file
+from geep.scoring import Scorer, ScoreReport, score_file, stream as stream_file
 
 
 @dataclass(frozen=True)

@@ -847,7 +847,7 @@ def test_a_finished_folder_is_not_trained_again(
     folder = tmp_path / "model"
     first = fine_tune(plan, folder, encoder_folder)
     monkeypatch.setattr("geep.training.fine_tuning.run_recipe", None)
-    assert fine_tune(plan, folder, encoder_folder) == first
+    assert fine_tune(plan, folder, encoder_folder) == replace(first, was_finished=True)
     for changes in (
         {"settings": settings(epochs=2, max_length=32)},
         {"head": "cls"},
@@ -884,7 +884,9 @@ def test_a_folder_of_an_older_version_is_finished_too(plan: DataPlan, encoder_fo
         "rows": len(plan.parts().train),
     }
     Provenance(about, {"steps": 7, "seconds": 1.5}, [{"loss": 1.0}]).write(folder)
-    assert fine_tune(plan, folder, encoder_folder, exit_layers=[1, 2]) == TrainResult(7, 1.5, ({"loss": 1.0},))
+    assert fine_tune(plan, folder, encoder_folder, exit_layers=[1, 2]) == TrainResult(
+        7, 1.5, ({"loss": 1.0},), was_finished=True
+    )
     assert Provenance.read(folder).data == data
     with pytest.raises(ValueError, match="other settings"):
         fine_tune(plan, folder, encoder_folder, exit_layers=[1, 3])
@@ -931,7 +933,7 @@ def test_train_without_a_plan_tells_rows_apart_by_their_texts(
     options: dict[str, Any] = {"encoder": encoder_folder, "settings": settings(epochs=1), "device": "cpu"}
     parts = plan.parts()
     first = train(parts, tmp_path / "model", **options)
-    assert train(parts, tmp_path / "model", **options) == first
+    assert train(parts, tmp_path / "model", **options) == replace(first, was_finished=True)
     with pytest.raises(ValueError, match="without plan="):
         Provenance.read(tmp_path / "model").data  # noqa: B018
     turned = replace(parts, train=parts.train.select(np.arange(len(parts.train))[::-1]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
 
 from geep.backends import Backend, TokenBatch
-from geep.calibration import ExitRun, full_profile
+from geep.calibration import ExitRun, Outcomes
 from geep.data import Split
 from geep.engine import Engine
 from geep.evaluation import ShrinkingBatch
@@ -36,7 +36,7 @@ def load(job: Job) -> Loaded:
     engine = Engine.from_pretrained(options["folder"], device="cpu", backend=options["backend"], dtype=options["dtype"])
     lines = _Lines(engine, job, f"{options['backend']} {options['dtype']}")
     run = ExitRun.of(engine, Split(job.texts, labels=None if job.labels is None else np.array(job.labels)))
-    profile = full_profile(engine, run, engine.settings)
+    profile = Outcomes(engine, run).profile(engine.settings)
     ways = [lines.full(), *lines.constants(), *lines.utilisation()]
     # An engine without a promise is the full model: racing it against itself would say nothing.
     calibrated = engine.settings.speed > 0

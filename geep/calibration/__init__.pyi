@@ -1,18 +1,18 @@
-from .certifying import Calibration as Calibration
-from .certifying import calibrate as calibrate
-from .certifying import save_refusal as save_refusal
-from .choosing import TRIAL_QUANTILES as TRIAL_QUANTILES
-from .choosing import TRIAL_SPEEDS as TRIAL_SPEEDS
-from .choosing import Choice as Choice
-from .choosing import choose as choose
-from .profiling import TABLE_SPEEDS as TABLE_SPEEDS
-from .profiling import PredictorQuality as PredictorQuality
-from .profiling import ProfileResult as ProfileResult
-from .profiling import fit_agreement as fit_agreement
-from .profiling import layer_quality as layer_quality
-from .profiling import predictor_quality as predictor_quality
-from .profiling import profile as profile
+from .certifying import Calibration as Calibration, calibrate as calibrate, save_refusal as save_refusal
+from .choosing import (
+    TRIAL_QUANTILES as TRIAL_QUANTILES,
+    TRIAL_SPEEDS as TRIAL_SPEEDS,
+    Choice as Choice,
+    choose as choose,
+)
+from .profiling import (
+    TABLE_SPEEDS as TABLE_SPEEDS,
+    PredictorQuality as PredictorQuality,
+    ProfileResult as ProfileResult,
+    fit_agreement as fit_agreement,
+    layer_quality as layer_quality,
+    predictor_quality as predictor_quality,
+    profile as profile,
+)
 from .quantising import quantise as quantise
-from .runs import ExitRun as ExitRun
-from .runs import Outcomes as Outcomes
-from .runs import try_speed as try_speed
+from .runs import ExitRun as ExitRun, Outcomes as Outcomes, try_speed as try_speed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from geep.calibration.runs import ExitRun
 from geep.data import Split
 from geep.engine import Engine
 from geep.exits import profile_exits
-from geep.folder import RANGES_FILE
 from geep.scheduler import schedule
 
 # A quantised model that is further off than this, before any exit, is broken rather than a little less accurate.
@@ -27,13 +25,14 @@ MAX_QUANTISED_DISAGREEMENT = 0.05
 _OBSERVED_TEXTS = 1024
 
 
-def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) -> Engine:
+def quantise(engine: Engine, texts: Split) -> Engine:
     """Return the int8 engine of a float32 one on the packed backend, without table.
+
+    `Engine.save_exits` keeps the ranges of its activations in the model's folder, for `Engine.from_pretrained`.
 
     Args:
         engine: Engine whose weights are float32.
         texts: Texts on which the ranges of the activations are observed; the first thousand are taken.
-        folder: The model's folder, where the ranges are kept for `Engine.from_pretrained`; None: nowhere.
 
     Raises:
         ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
@@ -45,16 +44,13 @@ def quantise(engine: Engine, texts: Split, *, folder: str | Path | None = None) 
         cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.deployment.max_batch_tokens)
         starts = (packed.start(batch.select(cut.indices)) for cut in cuts)
         ranges = observe(plain, ((live.hidden, live.runs) for live in starts))
-    quantised = Engine(
+    return Engine(
         engine.model,
         engine.tokenizer,
         config=replace(engine.config, backend="packed", dtype="int8"),
         identity=engine.identity,
         ranges=ranges,
     )
-    if folder is not None:
-        ranges.save(Path(folder) / RANGES_FILE, fingerprint=engine.identity)
-    return quantised
 
 
 def check_quantised(run: ExitRun, *, multi_label: bool) -> None:

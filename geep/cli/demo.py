@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 import geep
-from geep.cli import options as opt
-from geep.cli import show
+from geep.cli import options as opt, show
 from geep.cli.make import run_calibration, run_profile
 from geep.cli.use import answer_texts, run_evaluation
 

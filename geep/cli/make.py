@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import geep
-from geep.cli import options as opt
-from geep.cli import show
-from geep.training.settings import TrainSettings
+from geep.cli import options as opt, show
 
 Option = typer.Option
 
@@ -26,7 +24,7 @@ def train_command(
     ] = "all-minilm-l6-v2",
     recipe: Annotated[
         str, Option(help=f"One of {opt.names('RECIPES')}.", rich_help_panel=opt.TRAINING)
-    ] = TrainSettings.recipe,
+    ] = geep.TrainSettings.recipe,
     head: Annotated[str, Option(help=f"Exit classifier: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)] = "mean",
     exit_layers: Annotated[
         str | None,
@@ -34,19 +32,19 @@ def train_command(
     ] = None,
     epochs: Annotated[
         float, Option(help="Passes over the training rows; the best is kept.", rich_help_panel=opt.TRAINING)
-    ] = TrainSettings.epochs,
+    ] = geep.TrainSettings.epochs,
     batch_size: Annotated[
         int, Option(help="Texts on a device at a time.", rich_help_panel=opt.TRAINING)
-    ] = TrainSettings.batch_size,
+    ] = geep.TrainSettings.batch_size,
     gradient_accumulation: Annotated[
         int, Option(help="Batches to a step.", rich_help_panel=opt.TRAINING)
-    ] = TrainSettings.gradient_accumulation,
+    ] = geep.TrainSettings.gradient_accumulation,
     learning_rate: Annotated[
         float | None, Option(help="Peak rate. Default: the recipe's.", rich_help_panel=opt.TRAINING)
     ] = None,
     max_length: Annotated[
         int, Option(help="Longest text, tokens: longer ones are cut, now and later.", rich_help_panel=opt.TRAINING)
-    ] = TrainSettings.max_length,
+    ] = geep.TrainSettings.max_length,
     max_train: Annotated[
         int | None, Option(help="Learn from a random part of the rows.", rich_help_panel=opt.TRAINING)
     ] = None,
@@ -64,7 +62,7 @@ def train_command(
             help="Mixed precision; pays on GPUs and on CPUs with AVX-512 BF16.",
             rich_help_panel=opt.TRAINING,
         ),
-    ] = TrainSettings.bf16,
+    ] = geep.TrainSettings.bf16,
     set_: Annotated[
         list[str] | None,
         Option(

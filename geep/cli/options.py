@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import geep
-
-if TYPE_CHECKING:
-    from geep.exits import OnMiss
 
 NAMES: dict[str, tuple[str, ...]] = {
     "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
@@ -148,11 +145,12 @@ def promise(max_drop: float | None, min_agreement: float | None, confidence: flo
     return geep.Promise(None if max_drop is None else max_drop / 100, min_agreement, confidence)
 
 
-def on_miss(value: str) -> OnMiss:
+def on_miss(value: str) -> Literal["stop", "continue"]:
     """The rule on a miss."""
-    if value in ("stop", "continue"):
-        rule: Literal["stop", "continue"] = "stop" if value == "stop" else "continue"
-        return rule
+    if value == "stop":
+        return "stop"
+    if value == "continue":
+        return "continue"
     raise ValueError(f"--on-miss is 'stop' or 'continue', got {value!r}.")
 
 

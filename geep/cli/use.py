@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 
 import geep
-from geep.cli import options as opt
-from geep.cli import show
+from geep.cli import options as opt, show
 
 Option = typer.Option
 

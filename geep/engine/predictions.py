@@ -42,7 +42,7 @@ class Prediction:
     truncated: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions(Sequence[Prediction]):
     """Answers to many texts as columns, one row a text, in the caller's order: arrays instead of a record for each.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
-from geep.folder import CalibrationFile
+from geep.folder import SETTINGS_FILE, CalibrationFile
 
 Integers = NDArray[np.int64]
 
@@ -129,6 +129,7 @@ class ExitSettings:
             FileNotFoundError: If there is none.
             ValueError: If the file is damaged.
         """
+        path = Path(path) / SETTINGS_FILE if Path(path).is_dir() else Path(path)
         values = dict(CalibrationFile.read(path).settings)
         try:
             values["temperatures"] = {int(depth): float(value) for depth, value in values["temperatures"].items()}

@@ -108,10 +108,23 @@ def tokenize(
     """
     with_types = has_segments and any(not isinstance(text, str) for text in texts)
     encode = _encode if tokenizer.is_fast else _encode_slowly
-    found = encode(tokenizer, texts, max_length)
-    lengths = np.fromiter(map(len, found.ids), dtype=np.int64, count=len(texts))
-    types = _flat(found.type_ids, lengths) if with_types else None
-    return TokenizedTexts(TokenBatch(_flat(found.ids, lengths), types, lengths), found.truncated)
+    ids, types, lengths, truncated = [], [], [], []
+    # In parts, for the tokenizer's own records take many times the memory of the ids.
+    for start in range(0, max(len(texts), 1), TEXTS_PER_CALL):
+        part = texts[start : start + TEXTS_PER_CALL]
+        found = encode(tokenizer, part, max_length, with_types)
+        lengths.append(np.fromiter(map(len, found.ids), dtype=np.int64, count=len(part)))
+        ids.append(_flat(found.ids, lengths[-1]))
+        truncated.append(found.truncated)
+        if with_types:
+            types.append(_flat(found.type_ids, lengths[-1]))
+    batch = TokenBatch(_joined(ids), _joined(types) if types else None, _joined(lengths))
+    return TokenizedTexts(batch, _joined(truncated))
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put parts behind one another; a single one is no copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _is_unicode(text: str) -> bool:
@@ -131,7 +144,7 @@ class _Encoded:
     truncated: NDArray[np.bool_]
 
 
-def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int, with_types: bool) -> _Encoded:
     """Tokenise in Rust, texts and pairs together, and no more than is asked for: no offsets, masks or words."""
     tokenizer.set_truncation_and_padding(
         padding_strategy=PaddingStrategy.DO_NOT_PAD,
@@ -145,18 +158,18 @@ def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Enc
     # Built as lists at once: each look at an encoding's ids makes a new list.
     ids = [row.ids for row in rows]
     cut = (len(row) >= max_length and bool(row.overflowing) for row in rows)
-    types = [row.type_ids for row in rows] if any(not isinstance(text, str) for text in texts) else []
+    types = [row.type_ids for row in rows] if with_types else []
     return _Encoded(ids, types, np.fromiter(cut, dtype=bool, count=len(rows)))
 
 
-def _encode_slowly(tokenizer: Any, texts: Sequence[TextInput], max_length: int) -> _Encoded:
+def _encode_slowly(tokenizer: Any, texts: Sequence[TextInput], max_length: int, with_types: bool) -> _Encoded:
     """Tokenise with a tokenizer that is written in Python: a text at a time, as it would itself."""
 
     def encode(text: TextInput, **options: Any) -> tuple[list[int], list[int]]:
         # In lists, for a single empty second text would count as none.
         parts = [[part] for part in ((text,) if isinstance(text, str) else text)]
-        row = tokenizer(*parts, return_token_type_ids=True, verbose=False, **options)
-        return row["input_ids"][0], row["token_type_ids"][0]
+        row = tokenizer(*parts, return_token_type_ids=with_types, verbose=False, **options)
+        return row["input_ids"][0], row["token_type_ids"][0] if with_types else []
 
     rows = [encode(text) for text in texts]
     cut = np.fromiter((len(ids) > max_length for ids, _ in rows), dtype=bool, count=len(rows))

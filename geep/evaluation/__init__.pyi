@@ -1,12 +1,9 @@
-from .race import SWEEP as SWEEP
-from .race import cpu_name as cpu_name
-from .race import evaluate as evaluate
-from .race import machine as machine
-from .report import EvaluationReport as EvaluationReport
-from .report import EvaluationRow as EvaluationRow
-from .report import Headline as Headline
-from .report import draw as draw
-from .report import headline as headline
-from .rivals import BATCH_SIZES as BATCH_SIZES
-from .rivals import ShrinkingBatch as ShrinkingBatch
-from .rivals import stable_oracle as stable_oracle
+from .race import SWEEP as SWEEP, cpu_name as cpu_name, evaluate as evaluate, machine as machine
+from .report import (
+    EvaluationReport as EvaluationReport,
+    EvaluationRow as EvaluationRow,
+    Headline as Headline,
+    draw as draw,
+    headline as headline,
+)
+from .rivals import BATCH_SIZES as BATCH_SIZES, ShrinkingBatch as ShrinkingBatch, stable_oracle as stable_oracle

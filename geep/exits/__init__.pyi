@@ -1,11 +1,10 @@
-from .criteria import AGREEMENT as AGREEMENT
-from .criteria import CRITERIA as CRITERIA
-from .criteria import AgreementScore as AgreementScore
-from .criteria import OnMiss as OnMiss
-from .criteria import answer_of as answer_of
-from .criteria import uncertainty as uncertainty
-from .fitting import fit_agreement_score as fit_agreement_score
-from .fitting import fit_temperature as fit_temperature
-from .profile import ExitProfile as ExitProfile
-from .profile import follow as follow
-from .profile import profile_exits as profile_exits
+from .criteria import (
+    AGREEMENT as AGREEMENT,
+    CRITERIA as CRITERIA,
+    AgreementScore as AgreementScore,
+    OnMiss as OnMiss,
+    answer_of as answer_of,
+    uncertainty as uncertainty,
+)
+from .fitting import fit_agreement_score as fit_agreement_score, fit_temperature as fit_temperature
+from .profile import ExitProfile as ExitProfile, follow as follow, profile_exits as profile_exits

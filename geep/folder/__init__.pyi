@@ -1,10 +1,12 @@
 from .calibration_file import CalibrationFile as CalibrationFile
-from .files import RANGES_FILE as RANGES_FILE
-from .files import SETTINGS_FILE as SETTINGS_FILE
-from .files import TABLE_FILE as TABLE_FILE
-from .files import TRAINING_FILE as TRAINING_FILE
-from .files import HubOptions as HubOptions
-from .files import file_of as file_of
-from .files import fingerprint as fingerprint
-from .files import publish as publish
+from .files import (
+    RANGES_FILE as RANGES_FILE,
+    SETTINGS_FILE as SETTINGS_FILE,
+    TABLE_FILE as TABLE_FILE,
+    TRAINING_FILE as TRAINING_FILE,
+    HubOptions as HubOptions,
+    file_of as file_of,
+    fingerprint as fingerprint,
+    publish as publish,
+)
 from .provenance import Provenance as Provenance

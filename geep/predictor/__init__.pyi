@@ -1,17 +1,20 @@
-from .fitting import ABSENT_LOGIT as ABSENT_LOGIT
-from .fitting import PREDICTORS as PREDICTORS
-from .fitting import RIDGE_ALPHAS as RIDGE_ALPHAS
-from .fitting import TextExits as TextExits
-from .fitting import fit_levels as fit_levels
-from .fitting import fit_lexical as fit_lexical
-from .fitting import fit_predictor as fit_predictor
-from .fitting import score_by_counts as score_by_counts
-from .fitting import score_by_ridge as score_by_ridge
+from .fitting import (
+    ABSENT_LOGIT as ABSENT_LOGIT,
+    PREDICTORS as PREDICTORS,
+    RIDGE_ALPHAS as RIDGE_ALPHAS,
+    TextExits as TextExits,
+    fit_levels as fit_levels,
+    fit_lexical as fit_lexical,
+    fit_predictor as fit_predictor,
+    score_by_counts as score_by_counts,
+    score_by_ridge as score_by_ridge,
+)
 from .keys import Keys as Keys
-from .predictor import ExitPrediction as ExitPrediction
-from .predictor import ExitPredictor as ExitPredictor
-from .table import ExitTable as ExitTable
-from .table import FittedTable as FittedTable
-from .table import Levels as Levels
-from .table import Lexical as Lexical
-from .table import ScoreRows as ScoreRows
+from .predictor import ExitPrediction as ExitPrediction, ExitPredictor as ExitPredictor
+from .table import (
+    ExitTable as ExitTable,
+    FittedTable as FittedTable,
+    Levels as Levels,
+    Lexical as Lexical,
+    ScoreRows as ScoreRows,
+)

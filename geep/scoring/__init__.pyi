@@ -1,4 +1,2 @@
-from .answers import ScoredColumns as ScoredColumns
-from .answers import Scorer as Scorer
-from .stream import ScoreReport as ScoreReport
-from .stream import score_file as score_file
+from .answers import ScoredColumns as ScoredColumns, Scorer as Scorer
+from .stream import ScoreReport as ScoreReport, score_file as score_file

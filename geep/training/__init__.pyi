@@ -1,19 +1,17 @@
 from .fine_tuning import train as train
-from .losses import Loss as Loss
-from .losses import distillation as distillation
-from .losses import distillation_loss as distillation_loss
-from .losses import exit_label_loss as exit_label_loss
-from .losses import full_model_loss as full_model_loss
-from .losses import guided_shared_exit_loss as guided_shared_exit_loss
-from .losses import shared_exit_loss as shared_exit_loss
-from .losses import weighted_joint_loss as weighted_joint_loss
+from .losses import (
+    Loss as Loss,
+    distillation as distillation,
+    distillation_loss as distillation_loss,
+    exit_label_loss as exit_label_loss,
+    full_model_loss as full_model_loss,
+    guided_shared_exit_loss as guided_shared_exit_loss,
+    shared_exit_loss as shared_exit_loss,
+    weighted_joint_loss as weighted_joint_loss,
+)
 from .metrics import DevMetrics as DevMetrics
-from .recipes import RECIPES as RECIPES
-from .recipes import Recipe as Recipe
-from .recipes import Stage as Stage
-from .rows import EncodedRows as EncodedRows
-from .rows import encode as encode
+from .recipes import RECIPES as RECIPES, Recipe as Recipe, Stage as Stage
+from .rows import EncodedRows as EncodedRows, encode as encode
 from .settings import TrainSettings as TrainSettings
 from .standardising import standardise_heads as standardise_heads
-from .trainer import TrainResult as TrainResult
-from .trainer import run_recipe as run_recipe
+from .trainer import TrainResult as TrainResult, run_recipe as run_recipe
