@@ -151,7 +151,9 @@ class Timings:
             fixed, slope = 0.0, design[:, 1].sum() / np.square(design[:, 1]).sum()
         elif slope < 0:
             fixed, slope = design[:, 0].sum() / np.square(design[:, 0]).sum(), 0.0
-        return float(fixed), float(slope) if slope > 0 else float((seconds / sizes).min())
+        # What rounding leaves of a slope of nothing is no price of a token.
+        has_slope = slope * sizes.max() > 1e-9 * fixed
+        return float(fixed), float(slope if has_slope else (seconds / sizes).min())
 
 
 def expected_seconds(

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -797,3 +798,14 @@ def test_tokens_do_not_depend_on_the_parts_in_which_they_are_made(
         assert (parts.batch.token_type_ids is None) == (whole.batch.token_type_ids is None)
         if whole.batch.token_type_ids is not None:
             assert np.array_equal(parts.batch.token_type_ids, whole.batch.token_type_ids)
+
+
+def test_what_came_before_a_bad_text_in_a_stream_is_answered(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geep.engine.tokens.TEXTS_PER_CALL", 4)
+    texts: list[Any] = [*random_texts(10, seed=9), 3]
+    stream = tiny_engine.predict_stream(iter(texts))
+    assert [len(part) for part in islice(stream, 2)] == [4, 4]
+    with pytest.raises(TypeError, match="Text 10 is int"):
+        next(stream)

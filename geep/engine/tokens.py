@@ -86,13 +86,21 @@ def tokenized_ahead(
     """Tokenise each part while the one before it runs; the tokenizer's Rust threads leave Python's lock alone."""
     with ThreadPoolExecutor(1, thread_name_prefix="geep-tokenize") as thread:
         waiting: Future[TokenizedTexts] | None = None
-        for part in parts:
-            following = thread.submit(work, part)
+        source = iter(parts)
+        while True:
+            try:
+                part = next(source, None)
+            except Exception:
+                # What was good before a bad text is answered before the caller is told of it.
+                if waiting is not None:
+                    yield waiting.result()
+                raise
+            following = None if part is None else thread.submit(work, part)
             if waiting is not None:
                 yield waiting.result()
+            if following is None:
+                return
             waiting = following
-        if waiting is not None:
-            yield waiting.result()
 
 
 def tokenize(
