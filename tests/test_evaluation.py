@@ -81,6 +81,17 @@ def test_the_oracle_answers_as_the_full_model_with_the_fewest_layers(report: Eva
     assert stable_oracle(profile).tolist() == [0, 2, 1]
 
 
+def test_what_is_timed_answers_as_what_the_quality_was_taken_from(
+    report: EvaluationReport, engine: Engine, texts: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [row.verified for row in report.rows] == [1.0] * len(report.rows)
+    real = Engine.predict
+    # A rival that is fast because it does something else is found out.
+    monkeypatch.setattr(Engine, "predict", lambda self, texts, **options: real(self, texts[::-1], **options))
+    cheating = evaluate(engine, texts, max_texts=12, rounds=1, sweep=())
+    assert {row.group for row in cheating.rows if row.verified < 1} == {"full", "geep-stop", "geep-continue"}
+
+
 def test_random_depths_have_the_histogram_of_stop(report: EvaluationReport) -> None:
     assert report.row("random").mean_exit_layer == pytest.approx(report.row("geep-stop").mean_exit_layer)
 

@@ -200,6 +200,12 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
             style="bold red" if row.name == "GEEP continue" else None,
         )
     console.print(table)
+    for row in report.rows:
+        if row.verified < 0.99:
+            console.print(
+                f"[yellow]{row.name}: the timed run gave {1 - row.verified:.1%} of its texts another answer than its "
+                "accuracy was taken from.[/]"
+            )
     for quality in report.quality:
         console.print(
             f"Exit layers by {quality.kind}: rank correlation {quality.rank_correlation:.2f}, mean error "

@@ -76,6 +76,7 @@ def evaluate(
 
     progress("best batch sizes of the rivals", 1, 1)
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    verified: dict[str, float] = {}
     steps = (rounds + 1) * len(rivals)
     done = 0
     for number in range(rounds + 1):
@@ -83,15 +84,27 @@ def evaluate(
             rival = rivals[index]
             _wait_for_device(engine)
             begin = time.perf_counter()
-            rival.run()
+            answers = rival.run()
             _wait_for_device(engine)
             if number:  # round 0 fills caches and is not counted
                 seconds[rival.name].append(time.perf_counter() - begin)
+            else:  # what is timed has to be what the quality was taken from
+                expected = outcomes.logits[rival.columns[timed], timed].argmax(-1).numpy()
+                verified[rival.name] = float((answers == expected).mean())
             done += 1
             progress(f"timing {len(rivals)} rivals, {rounds} rounds and a warm-up", done, steps)
     full_rate = float(np.median(len(texts) / np.asarray(seconds[FULL_MODEL])))
     rows = tuple(
-        _row(rival, profile, batch, timed, len(texts) / np.asarray(seconds[rival.name]), full_rate) for rival in rivals
+        _row(
+            rival,
+            profile,
+            batch,
+            timed,
+            len(texts) / np.asarray(seconds[rival.name]),
+            full_rate,
+            verified=verified[rival.name],
+        )
+        for rival in rivals
     )
     return EvaluationReport(
         rows=rows,
@@ -105,7 +118,14 @@ def evaluate(
 
 
 def _row(
-    rival: Rival, profile: ExitProfile, batch: TokenBatch, timed: Integers, rates: NDArray[Any], full_rate: float
+    rival: Rival,
+    profile: ExitProfile,
+    batch: TokenBatch,
+    timed: Integers,
+    rates: NDArray[Any],
+    full_rate: float,
+    *,
+    verified: float,
 ) -> EvaluationRow:
     texts, depths = np.arange(len(profile)), np.asarray(profile.depths)
     layers = depths[rival.columns]
@@ -126,6 +146,7 @@ def _row(
         throughput_high=float(rates.max()),
         ratio=float(np.median(rates)) / full_rate,
         lexical_share=float((layers == 0).mean()),
+        verified=verified,
     )
 
 

@@ -29,6 +29,8 @@ class EvaluationRow:
         throughput_high: Fastest round.
         ratio: Throughput over that of the packed full model.
         lexical_share: Share of texts answered without the encoder, on all texts.
+        verified: Share of the timed texts to which the timed run gave the answer that its quality was taken from; below
+            1 by rounding, or because another dtype was timed.
     """
 
     name: str
@@ -44,6 +46,7 @@ class EvaluationRow:
     throughput_high: float
     ratio: float
     lexical_share: float
+    verified: float
 
 
 @dataclass(frozen=True, slots=True)

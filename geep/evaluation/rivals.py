@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +26,20 @@ BATCH_SIZES: tuple[int, ...] = (1, 8, 32, 128)
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A way of running the model: its timed run, and the exit column of every text of the split."""
+    """A way of running the model.
+
+    Attributes:
+        name: What it is.
+        group: As in `EvaluationRow`.
+        setting: What was set.
+        run: What is timed: answers the timed texts and returns their most likely labels, (num_timed,).
+        columns: Exit column of every text of the split, from which its quality is taken, (num_texts,).
+    """
 
     name: str
     group: str
     setting: str
-    run: Callable[[], object]
+    run: Callable[[], Integers]
     columns: Integers
 
 
@@ -67,7 +75,7 @@ def line_up(
     rivals.append(
         Rival(f"HF pipeline, length-sorted, batch {by_length}", "pipeline-sorted", "best batch size", run, everyone)
     )
-    rivals.append(Rival(FULL_MODEL, "full", "speed 0", _bind(engine.predict, texts, speed=0.0), everyone))
+    rivals.append(Rival(FULL_MODEL, "full", "speed 0", _bind(_run_predict, engine, texts, speed=0.0), everyone))
 
     if depths[0] == 0:
         rivals.append(
@@ -115,7 +123,7 @@ def line_up(
     )
     stopping, going_on = engine.replace(settings=stop), engine.replace(settings=replace(settings, on_miss="continue"))
     rivals.append(
-        Rival("GEEP stop", "geep-stop", f"speed {settings.speed:g}", _bind(stopping.predict, texts), stop_columns)
+        Rival("GEEP stop", "geep-stop", f"speed {settings.speed:g}", _bind(_run_predict, stopping, texts), stop_columns)
     )
     speeds = [settings.speed, *(speed for speed in sweep if speed != settings.speed)]
     for number, speed in enumerate(speeds):
@@ -123,7 +131,7 @@ def line_up(
         columns = outcomes.answered(at)
         name = "GEEP continue" if number == 0 else f"GEEP continue, speed {speed:g}"
         rivals.append(
-            Rival(name, "geep-continue", f"speed {speed:g}", _bind(going_on.predict, texts, speed=speed), columns)
+            Rival(name, "geep-continue", f"speed {speed:g}", _bind(_run_predict, going_on, texts, speed=speed), columns)
         )
 
     oracle = stable_oracle(profile.from_depth(1)) + first
@@ -139,8 +147,21 @@ def line_up(
     return rivals
 
 
-def _bind(function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[[], object]:
-    return lambda: function(*args, **kwargs)
+def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Integers]:
+    """A run with its arguments, whose answers are told as label ids."""
+
+    def run() -> Integers:
+        found = function(*args, **kwargs)
+        found = found.logits if isinstance(found, RunResult) else found
+        return found.argmax(-1).numpy() if isinstance(found, Tensor) else np.asarray(found)
+
+    return run
+
+
+def _run_predict(engine: Engine, texts: Sequence[Any], *, speed: float | None = None) -> list[int]:
+    """Answer raw texts by `predict`, records and all, as users do."""
+    ids = {name: label for label, name in enumerate(engine.label_names)}
+    return [ids[answer.label] for answer in engine.predict(texts, speed=speed)]
 
 
 def _fastest(sizes: Sequence[int], run: Callable[[int], object]) -> int:
@@ -182,22 +203,28 @@ class _HfPipeline:
 
     call: Any
     max_length: int
+    label_ids: Mapping[str, int]
 
     @classmethod
     def of(cls, engine: Engine) -> _HfPipeline:
         make: Any = pipeline  # its overloads name every kind of model there is
         call = make("text-classification", model=engine.model, tokenizer=engine.tokenizer, device=engine.model.device)
-        return cls(call, engine.deployment.max_length)
+        ids = {name: label for label, name in enumerate(engine.label_names)}
+        return cls(call, engine.deployment.max_length, ids)
 
-    def __call__(self, texts: Sequence[Any], batch_size: int, *, by_length: bool) -> list[Any]:
+    def __call__(self, texts: Sequence[Any], batch_size: int, *, by_length: bool) -> Integers:
         inputs = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
+        order = np.arange(len(inputs))
         if by_length:
             sizes = [len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts]
-            inputs = [inputs[i] for i in np.argsort(sizes)]
+            order = np.argsort(sizes)
         # Given a generator, the pipeline keeps its data loader busy; given a list, it warns of just that.
-        return list(
-            self.call((each for each in inputs), batch_size=batch_size, truncation=True, max_length=self.max_length)
+        answers = self.call(
+            (inputs[i] for i in order), batch_size=batch_size, truncation=True, max_length=self.max_length
         )
+        labels = np.empty(len(inputs), dtype=np.int64)
+        labels[order] = [self.label_ids[answer["label"]] for answer in answers]
+        return labels
 
 
 @dataclass(frozen=True, slots=True)
