@@ -7,20 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_LENGTH, NUM_LAYERS, PAD, alone, make_model, random_batch
+from conftest import MAX_LENGTH, NUM_LAYERS, PAD, alone, make_model, make_tokenizer, random_batch
 from hypothesis import given, strategies as st
 from torch import Tensor
+from transformers import AutoConfig
 
 from geep.backends import BACKENDS, TokenBatch
 from geep.backends.packed_layer import LAYER_PARTS, length_runs
 from geep.backends.protocol import token_positions
+from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification
 
 ROWS = [
     pytest.param(backend, family, id=f"{backend}-{family}")
     for backend, row in BACKENDS.items()
     for family in FAMILIES
-    if row.supports(family)
+    if row.supports(AutoConfig.for_model(family))
 ]
 every_row = pytest.mark.parametrize(("backend", "family"), ROWS)
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
@@ -147,8 +149,22 @@ def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
     assert LAYER_PARTS.keys() == {name for name, family in FAMILIES.items() if family.packed}
     with pytest.raises(ValueError, match="'modernbert'; use backend='padded'"):
         BACKENDS["packed"].build(make_model("modernbert"), dtype="float32")
-    assert not any(backend.supports("gpt2") for backend in BACKENDS.values())
-    assert all(any(backend.supports(family) for backend in BACKENDS.values()) for family in FAMILIES)
+    assert not any(backend.supports(AutoConfig.for_model("gpt2")) for backend in BACKENDS.values())
+    configs = [AutoConfig.for_model(family) for family in FAMILIES]
+    assert all(any(backend.supports(config) for backend in BACKENDS.values()) for config in configs)
+
+
+@pytest.mark.parametrize("switch", [{"is_decoder": True}, {"chunk_size_feed_forward": 1}])
+def test_a_layer_that_a_switch_makes_another_one_runs_padded(switch: dict[str, Any]) -> None:
+    """Engine and model agree whatever the config says of the layers: what is not plain is not packed."""
+    model = make_model(**switch)
+    assert not BACKENDS["packed"].supports(model.encoder.config)
+    with pytest.raises(ValueError, match=f"{next(iter(switch))}.*use backend='padded'"):
+        BACKENDS["packed"].build(model, dtype="float32")
+    engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
+    assert engine.deployment.deployed_as.startswith("padded")
+    batch = random_batch(6, seed=4)
+    assert close(engine.exit_logits(batch), alone(model, batch))
 
 
 @torch.no_grad()

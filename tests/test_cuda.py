@@ -23,6 +23,7 @@ from conftest import (
 from hypothesis import given, settings, strategies as st
 from test_backends import built_run, close, one_walk
 from torch import Tensor
+from transformers import AutoConfig
 
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend, TokenBatch
 from geep.backends.cuda import compiled
@@ -432,12 +433,15 @@ def test_one_compilation_serves_all_layers_and_sizes() -> None:
 
 def test_the_default_backend_depends_on_family_and_device() -> None:
     cuda = torch.device("cuda")
-    assert [default_backend(family, cuda) for family in ("bert", "distilbert", "modernbert")] == [
+    assert [default_backend(AutoConfig.for_model(family), cuda) for family in ("bert", "distilbert", "modernbert")] == [
         "cuda",
         "cuda",
         "padded",
     ]
-    assert [default_backend(family, CPU) for family in ("bert", "modernbert")] == ["packed", "padded"]
+    assert [default_backend(AutoConfig.for_model(family), CPU) for family in ("bert", "modernbert")] == [
+        "packed",
+        "padded",
+    ]
 
 
 def test_a_device_that_the_backend_does_not_run_on_is_refused() -> None:

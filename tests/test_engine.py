@@ -142,7 +142,7 @@ def test_the_rules_above_use_every_kind_of_exit(engines: dict[str, Engine]) -> N
 def test_predictions_equal_the_model_run_on_each_text_alone(family: str) -> None:
     model = make_model(family)
     for name, backend in BACKENDS.items():
-        if not backend.supports(family):
+        if not backend.supports(model.encoder.config):
             continue
         engine = Engine(
             model, make_tokenizer(), config=EngineConfig(device="cpu", backend=name, max_batch_tokens=90),
@@ -701,14 +701,16 @@ class SlowTokenizer:
         options.pop("verbose", None)
         return self.fast(*parts, **options)
 
+    def __deepcopy__(self, memo: Any) -> SlowTokenizer:
+        return SlowTokenizer()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.fast, name)
 
 
 def test_a_tokenizer_in_python_gives_the_same_tokens() -> None:
     engine = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
-    slow = make_engine(config=EngineConfig(device="cpu", max_length=9), table=False)
-    slow.tokenizer = SlowTokenizer()  # type: ignore[assignment]
+    slow = Engine(make_model(), SlowTokenizer(), config=EngineConfig(device="cpu", max_length=9))  # type: ignore[arg-type]
     texts: list[Any] = [*random_texts(20, seed=3, longest=14), ("a b", "c d e f g h i j k l"), "", ("a", "")]
     ours, theirs = engine.tokenize(texts), slow.tokenize(texts)
     assert np.array_equal(ours.batch.input_ids, theirs.batch.input_ids)
@@ -809,3 +811,69 @@ def test_what_came_before_a_bad_text_in_a_stream_is_answered(
     assert [len(part) for part in islice(stream, 2)] == [4, 4]
     with pytest.raises(TypeError, match="Text 10 is int"):
         next(stream)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Answers are those of plain Hugging Face, and what would make them others is refused
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_others_hold_is_never_touched() -> None:
+    tokenizer = make_tokenizer()
+    engine = Engine(make_model(), tokenizer, config=EngineConfig(device="cpu", max_length=5))
+    text = " ".join(WORDS[:20])
+    assert engine.tokenize([text]).batch.lengths.tolist() == [5]
+    assert len(tokenizer(text)["input_ids"]) == 22
+    tokenizer(text, truncation=True, max_length=9)  # what another holder sets is not seen by the engine
+    assert engine.tokenize([text]).batch.lengths.tolist() == [5]
+
+
+def test_engines_of_one_tokenizer_cut_each_at_its_own_length_whatever_the_threads() -> None:
+    tokenizer, model = make_tokenizer(), make_model()
+    engines = [Engine(model, tokenizer, config=EngineConfig(device="cpu", max_length=n)) for n in (4, 9, 16)]
+    texts = [" ".join(WORDS[:30])] * 50
+
+    def lengths(engine: Engine) -> set[int]:
+        return {int(length) for _ in range(20) for length in engine.tokenize(texts).batch.lengths}
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lengths, engines)) == [{4}, {9}, {16}]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "deberta-v2", "albert"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_pairs_get_segment_ids_where_the_tokenizer_lists_them(family: str, listed: bool) -> None:
+    tokenizer, model = make_tokenizer(), make_model(family)
+    if not listed:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    pairs = [("w1 w2", "w3"), ("w4", "w5 w6 w7")]
+    found = Engine(model, tokenizer, config=EngineConfig(device="cpu")).predict(pairs)
+    for (first, second), answer in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(first, second, return_tensors="pt")).logits[0].softmax(-1)
+        assert list(answer.scores.values()) == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_segment_ids_without_a_row_in_the_encoder_are_refused() -> None:
+    engine = Engine(make_model("roberta", type_vocab_size=1), make_tokenizer(), config=EngineConfig(device="cpu"))
+    assert len(engine.predict(["w1"])) == 1
+    with pytest.raises(ValueError, match="segment ids up to 1, the encoder has rows for 0..0"):
+        engine.predict([("w1", "w2")])
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["brand-new"])
+    with pytest.raises(ValueError, match=r"token ids up to 200, the encoder has embeddings for 0\.\.199"):
+        Engine(make_model(), tokenizer, config=EngineConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [({0: "a", 1: "b", 2: "a"}, "several labels the name"), ({1: "a", 2: "b", 3: "c"}, "expected 0..2")],
+)
+def test_label_names_that_do_not_name_each_label_are_refused(names: dict[int, str], said: str) -> None:
+    model = make_model()
+    model.config.id2label = names
+    with pytest.raises(ValueError, match=said):
+        Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))

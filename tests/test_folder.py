@@ -319,7 +319,9 @@ def test_a_model_of_the_hub_is_asked_for_with_the_options_given(
     assert found.settings == ExitSettings.load(folder)
     names = ("model", "tokenizer", TABLE_FILE, SETTINGS_FILE)
     expected = {name: str(value) if name == "cache_dir" else value for name, value in options.items()}
-    assert asked == {f"{name} somebody/something": expected for name in names}
+    # Whatever the options, no code of the checkpoint is run.
+    safe = {"model": {"trust_remote_code": False}, "tokenizer": {"trust_remote_code": False}}
+    assert asked == {f"{name} somebody/something": expected | safe.get(name, {}) for name in names}
 
 
 def test_files_of_a_folder_need_no_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import NUM_LAYERS, PAD, make_model, random_batch, tiny_encoder
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -389,3 +391,27 @@ def test_hugging_faces_pipeline_runs_the_model(tokenizer: PreTrainedTokenizerFas
         expected = model(**encoded).logits.softmax(-1)
     assert [row["label"] for row in found] == [f"LABEL_{i}" for i in expected.argmax(-1).tolist()]
     assert [row["score"] for row in found] == pytest.approx(expected.amax(-1).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_heads_answer_alike_wherever_the_padding_is(head: str) -> None:
+    model = make_model(head=head)
+    hidden = torch.randn(3, 5, 32)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    left = torch.stack([row.roll(5 - int(keep.sum()), 0) for row, keep in zip(hidden, mask, strict=True)])
+    with torch.no_grad():
+        expected = model.teacher(hidden, mask)
+        assert torch.allclose(model.teacher(left, mask.flip(1)), expected, atol=1e-5)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    encoder = tiny_encoder("bert")
+    encoder.save_pretrained(tmp_path / "whole")
+    assert GeepForSequenceClassification.from_encoder(str(tmp_path / "whole"), num_labels=2)
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "other")
+    renamed = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks .* weights of a bert encoder.*no place for, such as 'backbone"):
+        GeepForSequenceClassification.from_encoder(str(tmp_path / "other"), num_labels=2)

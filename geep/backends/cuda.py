@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from geep.backends.graphs import LayerGraphs
 from geep.backends.int8 import ActivationRanges
@@ -164,9 +165,9 @@ class CudaBackend:
     graphs: LayerGraphs | None
 
     @classmethod
-    def supports(cls, model_type: str) -> bool:
-        """Whether the family's layer is the plain post-norm one."""
-        return PackedBackend.supports(model_type)
+    def supports(cls, config: PreTrainedConfig) -> bool:
+        """Whether the encoder's layer is the plain post-norm one."""
+        return PackedBackend.supports(config)
 
     @classmethod
     def dtypes(cls, device_type: str) -> tuple[str, ...]:

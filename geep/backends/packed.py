@@ -14,13 +14,14 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from geep.backends import int8, onednn
 from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.onednn import FusedLayer
-from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
+from geep.backends.packed_layer import LengthRun, length_runs, packed_layers, why_not_plain
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
-from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, family_of
 
 
 class Layer(Protocol):
@@ -60,9 +61,9 @@ class PackedBackend:
     layers: tuple[Layer, ...]
 
     @classmethod
-    def supports(cls, model_type: str) -> bool:
-        """Whether the family's layer is the plain post-norm one."""
-        return model_type in FAMILIES and FAMILIES[model_type].packed
+    def supports(cls, config: PreTrainedConfig) -> bool:
+        """Whether the encoder's layer is the plain post-norm one."""
+        return why_not_plain(config) is None
 
     @classmethod
     def dtypes(cls, device_type: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from geep.backends.protocol import Integers
@@ -202,17 +203,36 @@ def mix_runs(query: Tensor, scale: float, hidden: Tensor, runs: Sequence[LengthR
     return out
 
 
+# Switches of a config that make a layer another one, and the value at which it is the plain one. A config that lacks a
+# switch has it at that value.
+_PLAIN: Mapping[str, object] = {
+    "is_decoder": False,  # tokens see only those before them
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "position_embedding_type": "absolute",
+}
+
+
+def why_not_plain(config: PreTrainedConfig) -> str | None:
+    """Say what makes an encoder's layers other than the plain post-norm one; None where nothing does."""
+    if config.model_type not in LAYER_PARTS:
+        return f"Packed layers are those of {sorted(LAYER_PARTS)}, got {config.model_type!r}"
+    for name, plain in _PLAIN.items():
+        found = getattr(config, name, plain)
+        if found is not None and found != plain:
+            return f"Packed layers have {name}={plain!r}, the encoder's config has {found!r}"
+    return None
+
+
 def packed_layers(model: GeepForSequenceClassification) -> tuple[PackedLayer, ...]:
     """The encoder's layers, on the model's own weights.
 
     Raises:
-        ValueError: If the family's layer is another one.
+        ValueError: If the encoder's layer is another one.
     """
     config = model.encoder.config
-    if config.model_type not in LAYER_PARTS:
-        raise ValueError(
-            f"Packed layers are those of {sorted(LAYER_PARTS)}, got {config.model_type!r}; use backend='padded'."
-        )
+    if (reason := why_not_plain(config)) is not None:
+        raise ValueError(f"{reason}; use backend='padded'.")
     activation = config.activation if config.model_type == "distilbert" else config.hidden_act
     return tuple(
         PackedLayer.from_module(layer, LAYER_PARTS[config.model_type], activation, config.num_attention_heads)

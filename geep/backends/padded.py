@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from geep.backends.int8 import ActivationRanges
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch
@@ -44,9 +45,9 @@ class PaddedBackend:
     model: GeepForSequenceClassification
 
     @classmethod
-    def supports(cls, model_type: str) -> bool:
-        """Every family of `FAMILIES`."""
-        return model_type in FAMILIES
+    def supports(cls, config: PreTrainedConfig) -> bool:
+        """Every family of `FAMILIES`, whatever its switches: the layers are Hugging Face's own."""
+        return config.model_type in FAMILIES
 
     @classmethod
     def dtypes(cls, device_type: str) -> tuple[str, ...]:

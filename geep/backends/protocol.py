@@ -9,6 +9,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 Integers = NDArray[np.int64]
 
@@ -90,8 +91,8 @@ class Backend(Protocol[Live]):
     """
 
     @classmethod
-    def supports(cls, model_type: str) -> bool:
-        """Whether the backend runs encoders of this family."""
+    def supports(cls, config: PreTrainedConfig) -> bool:
+        """Whether the backend runs encoders with this config: its family, and every switch that changes a layer."""
 
     @classmethod
     def dtypes(cls, device_type: str) -> tuple[str, ...]:

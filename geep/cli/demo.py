@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 import geep
 from geep.cli import options as opt, show
@@ -72,7 +73,9 @@ def demo_command(
         console.rule("6. your turn")
         answers = answer_texts(engine, list(text) if text else _TEXTS)
         show.predictions(console, answers, multi_label=False)
-        console.print(f"Done in {time.perf_counter() - begin:.0f} s. Next: geep predict {output} --text 'your own'")
+        console.print(
+            escape(f"Done in {time.perf_counter() - begin:.0f} s. Next: geep predict {output} --text 'your own'")
+        )
         while sys.stdin.isatty() and not text and not as_json:
             typed = console.input("Type a text (Enter to leave): ").strip()
             if not typed:

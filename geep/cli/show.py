@@ -107,7 +107,7 @@ def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
     """Say how many rows there are for what."""
     test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
     console.print(
-        f"{dataset.name}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
+        f"{escape(dataset.name)}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
         f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}."
     )
 
@@ -227,14 +227,16 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
 def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers: int) -> None:
     """Say what became of a file."""
     if result.num_bad:
-        console.print(f"[yellow]{result.num_bad:,} bad rows left out[/], listed in {goal}.errors.jsonl; the first:")
+        console.print(
+            f"[yellow]{result.num_bad:,} bad rows left out[/], listed in {escape(str(goal))}.errors.jsonl; the first:"
+        )
         for bad in result.bad_rows[:3]:
             console.print(f"  line {bad.line}: {escape(bad.reason)}")
     mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
     console.print(
         f"{result.rows:,} rows in {result.seconds:.1f} s "
         f"({result.rows / max(result.seconds, 1e-9):,.0f} a second), "
-        f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {goal}"
+        f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {escape(str(goal))}"
     )
 
 
@@ -246,7 +248,7 @@ def predictions(console: Console, answers: Sequence[Mapping[str, Any]], *, multi
     for answer in answers:
         predicted = answer["predicted_layer"]
         table.add_row(
-            (", ".join(answer["labels"]) or "none") if multi_label else answer["label"],
+            escape((", ".join(answer["labels"]) or "none") if multi_label else answer["label"]),
             f"{answer['score']:.3f}",
             str(answer["exit_layer"]),
             "-" if predicted is None else str(predicted),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import geep
 from geep.cli import options as opt, show
@@ -125,7 +126,7 @@ def run_evaluation(
     )
     geep.draw(found, folder / "evaluation.png", title=f"{name}, {engine.depths[-1]} layers")
     show.evaluated(console, found)
-    console.print(f"Written: {folder / 'evaluation.jsonl'}, {folder / 'evaluation.png'}")
+    console.print(escape(f"Written: {folder / 'evaluation.jsonl'}, {folder / 'evaluation.png'}"), soft_wrap=True)
     return found
 
 

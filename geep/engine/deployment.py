@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from geep.backends import BACKENDS, Backend, CudaOptions
 from geep.backends.int8 import ActivationRanges, largest_weight
@@ -122,8 +122,9 @@ class Deployment:
                 raise ValueError(
                     f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again."
                 )
+        _check_vocabulary(model, tokenizer)
         device = _device(config.device)
-        backend_name = config.backend or default_backend(model.encoder.config.model_type, device)
+        backend_name = config.backend or default_backend(model.encoder.config, device)
         dtype = _dtype(config.dtype, backend_name, device)
         model = nn.Module.to(model, device=device, dtype=DTYPES[dtype]).train(mode=False)
         max_length = _max_length(config.max_length, model, tokenizer)
@@ -140,6 +141,39 @@ class Deployment:
             cost,
             config.max_batch_tokens or batch_tokens(cost),
             f"{backend_name}, {dtype}{weights}, at most {max_length} tokens",
+        )
+
+
+def label_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Names of a model's labels, by id.
+
+    Raises:
+        ValueError: If `id2label` does not name each of 0 … num_labels - 1, or two labels have one name.
+    """
+    names: dict[Any, str] = dict(config.id2label or {})
+    if sorted(names, key=str) != sorted(range(len(names)), key=str) or not names:
+        raise ValueError(
+            f"id2label of config.json has the ids {sorted(names, key=str)}, expected 0..{max(len(names) - 1, 0)}; "
+            "number the labels from 0."
+        )
+    found = tuple(names[label] for label in range(len(names)))
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"id2label of config.json gives several labels the name {twice}; scores are told by name, so give each "
+            "label its own."
+        )
+    return found
+
+
+def _check_vocabulary(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that knows more tokens than the encoder has embeddings for."""
+    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise ValueError(
+            f"The tokenizer has token ids up to {highest}, the encoder has embeddings for 0..{rows - 1}. Use the "
+            "tokenizer that the model was trained with; added tokens need resize_token_embeddings before training."
         )
 
 
@@ -161,7 +195,7 @@ def load_model(
         raise FileNotFoundError(f"There is no model folder {name}; make one with `geep train`.")
     try:
         model, info = GeepForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
         )
     except OSError as error:
         if Path(path).exists():
@@ -174,13 +208,18 @@ def load_model(
             f"The weights of {path} lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])!r}; "
             "the file belongs to another model or was cut. Copy or train the model again."
         )
-    return model, AutoTokenizer.from_pretrained(name, **options)
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"The weights of {path} hold {len(info['unexpected_keys'])} tensors that the model has no place for, such "
+            f"as {min(info['unexpected_keys'])!r}; config.json belongs to another model. Copy or train the model again."
+        )
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def default_backend(model_type: str, device: torch.device) -> str:
-    """Name of the first backend that runs an encoder's family on a device."""
+def default_backend(config: PreTrainedConfig, device: torch.device) -> str:
+    """Name of the first backend that runs encoders with this config on a device."""
     names = ("cuda", *BACKENDS) if device.type == "cuda" else BACKENDS
-    return next(name for name in names if BACKENDS[name].supports(model_type))
+    return next(name for name in names if BACKENDS[name].supports(config))
 
 
 def _build_backend(

@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from geep.backends import TokenBatch
 from geep.backends.int8 import ActivationRanges
-from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, load_model
+from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, label_names_of, load_model
 from geep.engine.predictions import Prediction, Predictions
 from geep.engine.run import Course, Plan, RunResult
 from geep.engine.settings import ExitSettings
-from geep.engine.tokens import TextInput, TokenizedTexts, check_texts, in_parts, tokenize, tokenized_ahead
+from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
 from geep.exits import AGREEMENT
 from geep.folder import RANGES_FILE, SETTINGS_FILE, TABLE_FILE, HubOptions, file_of, fingerprint
 from geep.modeling import GeepForSequenceClassification, family_of
@@ -78,12 +78,17 @@ class Engine:
         self.ranges = ranges
         self.depths: tuple[int, ...] = model.config.depths
         self.multi_label: bool = model.config.problem_type == "multi_label_classification"
-        names: dict[Any, str] = dict(model.config.id2label or {})
-        self.label_names = tuple(names[i] for i in range(len(names)))
+        self.label_names = label_names_of(model.config)
         self._check(self.settings)
         # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
         self.identity = fingerprint(model, tokenizer) if identity is None else identity
         self.deployment = Deployment.of(model, tokenizer, self.config, ranges)
+        encoder = model.encoder.config
+        self._encode = TextEncoder.of(
+            tokenizer,
+            max_length=self.deployment.max_length,
+            num_segments=encoder.type_vocab_size if family_of(encoder).has_token_type_ids else 0,
+        )
         # The table where it is asked: on a GPU, one kernel foretells a window's exit layers.
         self._planner = None if predictor is None else _on_device(predictor, self.model.device)
         self._course = Course(
@@ -304,7 +309,7 @@ class Engine:
         """
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
         start = 0
-        for tokens in tokenized_ahead(in_parts(texts), self._tokenize):
+        for tokens in tokenized_ahead(in_parts(texts), self._encode):
             result = self.run_tokens(tokens.batch, settings=settings)
             self._check_finite(result, tokens.batch, settings, first=start)
             yield self._predictions(result, tokens.truncated, top_k, threshold)
@@ -319,15 +324,7 @@ class Engine:
         if isinstance(texts, str):
             raise TypeError("Expected a list of texts, got one string; write tokenize([text]).")
         check_texts(texts)
-        return self._tokenize(texts)
-
-    def _tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
-        return tokenize(
-            self.tokenizer,
-            texts,
-            max_length=self.deployment.max_length,
-            has_segments=family_of(self.model.encoder.config).has_token_type_ids,
-        )
+        return self._encode(texts)
 
     def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
         broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()

@@ -1,10 +1,11 @@
 """Texts checked and tokenised, one part ahead of the run. Models are not known here.
 
-Read `check_texts`, `tokenize`, `tokenized_ahead`.
+Read `check_texts`, `TextEncoder`, `tokenized_ahead`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils.generic import PaddingStrategy
 
 from geep.backends import TokenBatch
 
@@ -103,31 +103,59 @@ def tokenized_ahead(
             waiting = following
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[TextInput], *, max_length: int, has_segments: bool
-) -> TokenizedTexts:
-    """Turn checked texts into token ids, cut at the longest length; memory grows with the number of texts.
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Turns checked texts into token ids, with a tokenizer of its own: that of the caller is never touched.
 
-    Args:
-        tokenizer: The model's.
-        texts: Texts or pairs of texts.
+    Tokenizers keep the length at which they cut as a state of theirs. Shared with other threads, which cut elsewhere,
+    one would be set and then called with somebody else's length in between.
+
+    Attributes:
+        tokenizer: A tokenizer's Rust part, set to cut at `max_length`; a whole tokenizer if it is written in Python.
         max_length: Longest text in tokens.
-        has_segments: Whether the encoder takes segment ids, which pairs then get.
+        num_segments: Segment ids that the encoder has rows for; 0 where it gets none.
     """
-    with_types = has_segments and any(not isinstance(text, str) for text in texts)
-    encode = _encode if tokenizer.is_fast else _encode_slowly
-    ids, types, lengths, truncated = [], [], [], []
-    # In parts, for the tokenizer's own records take many times the memory of the ids.
-    for start in range(0, max(len(texts), 1), TEXTS_PER_CALL):
-        part = texts[start : start + TEXTS_PER_CALL]
-        found = encode(tokenizer, part, max_length, with_types)
-        lengths.append(np.fromiter(map(len, found.ids), dtype=np.int64, count=len(part)))
-        ids.append(_flat(found.ids, lengths[-1]))
-        truncated.append(found.truncated)
-        if with_types:
-            types.append(_flat(found.type_ids, lengths[-1]))
-    batch = TokenBatch(_joined(ids), _joined(types) if types else None, _joined(lengths))
-    return TokenizedTexts(batch, _joined(truncated))
+
+    tokenizer: Any
+    max_length: int
+    num_segments: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, max_length: int, num_segments: int) -> TextEncoder:
+        """Copy a tokenizer; segment ids are given where its `model_input_names` list them, as Hugging Face does."""
+        segments = num_segments if "token_type_ids" in tokenizer.model_input_names else 0
+        if not tokenizer.is_fast:
+            return cls(copy.deepcopy(tokenizer), max_length, segments)
+        own: Any = copy.deepcopy(tokenizer.backend_tokenizer)
+        own.no_padding()
+        own.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+        return cls(own, max_length, segments)
+
+    def __call__(self, texts: Sequence[TextInput]) -> TokenizedTexts:
+        """Tokenise texts or pairs, cut at the longest length; memory grows with the number of texts.
+
+        Raises:
+            ValueError: If a pair gets a segment id that the encoder has no row for.
+        """
+        with_types = self.num_segments > 0 and any(not isinstance(text, str) for text in texts)
+        encode = _encode if isinstance(self.tokenizer, Tokenizer) else _encode_slowly
+        ids, types, lengths, truncated = [], [], [], []
+        # In parts, for the tokenizer's own records take many times the memory of the ids.
+        for start in range(0, max(len(texts), 1), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
+            found = encode(self.tokenizer, part, self.max_length, with_types)
+            lengths.append(np.fromiter(map(len, found.ids), dtype=np.int64, count=len(part)))
+            ids.append(_flat(found.ids, lengths[-1]))
+            truncated.append(found.truncated)
+            if with_types:
+                types.append(_flat(found.type_ids, lengths[-1]))
+        segments = _joined(types) if types else None
+        if segments is not None and segments.max(initial=0) >= self.num_segments:
+            raise ValueError(
+                f"The tokenizer gives pairs segment ids up to {segments.max()}, the encoder has rows for "
+                f"0..{self.num_segments - 1}; take 'token_type_ids' out of the tokenizer's model_input_names."
+            )
+        return TokenizedTexts(TokenBatch(_joined(ids), segments, _joined(lengths)), _joined(truncated))
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -154,15 +182,7 @@ class _Encoded:
 
 def _encode(tokenizer: Any, texts: Sequence[TextInput], max_length: int, with_types: bool) -> _Encoded:
     """Tokenise in Rust, texts and pairs together, and no more than is asked for: no offsets, masks or words."""
-    tokenizer.set_truncation_and_padding(
-        padding_strategy=PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
-        max_length=max_length,
-        stride=0,
-        pad_to_multiple_of=None,
-        padding_side=None,
-    )
-    rows = tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+    rows = tokenizer.encode_batch_fast(list(texts))
     # Built as lists at once: each look at an encoding's ids makes a new list.
     ids = [row.ids for row in rows]
     cut = (len(row) >= max_length and bool(row.overflowing) for row in rows)

@@ -24,6 +24,12 @@ class HeadConfig(Protocol):
         """Logits to give."""
 
 
+def first_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden state (batch, hidden) of each text's first token: at the left, unless the padding is there."""
+    place = attention_mask.int().argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), place]
+
+
 class ClsHead(nn.Module):
     """First token -> linear + tanh -> linear: Hugging Face's pooler and classifier; exit k is then a plain model."""
 
@@ -39,7 +45,7 @@ class ClsHead(nn.Module):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
-        return self._classify(hidden[:, 0])
+        return self._classify(first_token(hidden, attention_mask))
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
@@ -102,14 +108,15 @@ class AttentionHead(nn.Module):
         narrow = torch.tanh(self.narrow(hidden))  # (batch, seq_len, size)
         batch, seq_len, size = narrow.shape
         # Only the first token's output is read, so it is the only query.
-        query = self.query(narrow[:, :1]).view(batch, 1, self.num_heads, -1).transpose(1, 2)
+        first = first_token(narrow, attention_mask)
+        query = self.query(first).view(batch, 1, self.num_heads, -1).transpose(1, 2)
         key_value = self.key_value(narrow).view(batch, seq_len, 2, self.num_heads, -1)
         key, value = key_value.permute(2, 0, 3, 1, 4)
         keep = attention_mask.bool()[:, None, None, :]
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout)
-        first = self.attention_out(mixed.transpose(1, 2).reshape(batch, size))
-        return self.out(self.dropout(torch.tanh(self.dense(first))))
+        answer = self.attention_out(mixed.transpose(1, 2).reshape(batch, size))
+        return self.out(self.dropout(torch.tanh(self.dense(answer))))
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""

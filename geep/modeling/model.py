@@ -5,7 +5,7 @@ The model keeps no run-time state: what a call needs is an argument, what it lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -162,8 +162,8 @@ class GeepForSequenceClassification(PreTrainedModel):
             local_files_only: Whether to use what was fetched before and ask no network.
 
         Raises:
-            ValueError: If neither `num_labels` nor `label_names` is given, or they disagree, or there are fewer than
-                two labels to choose from.
+            ValueError: If the checkpoint lacks weights of the encoder; or neither `num_labels` nor `label_names` is
+                given, or they disagree, or there are fewer than two labels to choose from.
         """
         if label_names is None and num_labels is None:
             raise ValueError("from_encoder needs num_labels= or label_names= for the new classifiers, got neither.")
@@ -176,8 +176,20 @@ class GeepForSequenceClassification(PreTrainedModel):
             hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
             hub = {name: value for name, value in hub.items() if value is not None}
             hub["local_files_only"] = local_files_only
+            hub["trust_remote_code"] = False  # nothing of a checkpoint is run
             family = family_of(AutoConfig.from_pretrained(encoder, **hub))
-            pretrained = AutoModel.from_pretrained(encoder, dtype=torch.float32, **hub, **(family.init_kwargs or {}))
+            pretrained, info = AutoModel.from_pretrained(
+                encoder, dtype=torch.float32, output_loading_info=True, **hub, **(family.init_kwargs or {})
+            )
+            # Heads of other tasks may be left over; a weight that is missing would be random.
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise ValueError(
+                    f"{encoder} lacks {len(missing)} weights of a {pretrained.config.model_type} encoder, such as "
+                    f"{missing[0]!r}, and has {len(info['unexpected_keys'])} that the encoder has no place for"
+                    f"{_such_as(info['unexpected_keys'])}. Expected a checkpoint whose names are Hugging Face's own; "
+                    "nothing is trained on random weights."
+                )
         else:
             family = family_of(encoder.config)
             pretrained = encoder
@@ -314,6 +326,10 @@ class GeepForSequenceClassification(PreTrainedModel):
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids if has_types else None,
         }
+
+
+def _such_as(names: Iterable[str]) -> str:
+    return next((f", such as {name!r}" for name in sorted(names)), "")
 
 
 def label_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

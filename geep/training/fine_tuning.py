@@ -105,7 +105,7 @@ def train(
         )
     torch.manual_seed(settings.seed)
     hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only).keywords()
-    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     # Kept in the tokenizer's files: the model is used, profiled and calibrated at the length it was trained at.
     tokenizer.model_max_length = min(settings.max_length, tokenizer.model_max_length)
     recipe = RECIPES[settings.recipe]

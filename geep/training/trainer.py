@@ -5,6 +5,7 @@ Mixed precision, several devices (one process each), checkpoints and resuming ar
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,10 @@ def run_recipe(
     folder = Path(checkpoint_dir).resolve()  # the Trainer notes where its best checkpoint is
     folders = stage_folders(folder, recipe)
     Ledger.of(model, rows, dev, settings).open(folder)
-    collate = DataCollatorWithPadding(tokenizer)
+    # A copy: classifiers read a text's first token, and whoever pads at the left for other models keeps doing so.
+    padder = copy.deepcopy(tokenizer)
+    padder.padding_side = "right"
+    collate = DataCollatorWithPadding(padder)
     if settings.standardise and not any(map(last_checkpoint, folders)):
         standardise_heads(model, collate, rows)
     steps, seconds, logs, metrics = 0, 0.0, [], None
