@@ -18,6 +18,7 @@ from .data import (
     fetch_encoder as fetch_encoder,
     load_dataset as load_dataset,
     load_split as load_split,
+    unseen as unseen,
 )
 from .engine import (
     Engine as Engine,
@@ -47,5 +48,6 @@ from .training import (
     DevMetrics as DevMetrics,
     TrainResult as TrainResult,
     TrainSettings as TrainSettings,
+    parts_of as parts_of,
     train as train,
 )

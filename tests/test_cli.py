@@ -242,6 +242,34 @@ def test_rows_of_ones_own_certify(model: Path, tmp_path: Path) -> None:
     assert run("calibrate", model, *options)["num_texts"] == 150
 
 
+def test_rows_that_were_trained_on_certify_nothing(workplace: Path, model: Path, tmp_path: Path) -> None:
+    fresh = write_rows(tmp_path / "fresh.jsonl", 300, seed=78).read_text("utf-8")
+    trained = (workplace / "data" / "train.jsonl").read_text("utf-8")
+    (tmp_path / "mixed.jsonl").write_text(trained + fresh, encoding="utf-8")
+    options = ("calibrate", model, "--min-agreement", "0.9", "--device", "cpu", "--calibration")
+    alone = run(*options, tmp_path / "fresh.jsonl", "--json")["num_texts"]
+    assert "rows of" in run(*options, tmp_path / "mixed.jsonl")
+    assert run(*options, tmp_path / "mixed.jsonl", "--json")["num_texts"] == alone
+    assert "are needed" in run(*options, workplace / "data" / "train.jsonl", code=2)
+
+
+def test_rows_that_changed_after_training_are_an_error(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(workplace / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    changes = ("data", "--output", "model", "--model", str(workplace / "encoder"), "--epochs", "1", "--device", "cpu")
+    run("train", *changes, "--exit-layers", "1,2,3", "--no-calibrate")
+    monkeypatch.chdir(workplace)  # the folder remembers where its rows are
+    run("profile", tmp_path / "model", "--device", "cpu")
+    rows = (tmp_path / "data" / "dev.jsonl").read_text("utf-8").splitlines()
+    (tmp_path / "data" / "dev.jsonl").write_text("\n".join([*rows[1:], rows[0]]) + "\n", encoding="utf-8")
+    for command in ("profile", "calibrate"):
+        shown = run(command, tmp_path / "model", "--device", "cpu", code=2)
+        assert "rows have changed" in shown
+        assert "calibration, profile" in shown
+
+
 def test_every_command_helps_with_examples() -> None:
     for command in ("train", "profile", "calibrate", "evaluate", "predict"):
         assert f"geep {command}" in run(command, "--help")

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from geep import data
-from geep.data import BadRow, DataPlan, MappedTexts, Row, Split
+from geep.data import BadRow, DataPlan, MappedTexts, Row, Split, unseen
 from geep.data.texts import PairedTexts, TextCollector
 
 
@@ -738,3 +738,25 @@ def test_parts_know_whether_rows_have_several_labels(tmp_path: Path) -> None:
     parts = DataPlan(str(write_jsonl(tmp_path / "m.jsonl", rows))).parts()
     assert parts.multi_label
     assert parts.label_names == ("a", "b")
+
+
+def test_a_digest_tells_rows_apart() -> None:
+    labels = np.array([0, 1], dtype=np.int64)
+    split = Split(["a", "bc"], None, labels)
+    others = [
+        Split(["ab", "c"], None, labels),
+        Split(["bc", "a"], None, labels),
+        Split(["a", "bc"], ["", ""], labels),
+        Split(["a", "bc"], None, labels[::-1].copy()),
+        Split(["a", "bc"], None, None),
+    ]
+    assert Split(["a", "bc"], None, labels.copy()).digest() == split.digest()
+    assert len({split.digest(), *(other.digest() for other in others)}) == 6
+
+
+def test_what_was_learned_is_left_out() -> None:
+    rows = Split(["a", "b", "c", "a"], None, np.arange(4))
+    assert unseen(rows, Split(["a", "x"])).texts == ["b", "c"]
+    assert unseen(rows, Split(["x"])) is rows
+    pairs = Split(["a", "a"], ["b", "c"])
+    assert unseen(pairs, Split(["a"], ["b"])).text_pairs == ["c"]

@@ -122,8 +122,9 @@ def train_command(
             arguments=opt.training_arguments(set_ or []),
         )
         plan = geep.DataPlan(
-            data,
-            str(data_dir) if data_dir else None,
+            # Where it is, whatever folder later commands are started in.
+            str(Path(data).resolve()) if Path(data).exists() else data,
+            str(data_dir.resolve()) if data_dir else None,
             holdout,
             max_train,
             text_column,
@@ -134,7 +135,7 @@ def train_command(
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
         dataset = plan.load()
         parts = plan.divide(dataset)
-        certifying = rows_to_certify(calibration, parts, plan)
+        certifying = rows_to_certify(console, calibration, parts, plan)
         show.rows(console, dataset, parts)
         with show.bars(console) as progress:
             result = geep.train(
@@ -192,7 +193,7 @@ def profile_command(
     """
     with show.errors(as_json):
         console = show.console_for(as_json)
-        parts = geep.DataPlan(**geep.Provenance.read(model).data).parts()
+        _, parts = geep.parts_of(model)
         if dtype == "int8" and backend in (None, "packed"):
             plain = geep.Engine.from_pretrained(model, exits=False, device=device, dtype="float32", backend="packed")
             engine = geep.quantise(plain, parts.train)
@@ -246,13 +247,13 @@ def calibrate_command(
         console = show.console_for(as_json)
         promise = opt.promise(max_drop, min_agreement, confidence)
         engine = geep.Engine.from_pretrained(model, speed=0.0, device=device, dtype=dtype, backend=backend)
-        plan = geep.DataPlan(**geep.Provenance.read(model).data)
-        parts = plan.parts()
+        plan, parts = geep.parts_of(model)
+        fresh = rows_to_certify(console, calibration, parts, plan)
         with show.bars(console) as progress:
             result = geep.calibrate(
                 engine,
                 parts.profile,
-                rows_to_certify(calibration, parts, plan),
+                fresh,
                 promise,
                 on_miss=opt.on_miss(on_miss),
                 criterion=criterion,
@@ -270,11 +271,16 @@ def calibrate_command(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def rows_to_certify(calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
-    """The rows of a file that was named, else those that were held out."""
+def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
+    """The rows of a file that was named, less those that were trained on; else those that were held out."""
     if calibration is None:
         return parts.calibration
-    return geep.load_split(calibration, label_names=parts.label_names, **plan.columns)
+    rows = geep.load_split(calibration, label_names=parts.label_names, **plan.columns)
+    fresh = geep.unseen(rows, parts.train)
+    if len(fresh) < len(rows):
+        learned = len(rows) - len(fresh)
+        console.print(f"[yellow]{learned:,} rows of {escape(str(calibration))} were trained on and are left out.[/]")
+    return fresh
 
 
 def run_profile(

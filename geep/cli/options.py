@@ -77,8 +77,8 @@ CalibrationRows = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="File of rows like those to come, on which the promise is certified instead of the held-out rows; never "
-        "rows that were trained on.",
+        help="File of rows like those to come, on which the promise is certified instead of the held-out rows; those "
+        "that were trained on are left out.",
         rich_help_panel=PROMISE,
     ),
 ]

@@ -8,6 +8,7 @@ from .parts import (
     divide as divide,
     halves as halves,
     holdout as holdout,
+    unseen as unseen,
 )
 from .rows import BadRow as BadRow, Row as Row
 from .splits import Dataset as Dataset, Split as Split, load_split as load_split

@@ -113,6 +113,18 @@ class Parts:
     label_names: tuple[str, ...]
     multi_label: bool
 
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each part: the same rows in the same part give the same ones."""
+        return {name: getattr(self, name).digest() for name in ("train", "profile", "calibration")}
+
+
+def unseen(rows: Split, train: Split) -> Split:
+    """Return the rows whose texts are not among the training rows', in order: what was learned proves nothing."""
+    learned = {hash(text) for text in train.inputs}
+    # Hashes first: they are small. A text that shares one by chance is left out, too, which costs a row in 2**60.
+    kept = [number for number, text in enumerate(rows.inputs) if hash(text) not in learned]
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
 
 def divide(
     dataset: Dataset, *, fraction: float = 0.2, max_heldout: int = 8000, max_train: int | None = None, seed: int = 0

@@ -5,6 +5,7 @@ Read `Split` and `Dataset`, then `load_split`. Where files come from and where t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
@@ -67,6 +68,18 @@ class Split:
             text_pairs=None if pairs is None or more_pairs is None else join_texts(pairs, more_pairs),
             labels=None if labels is None or more_labels is None else np.concatenate([labels, more_labels]),
         )
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the texts, second texts and labels: other rows, or another order, give another one."""
+        digest = hashlib.sha256()
+        for column in (self.texts, self.text_pairs):
+            digest.update(b"column" if column is not None else b"none")
+            for text in column or ():
+                raw = text.encode("utf-8", "surrogatepass")
+                digest.update(len(raw).to_bytes(8, "little") + raw)
+        if self.labels is not None:
+            digest.update(f"{self.labels.dtype} {self.labels.shape}".encode() + self.labels.tobytes())
+        return digest.hexdigest()
 
     @property
     def inputs(self) -> Sequence[str] | Sequence[tuple[str, str]]:

@@ -6,12 +6,15 @@ Plain words and numbers; what they mean is known to those who train and to those
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from geep.folder.files import TRAINING_FILE, publish
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +73,24 @@ class Provenance:
                 "them were held out. Pass the parts it was trained with, or train it with a DataPlan."
             )
         return dict(data)
+
+    def check_rows(self, digests: Mapping[str, str]) -> None:
+        """Check that rows are those that the model was made with: else rows it has learned could certify a promise.
+
+        Args:
+            digests: Digest of each part, as they are found now.
+
+        Raises:
+            ValueError: If a part has changed; the message names it.
+        """
+        known = self.about.get("digests")
+        if known is None:
+            logger.warning("The model was made before rows were noted: whether they are still the same is not known.")
+            return
+        changed = sorted(name for name in {*known, *digests} if known.get(name) != digests.get(name))
+        if changed:
+            raise ValueError(
+                f"The rows have changed since the model was trained: found others for {', '.join(changed)}, expected "
+                "those of then. Rows that it has learned must not certify a promise: bring the old files back, or "
+                "train again."
+            )

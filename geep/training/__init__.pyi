@@ -1,4 +1,4 @@
-from .fine_tuning import train as train
+from .fine_tuning import parts_of as parts_of, train as train
 from .losses import (
     Loss as Loss,
     distillation as distillation,

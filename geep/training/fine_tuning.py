@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -92,12 +90,12 @@ def train(
         "exit_layers": None if exit_layers is None else ",".join(map(str, exit_layers)),
         "settings": asdict(settings),
         "data": None if plan is None else asdict(plan),
-        "texts": _digest(parts.train) if plan is None else None,
+        "digests": parts.digests(),
         "rows": len(parts.train),
     }
     if (folder / TRAINING_FILE).exists():
         before = Provenance.read(folder)
-        if _completed(before.about) == about:
+        if _completed(before.about, about) == about:
             logger.info("%s is trained with these settings already.", folder)
             return _stored(before, was_finished=True)
         raise ValueError(
@@ -145,12 +143,12 @@ def train(
     return _stored(record, was_finished=False)
 
 
-def _completed(about: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked for, with the defaults of what was not yet there to ask for."""
     layers, data = about["exit_layers"], about["data"]
     return {
         "revision": None,
-        "texts": None,
+        "digests": asked["digests"],  # a folder from before rows were identified
         **about,
         "exit_layers": None if layers is None else layers.replace(" ", ""),
         "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},
@@ -170,11 +168,21 @@ def _stored(record: Provenance, *, was_finished: bool) -> TrainResult:
     )
 
 
-def _digest(split: Split) -> str:
-    """Tell rows apart that no plan describes."""
-    digest = hashlib.sha256()
-    for text in split.inputs:
-        digest.update(json.dumps(text).encode())
-    if split.labels is not None:
-        digest.update(split.labels.tobytes())
-    return digest.hexdigest()
+def parts_of(folder: str | Path) -> tuple[DataPlan, Parts]:
+    """Find the rows that a model folder was made with again, divided as then.
+
+    Args:
+        folder: Folder that `train` has finished, with a plan.
+
+    Returns:
+        The plan, and the parts: those that were set aside are still what the model has not seen.
+
+    Raises:
+        FileNotFoundError: If the folder was not finished, or the rows are gone.
+        ValueError: If the rows are no longer those; the message says which part has changed.
+    """
+    record = Provenance.read(folder)
+    plan = DataPlan(**record.data)
+    parts = plan.parts()
+    record.check_rows(parts.digests())
+    return plan, parts
