@@ -324,6 +324,18 @@ def test_a_model_of_the_hub_is_asked_for_with_the_options_given(
     assert asked == {f"{name} somebody/something": expected | safe.get(name, {}) for name in names}
 
 
+def test_a_name_that_is_no_folder_is_said_to_be_none_before_the_hub_is_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(name: str, **options: Any) -> Any:
+        assert "There is no folder modles/r9; asking" in caplog.text
+        raise OSError("no network")
+
+    monkeypatch.setattr(GeepForSequenceClassification, "from_pretrained", ask)
+    with pytest.raises(OSError, match="no folder modles/r9, and as a model of the hub it cannot be had: no network"):
+        Engine.from_pretrained("modles/r9")
+
+
 def test_files_of_a_folder_need_no_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: pytest.fail("asked the hub"))
     assert file_of(folder, TABLE_FILE, HubOptions(revision="v2")) == folder / TABLE_FILE

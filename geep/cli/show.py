@@ -44,6 +44,9 @@ def errors(as_json: bool) -> Iterator[None]:
     # Other libraries' bars and chatter stay out of the way of ours; read when transformers is first imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Each try of a look-up is said by two libraries; what comes of it is one message of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError, geep.FetchError) as error:

@@ -6,11 +6,13 @@ Read `EngineConfig` (asked for), `Deployment` (what it became), `load_model`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -144,6 +146,14 @@ class Deployment:
         )
 
 
+def is_cached(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a model of the hub was fetched before."""
+    found = try_to_load_from_cache(
+        name, "config.json", cache_dir=options.get("cache_dir"), revision=options.get("revision")
+    )
+    return isinstance(found, str)
+
+
 def label_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
     """Names of a model's labels, by id.
 
@@ -193,6 +203,8 @@ def load_model(
     name, options = str(path), {} if hub is None else hub.keywords()
     if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"There is no model folder {name}; make one with `geep train`.")
+    if not Path(path).exists() and not is_cached(name, options):
+        logger.warning("There is no folder %s; asking the Hugging Face hub for a model of that name.", name)
     try:
         model, info = GeepForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
