@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from geep.backends.protocol import Integers
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
 
 # Where a family keeps the parts of its layer.
 _BERT_PARTS: Mapping[str, str] = {
@@ -215,7 +215,8 @@ _PLAIN: Mapping[str, object] = {
 
 def why_not_plain(config: PreTrainedConfig) -> str | None:
     """Say what makes an encoder's layers other than the plain post-norm one; None where nothing does."""
-    if config.model_type not in LAYER_PARTS:
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.packed:
         return f"Packed layers are those of {sorted(LAYER_PARTS)}, got {config.model_type!r}"
     for name, plain in _PLAIN.items():
         found = getattr(config, name, plain)

@@ -120,8 +120,8 @@ class Parts:
 
 def unseen(rows: Split, train: Split) -> Split:
     """Return the rows whose texts are not among the training rows', in order: what was learned proves nothing."""
+    # Hashes are smaller than texts. A text that shares one by chance is left out, too: one in 2**60 or so.
     learned = {hash(text) for text in train.inputs}
-    # Hashes first: they are small. A text that shares one by chance is left out, too, which costs a row in 2**60.
     kept = [number for number, text in enumerate(rows.inputs) if hash(text) not in learned]
     return rows if len(kept) == len(rows) else rows.select(kept)
 
