@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: demo test check bench bench-gpu clean
+.PHONY: demo test test-oldest check bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/geep demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The same tests at the lower bounds of pyproject.toml.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check geep tests benchmarks examples
@@ -35,5 +40,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .demo build dist *.egg-info

@@ -254,10 +254,15 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Outcome of `walk`: the speed that is kept, 0 for none, and every speed that was tried on the way."""
+    """Outcome of `walk`: the last speed that passed, None if not even the first did, and all that were tried."""
 
-    speed: float
+    kept: Trial | None
     trials: tuple[Trial, ...]
+
+    @property
+    def speed(self) -> float:
+        """The speed that is kept; 0, the full model, where none passed."""
+        return 0.0 if self.kept is None else self.kept.speed
 
 
 def walk(trial_at: Callable[[float], Trial], speeds: Iterable[float]) -> Walk:
@@ -274,14 +279,14 @@ def walk(trial_at: Callable[[float], Trial], speeds: Iterable[float]) -> Walk:
         speeds: Speeds to try, in an order chosen before looking at these texts.
 
     Returns:
-        The walk; its speed is 0 (the full model) if not even the first speed passed.
+        The walk.
     """
     trials: list[Trial] = []
-    kept = 0.0
+    kept = None
     for speed in speeds:
         trial = trial_at(speed)
         trials.append(trial)
         if not trial.passed:
             break
-        kept = float(speed)
+        kept = trial
     return Walk(kept, tuple(trials))

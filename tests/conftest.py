@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: a second thread gains nothing, and makes two test runs on one machine wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,30 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from geep.backends import TokenBatch
+from geep.calibration import ProfileResult, profile
+from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import profile_exits
 from geep.modeling import FAMILIES, GeepForSequenceClassification
 from geep.predictor import ExitPredictor, TextExits, fit_predictor as fit_table
+from geep.training import TrainSettings, encode, run_recipe
+
+
+def no_gpu() -> bool:
+    """What a test that is not marked `gpu` or `any_device` hears of whether there is a GPU."""
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Run tests as on a machine without a GPU, their fixtures too: what they promise is said of float32 on a CPU."""
+    if any(map(item.get_closest_marker, ("gpu", "any_device"))):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", no_gpu)
+        patch.setattr(torch.accelerator, "is_available", no_gpu)
+        return (yield)
+
 
 # RoBERTa's order: padding is not row 0, so nothing can rely on that.
 CLS, PAD, SEP, UNK, MASK = range(5)
@@ -258,3 +279,48 @@ def tiny_model() -> GeepForSequenceClassification:
 def tiny_engine() -> Engine:
     """An engine with a fitted table; shared, for engines do not change."""
     return make_engine()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A trained model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def split(count: int, *, seed: int, labelled: bool = True) -> Split:
+    """Draw rows of the toy task, of which a tenth has a label by chance."""
+    texts, labels = toy_task(count, seed=seed, noise=0.1)
+    return Split(texts, labels=labels if labelled else None)
+
+
+def unlabelled(part: Split) -> Split:
+    """The texts alone."""
+    return Split(part.texts)
+
+
+TRAIN, HELDOUT, FRESH = split(1500, seed=0), split(500, seed=1), split(700, seed=2)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A tiny BERT that learnt the toy task, not to perfection."""
+    torch.manual_seed(0)
+    encoder = tiny_encoder("bert")
+    encoder.apply(encoder._init_weights)
+    model = GeepForSequenceClassification.from_encoder(encoder, num_labels=3, exit_layers=[1, 2, 3])
+    tokenizer = make_tokenizer()
+    assert TRAIN.labels is not None
+    run_recipe(
+        model,
+        tokenizer,
+        encode(tokenizer, TRAIN.texts, TRAIN.labels, max_length=32),
+        settings=TrainSettings(epochs=2, batch_size=32, learning_rate=4e-3),
+        checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
+        device="cpu",
+    )
+    return Engine(model, tokenizer, config=EngineConfig(device="cpu", max_batch_tokens=500))
+
+
+@pytest.fixture(scope="session")
+def profiled(trained: Engine) -> ProfileResult:
+    """Its exit table, criterion and temperatures."""
+    return profile(trained, TRAIN, HELDOUT)

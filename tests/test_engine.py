@@ -218,7 +218,7 @@ def test_layers_that_are_given_lose_no_text_between_the_checks(
     chosen = ExitSettings(speed=0.2, check_layers=checks, criterion=AGREEMENT, agreement=AGREEMENTS)
     run = tiny_engine.run_tokens(batch, exit_layers=np.ones(len(TEXTS), dtype=np.int64), settings=chosen)
     assert bool(run.logits.isfinite().all())
-    guess = tiny_engine.plan(batch).lexical_logits
+    guess = tiny_engine.planner.plan(batch, tiny_engine.settings).lexical_logits
     first = AGREEMENTS[1].uncertainty(tiny_engine.exit_logits(batch)[0], guess).numpy()
     assert np.array_equal(run.exit_layers == 1, first < 0.2)
     assert set(run.exit_layers.tolist()) - {1} <= set(checks or (2, 3)) | {4}
@@ -773,15 +773,6 @@ def test_random_batches_without_special_meaning_run_like_texts(tiny_engine: Engi
     logits, layers, near = expected_run(tiny_engine, batch, tiny_engine.settings)
     assert run.exit_layers[~near].tolist() == layers[~near].tolist()
     assert torch.allclose(run.logits[~near], logits[~near], atol=5e-5)
-
-
-def test_an_engine_that_runs_otherwise_than_certified_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu"))
-    certified = ExitSettings(speed=0.5, certified_on=engine.deployment.deployed_as)
-    Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu"))
-    assert "does not cover" not in caplog.text
-    Engine(make_model(), make_tokenizer(), settings=certified, config=EngineConfig(device="cpu", backend="padded"))
-    assert "does not cover" in caplog.text
 
 
 def test_tokens_do_not_depend_on_the_parts_in_which_they_are_made(

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 from geep.engine import Engine, EngineConfig, ExitSettings, load_model
 from geep.folder import (
     SETTINGS_FILE,
-    TABLE_FILE,
     TRAINING_FILE,
     CalibrationFile,
     HubOptions,
@@ -71,7 +70,7 @@ def test_every_file_of_a_folder_is_published(tmp_path: Path, monkeypatch: pytest
     make_engine().save_exits(tmp_path)
     Provenance({}, {}, []).write(tmp_path)
     assert len(flushed) == 3
-    assert {each.name for each in tmp_path.iterdir()} == {TABLE_FILE, SETTINGS_FILE, TRAINING_FILE}
+    assert {each.name for each in tmp_path.iterdir()} == {table_of(tmp_path).name, SETTINGS_FILE, TRAINING_FILE}
 
 
 def test_a_fingerprint_is_of_names_shapes_values_and_words() -> None:
@@ -100,16 +99,15 @@ def test_a_fingerprint_is_of_names_shapes_values_and_words() -> None:
 
 
 def test_a_calibration_file_comes_back(tmp_path: Path) -> None:
-    made = CalibrationFile({"speed": 0.5, "criterion": "Maß"}, {"profile": {"quality": [1, 2]}})
+    files = {"table": "exit_table-0.safetensors", "ranges": None}
+    made = CalibrationFile({"speed": 0.5, "criterion": "Maß"}, files, {"bound": 0.1}, {"profile": {"quality": [1, 2]}})
     made.write(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / SETTINGS_FILE):
         assert CalibrationFile.read(place) == made
     CalibrationFile({}).write(tmp_path)
-    assert CalibrationFile.read(tmp_path) == CalibrationFile({}, {})
+    assert CalibrationFile.read(tmp_path) == CalibrationFile({}, {}, None, {})
     with pytest.raises(FileNotFoundError):
         CalibrationFile.read(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError):
-        ExitSettings.load(tmp_path / "elsewhere")
 
 
 def test_provenance_comes_back_and_says_what_it_was_made_of(tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_a_saved_engine_answers_the_same(rule: str, tiny_engine: Engine, tmp_pat
         engine.settings, speed=0.05
     )
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "exit_table.safetensors", "calibration.json"} <= names
+    assert {"config.json", "model.safetensors", table_of(tmp_path).name, "calibration.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".partial"))]
 
 
@@ -204,12 +202,21 @@ def test_a_table_of_another_model_or_tokenizer_is_refused(tiny_engine: Engine, t
         "\udcff",
     ],
 )
-def test_a_damaged_calibration_is_refused(content: str, tiny_engine: Engine, tmp_path: Path) -> None:
-    tiny_engine.settings.save(tmp_path)
-    assert ExitSettings.load(tmp_path) == tiny_engine.settings
-    (tmp_path / "calibration.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"calibration\.json is damaged .*run `geep calibrate` again"):
-        ExitSettings.load(tmp_path)
+def test_a_damaged_calibration_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    content = content.replace('{"settings"', '{"files": {}, "certificate": null, "settings"').replace(
+        '"temperatures": {}', '"temperatures": {}, "agreement": {}' if "agreement" not in content else '"temperatures": {}'
+    )
+    (model / "calibration.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"calibration\.json (is|are) damaged .*run `geep (profile|calibrate)` "):
+        Engine.from_pretrained(model, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["../table.safetensors", "/etc/passwd", "table.bin", "", 3])
+def test_a_calibration_names_files_beside_itself_alone(name: object, tmp_path: Path) -> None:
+    CalibrationFile({}, {"table": name}).write(tmp_path)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="damaged"):
+        CalibrationFile.read(tmp_path)
 
 
 def test_rounded_weights_are_not_saved_but_their_table_is(tmp_path: Path) -> None:
@@ -273,8 +280,14 @@ def test_without_exits_a_folder_is_the_full_model(folder: Path) -> None:
 def test_saved_exits_leave_no_older_table(folder: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     make_engine(table=False, settings=ExitSettings(speed=0.2)).save_exits(model)
-    assert not (model / TABLE_FILE).exists()
-    assert ExitSettings.load(model).speed == 0.2
+    assert not list(model.glob("exit_table*"))
+    assert CalibrationFile.read(model).settings["speed"] == 0.2
+
+
+def table_of(folder: Path) -> Path:
+    """The one table in a folder."""
+    (found,) = folder.glob("exit_table-*.safetensors")
+    return found
 
 
 # The hub
@@ -316,8 +329,8 @@ def test_a_model_of_the_hub_is_asked_for_with_the_options_given(
     monkeypatch.setattr("transformers.utils.hub.cached_file", cached)
     found = Engine.from_pretrained("somebody/something", device="cpu", **options)
     assert found.predictor is not None
-    assert found.settings == ExitSettings.load(folder)
-    names = ("model", "tokenizer", TABLE_FILE, SETTINGS_FILE)
+    assert found.settings.to_dict() == CalibrationFile.read(folder).settings
+    names = ("model", "tokenizer", table_of(folder).name, SETTINGS_FILE)
     expected = {name: str(value) if name == "cache_dir" else value for name, value in options.items()}
     # Whatever the options, no code of the checkpoint is run.
     safe = {"model": {"trust_remote_code": False}, "tokenizer": {"trust_remote_code": False}}
@@ -338,7 +351,7 @@ def test_a_name_that_is_no_folder_is_said_to_be_none_before_the_hub_is_asked(
 
 def test_files_of_a_folder_need_no_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: pytest.fail("asked the hub"))
-    assert file_of(folder, TABLE_FILE, HubOptions(revision="v2")) == folder / TABLE_FILE
+    assert file_of(folder, SETTINGS_FILE, HubOptions(revision="v2")) == folder / SETTINGS_FILE
     assert file_of(str(folder), "nothing.bin") is None
 
 
@@ -346,14 +359,14 @@ def test_a_model_of_the_hub_may_have_no_table(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: None)
-    assert file_of("somebody/something", TABLE_FILE) is None
+    assert file_of("somebody/something", SETTINGS_FILE) is None
     assert not caplog.records
 
     def gone(*_: Any, **__: Any) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("transformers.utils.hub.cached_file", gone)
-    assert file_of("somebody/something", TABLE_FILE) is None
+    assert file_of("somebody/something", SETTINGS_FILE) is None
     assert "no network" in caplog.text
 
 

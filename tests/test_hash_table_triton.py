@@ -27,6 +27,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from geep.hash_table.triton import TritonHashTable
 
+pytestmark = pytest.mark.any_device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -19,7 +19,7 @@ from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
 from geep.calibration import profile, quantise
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
-from geep.folder import RANGES_FILE
+from geep.folder import RANGES_NAME
 from geep.modeling import GeepForSequenceClassification
 
 pytestmark = pytest.mark.skipif(not int8.is_available(), reason="this build of torch has no oneDNN")
@@ -171,8 +171,8 @@ def test_ranges_hold_every_value_whatever_the_batches() -> None:
 def test_ranges_are_kept_and_refused_where_they_do_not_belong(tmp_path: Path) -> None:
     model = make_model()
     ranges = ranges_of(model)
-    path = tmp_path / RANGES_FILE
-    ranges.save(path, fingerprint={"model": "a" * 64, "tokenizer": "t"})
+    path = ranges.save(tmp_path, fingerprint={"model": "a" * 64, "tokenizer": "t"})
+    assert path == tmp_path / f"{RANGES_NAME}-{ranges.digest[:16]}.safetensors"
     again = ActivationRanges.load(path, fingerprint={"model": "a" * 64})
     assert all(torch.equal(again.sites[site], ranges.sites[site]) for site in SITES)
     with pytest.raises(ValueError, match="observed on model aaaa.*run `geep profile --dtype int8` again"):

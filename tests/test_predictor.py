@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from geep.folder import TABLE_FILE
+from geep.folder import TABLE_NAME, digest_tensors
 from geep.hash_table import HashTable
 from geep.predictor import (
     ABSENT_LOGIT,
@@ -35,7 +35,6 @@ from geep.predictor import (
     fit_predictor,
     score_by_ridge,
 )
-from geep.predictor.file import _checksum
 
 VOCAB_SIZE = 50
 SPECIAL_IDS = (0, 1, 2)
@@ -505,15 +504,17 @@ def test_wrong_labels_are_refused(labels: Tensor, multi_label: bool, error: type
 def test_saved_predictor_predicts_the_same(predictor: ExitPredictor, tmp_path: Path) -> None:
     batch = pack([*planted(50, 8)[0], [], [44]])
     path = predictor.save(tmp_path / "model", fingerprint=FINGERPRINT)
-    assert path == tmp_path / "model" / TABLE_FILE
-    again = ExitPredictor.load(tmp_path / "model", fingerprint=FINGERPRINT)
+    assert path.parent == tmp_path / "model"
+    assert path.name == f"{TABLE_NAME}-{predictor.digest[:16]}.safetensors"
+    again = ExitPredictor.load(path, fingerprint=FINGERPRINT)
+    assert again.digest == predictor.digest
     for speed in SPEEDS:
         assert same(predictor.predict(*batch, speed=speed), again.predict(*batch, speed=speed))
     assert torch.equal(again.table.counts, predictor.table.counts)
     assert (again.kind, again.depths, again.speeds) == (predictor.kind, DEPTHS, SPEEDS)
     other = again.save(tmp_path / "other.safetensors", fingerprint=FINGERPRINT)
     assert other.read_bytes() == path.read_bytes()
-    assert sorted(each.name for each in path.parent.iterdir()) == [TABLE_FILE]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_two_fits_write_the_same_bytes(tmp_path: Path) -> None:
@@ -531,7 +532,7 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
 
 def test_missing_and_cut_and_holed_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="geep profile"):
-        ExitPredictor.load(tmp_path, fingerprint=FINGERPRINT)
+        ExitPredictor.load(tmp_path / "table.safetensors", fingerprint=FINGERPRINT)
     path = fit_once().save(tmp_path, fingerprint=FINGERPRINT)
     whole = path.read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
@@ -561,7 +562,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def save_signed(tensors: dict[str, Tensor], header: str, path: Path) -> None:
-    save_file(tensors, path, {"exit_table": json.dumps({"header": header, "sha256": _checksum(tensors, header)})})
+    save_file(tensors, path, {"exit_table": json.dumps({"header": header, "sha256": digest_tensors(tensors, header)})})
 
 
 @pytest.mark.parametrize(
@@ -575,9 +576,9 @@ def save_signed(tensors: dict[str, Tensor], header: str, path: Path) -> None:
     ],
 )
 def test_wrong_headers_are_refused(header: str, message: str, tmp_path: Path) -> None:
-    save_signed({"x": torch.zeros(2)}, header, tmp_path / TABLE_FILE)
+    save_signed({"x": torch.zeros(2)}, header, tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match=message):
-        ExitPredictor.load(tmp_path, fingerprint={})
+        ExitPredictor.load(tmp_path / "table.safetensors", fingerprint={})
 
 
 def set_nan(name: str) -> Callable[[dict[str, Tensor]], None]:

@@ -42,6 +42,10 @@ class Made:
     threshold: float
 
     @property
+    def is_finite(self) -> NDArray[np.bool_]:
+        return np.isfinite(self.probabilities).all(axis=1)
+
+    @property
     def scores(self) -> NDArray[np.float64]:
         return self.probabilities[np.arange(len(self.label_ids)), self.label_ids]
 
@@ -68,10 +72,18 @@ class FakeEngine:
     fail_at: int | None = None
     predicts: bool = True
     multi_label: bool = False
+    broken: str | None = None
+    answered_by: dict[str, object] = field(default_factory=lambda: {"model": "first"})
     calls: list[list[str] | list[tuple[str, str]]] = field(default_factory=list)
 
     def predict_columns(
-        self, texts: list[str] | list[tuple[str, str]], /, *, top_k: int | None = None, threshold: float = 0.5
+        self,
+        texts: list[str] | list[tuple[str, str]],
+        /,
+        *,
+        top_k: int | None = None,
+        threshold: float = 0.5,
+        keep_broken: bool = False,
     ) -> Made:
         if not 0 <= threshold <= 1:
             raise ValueError("threshold out of range")
@@ -88,6 +100,9 @@ class FakeEngine:
             names = ("long", "short", "even")
             probabilities = np.column_stack([probabilities, np.where(lengths % 2, 0.25, 0.75)])
             label_ids = probabilities.argmax(axis=1)
+        is_broken = np.array([self.broken is not None and self.broken in "".join(text) for text in texts], dtype=bool)
+        assert keep_broken or not is_broken.any()
+        probabilities[is_broken] = np.nan
         layers = lengths % 3
         return Made(
             names,
@@ -182,16 +197,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     with pytest.raises(RuntimeError, match="killed"):
         score_file(FakeEngine(fail_at=fail_at), source, target, chunk_rows=10)
     assert not target.exists()
-    continues = target_suffix in (".jsonl", ".csv", ".tsv")
-    if continues:
-        with target.with_name(target.name + ".partial").open("ab") as file:
-            file.write(b"half a li")  # a kill in the middle of a write
-    else:
-        assert beside(target) == []
+    with target.with_name(target.name + ".partial").open("ab") as file:
+        file.write(b"half a li")  # a kill in the middle of a write
     engine = FakeEngine()
     seen: list[int] = []
     report = score_file(engine, source, target, chunk_rows=10, progress=lambda what, done, total: seen.append(done))
-    assert len(engine.calls) == (5 - fail_at if continues else 5)
+    assert len(engine.calls) == 5 - fail_at
     assert seen[-1] == 45
     assert target.read_bytes() == whole.read_bytes()
     assert (report.rows, report.num_bad, report.bad_rows, report.exit_layer_counts) == (
@@ -218,14 +229,15 @@ sys.modules["geep"] = package
 from geep.scoring import score_file
 class Engine:
     calls = -1  # the first call is about no texts
-    def predict_columns(self, texts, *, top_k=None):
+    answered_by = dict(model=1)
+    def predict_columns(self, texts, *, top_k=None, keep_broken=False):
         self.calls += 1
         if self.calls == int(sys.argv[2]) > 0:
             os.kill(os.getpid(), signal.SIGKILL)
         ones = np.ones(len(texts), dtype=int)
         return types.SimpleNamespace(
             label_names=("a",), multi_label=False, label_ids=0 * ones, scores=ones / 2, exit_layers=ones,
-            predicted_layers=ones, truncated=ones > 1,
+            predicted_layers=ones, truncated=ones > 1, is_finite=ones > 0,
         )
 score_file(Engine(), {str(source)!r}, sys.argv[1], chunk_rows=10)
 """
@@ -243,18 +255,18 @@ score_file(Engine(), {str(source)!r}, sys.argv[1], chunk_rows=10)
 
 @pytest.mark.parametrize(
     "change",
-    ["source", "chunk_rows", "scores", "top_k", "threshold", "key", "journal", "partial", "errors", "none"],
+    ["source", "chunk_rows", "scores", "top_k", "threshold", "engine", "journal", "partial", "errors", "none"],
 )
 def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.jsonl", 45)
     target = tmp_path / "out.jsonl"
     with pytest.raises(RuntimeError, match="killed"):
-        score_file(FakeEngine(fail_at=3), source, target, chunk_rows=10, key="model")
-    chunk_rows, scores, key = 10, False, "model"
+        score_file(FakeEngine(fail_at=3), source, target, chunk_rows=10)
+    chunk_rows, scores, engine = 10, False, FakeEngine()
     top_k, threshold = None, None
     match change:
         case "source":
-            write_source(source, 44)
+            source.write_text(source.read_text("utf-8").replace("more", "mere", 1), "utf-8")
         case "chunk_rows":
             chunk_rows = 9
         case "scores":
@@ -263,19 +275,19 @@ def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) 
             scores, top_k = True, 1
         case "threshold":
             threshold = 0.25
-        case "key":
-            key = "another model"
+        case "engine":
+            engine.answered_by["model"] = "another"
         case "journal":
             (tmp_path / "out.jsonl.partial.json").write_text('{"made_from": 1', "utf-8")
         case "partial":
             (tmp_path / "out.jsonl.partial").write_bytes(b"cut")
         case "errors":
             (tmp_path / "out.jsonl.errors.jsonl.partial").unlink()
-    engine = FakeEngine()
-    score_file(engine, source, target, chunk_rows=chunk_rows, scores=scores, top_k=top_k, threshold=threshold, key=key)
+    score_file(engine, source, target, chunk_rows=chunk_rows, scores=scores, top_k=top_k, threshold=threshold)
     assert len(engine.calls) == (2 if change == "none" else 5)
     rows = read_back(target)
-    assert [row["id"] for row in rows] == [str(i) for i in range(44 if change == "source" else 45) if i % 10 != 9]
+    assert [row["id"] for row in rows] == [str(i) for i in range(45) if i % 10 != 9]
+    assert ("mere" in str(rows[0]["text"])) == (change == "source")
     assert all(("scores" in row) == scores for row in rows)
 
 
@@ -295,15 +307,16 @@ def test_a_full_disk_is_said_and_survived(suffix: str, tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.csv", 1500)
     target, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
     score_file(FakeEngine(), source, whole, chunk_rows=100)
-    continues = suffix in (".jsonl", ".csv", ".tsv")
-    message = r"The first [1-9]\d*00 rows .* are done and whole" if continues else "cannot be continued"
     with (
         disk_of(whole.stat().st_size // 2),
-        pytest.raises(OSError, match=rf"refused a write.*{message}.*run the same command again"),
+        pytest.raises(
+            OSError,
+            match=r"refused a write.*The first [1-9]\d*00 rows .* are done and whole.*make room and run the same",
+        ),
     ):
         score_file(FakeEngine(), source, target, chunk_rows=100)
     assert not target.exists()
-    assert bool(beside(target)) == continues
+    assert beside(target)
     score_file(FakeEngine(), source, target, chunk_rows=100)
     assert target.read_bytes() == whole.read_bytes()
 
@@ -330,7 +343,7 @@ def test_the_first_hundred_bad_rows_are_reported(tmp_path: Path) -> None:
     assert [row.line for row in report.bad_rows] == list(range(1, 101))
     assert (tmp_path / "out.jsonl.errors.jsonl").read_text("utf-8").count("\n") == 150
     source.write_text('{"text": "a"}\n', "utf-8")
-    score_file(FakeEngine(), source, tmp_path / "out.jsonl")
+    score_file(FakeEngine(), source, tmp_path / "out.jsonl", overwrite=True)
     assert beside(tmp_path / "out.jsonl") == []
 
 
@@ -343,7 +356,7 @@ def test_columns_with_our_names_are_kept(suffix: str, tmp_path: Path) -> None:
     (row,) = read_back(target)
     assert list(row)[:5] == ["text", "input_input_label", "input_label", "input_score", "scores"]
     assert [row["input_input_label"], row["input_label"], row["label"]] == ["mine", "older", "short"]
-    score_file(FakeEngine(), source, target, scores=True)
+    score_file(FakeEngine(), source, target, scores=True, overwrite=True)
     assert "input_scores" in read_back(target)[0]
 
 
@@ -560,7 +573,7 @@ def test_a_column_called_labels_is_renamed_where_the_result_has_one(tmp_path: Pa
     source.write_text('{"text": "a", "labels": "mine"}\n', "utf-8")
     score_file(FakeEngine(), source, target)
     assert read_back(target)[0]["labels"] == "mine"
-    score_file(FakeEngine(multi_label=True), source, target)
+    score_file(FakeEngine(multi_label=True), source, target, overwrite=True)
     (row,) = read_back(target)
     assert (row["input_labels"], row["labels"]) == ("mine", ["long", "short"])
     score_file(FakeEngine(multi_label=True), source, tmp_path / "out.parquet")
@@ -571,7 +584,8 @@ def test_an_empty_parquet_result_has_the_types_of_a_full_one(tmp_path: Path) -> 
     schemas = []
     for rows in (0, 5):
         source = write_source(tmp_path / "in.csv", rows)
-        score_file(FakeEngine(multi_label=True), source, tmp_path / "out.parquet", scores=True, top_k=1)
+        options = {"scores": True, "top_k": 1, "overwrite": True}
+        score_file(FakeEngine(multi_label=True), source, tmp_path / "out.parquet", **options)  # type: ignore[arg-type]
         schemas.append(pq.read_schema(tmp_path / "out.parquet"))
     assert schemas[0] == schemas[1]
 
@@ -607,6 +621,7 @@ def test_lines_are_counted_only_where_that_takes_no_time(monkeypatch: pytest.Mon
             source,
             tmp_path / "out.jsonl",
             chunk_rows=1,
+            overwrite=True,
             progress=lambda what, done, total: seen.append(total),
         )
         return seen

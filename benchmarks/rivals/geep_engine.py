@@ -135,7 +135,7 @@ class _Lines:
             clock = [time.perf_counter()]
             batch = engine.tokenize(self.job.texts[:count]).batch
             clock.append(time.perf_counter())
-            layers = engine.plan(batch, settings=settings).predicted_layers
+            layers = engine.planner.plan(batch, settings).predicted_layers
             clock.append(time.perf_counter())
             running = layers > 0
             schedule(layers[running], batch.lengths[running], max_batch_tokens=engine.deployment.max_batch_tokens)

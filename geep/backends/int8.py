@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
 from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
 from geep.backends.protocol import Integers
-from geep.folder import publish
+from geep.folder import RANGES_NAME, digest_tensors, named_by, publish
 
 FLOAT_CHANNELS = 32
 """Channels between the two wide linear layers that stay in float32: the widest of each layer."""
@@ -82,10 +82,20 @@ class ActivationRanges:
         low, high = self.sites[site][layer]
         return low, high
 
-    def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> None:
-        """Write a safetensors file, with the digest of the model it belongs to."""
+    @property
+    def digest(self) -> str:
+        """Digest of all ranges."""
+        return digest_tensors(self.sites, "")
+
+    def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> Path:
+        """Write a safetensors file, with the digest of the model it belongs to, and return its path.
+
+        `path` is the file if it ends in `.safetensors`, else a folder, in which the file is named by its contents.
+        """
+        path = Path(path)
+        path = path if path.suffix == ".safetensors" else path / named_by(RANGES_NAME, self.digest)
         tensors = {name: ranges.contiguous() for name, ranges in self.sites.items()}
-        publish(path, save_safetensors(tensors, fingerprint))
+        return publish(path, save_safetensors(tensors, fingerprint))
 
     @classmethod
     def load(cls, path: str | Path, *, fingerprint: dict[str, str]) -> Self:

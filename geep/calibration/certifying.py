@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from geep.calibration.choosing import Choice, base_settings, choose, criteria
-from geep.calibration.runs import ExitRun, Outcomes
+from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
-from geep.engine import Engine
+from geep.engine import Certificate, Engine
 from geep.exits import OnMiss
 from geep.folder import CalibrationFile
 from geep.progress import Progress, no_progress
@@ -27,7 +27,8 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        engine: The engine at the calibrated speed; 0, the full model, if no speed passed.
+        engine: The engine at the calibrated speed; 0, the full model, if no speed passed. Its `certificate` is what may
+            be said of it: None where not even the full model keeps the promise, as in int8 it may not.
         promise: What was asked for.
         walk: The trials of the better walk.
         num_texts: Texts that the speed was certified on.
@@ -54,13 +55,13 @@ class Calibration:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the settings into a model folder, keeping what its record says of the profile."""
+        """Write table, settings and certificate into a model folder, keeping what its record says of the profile."""
         _save_record(self.engine, folder, self.record())
 
 
 def save_refusal(engine: Engine, folder: str | Path, refusal: NothingCertifiedError) -> None:
     """Write into a model folder that the full model answers, and why nothing was certified."""
-    at_full_depth = engine.replace(settings=replace(engine.settings, speed=0.0, certified_on=None))
+    at_full_depth = engine.replace(settings=replace(engine.settings, speed=0.0))
     _save_record(at_full_depth, folder, {"speed": 0.0, "refused": str(refusal)})
 
 
@@ -70,7 +71,7 @@ def _save_record(engine: Engine, folder: str | Path, calibration: dict[str, Any]
         record = dict(CalibrationFile.read(folder).record)
     except FileNotFoundError:
         record = {}
-    engine.settings.save(folder, {**record, "calibration": calibration})
+    engine.save_exits(folder, record={**record, "calibration": calibration})
 
 
 def calibrate(
@@ -108,16 +109,24 @@ def calibrate(
     Raises:
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
         ConstantModelError: If the full model gives all of the texts the same answer.
-        ValueError: If the promise is about accuracy and labels are missing, or the criterion is unknown or was not
-            learned.
+        ValueError: If the promise is about accuracy and labels are missing, or labels are not the model's, or the
+            criterion is unknown or was not learned.
     """
     base = base_settings(engine, on_miss)
     for judge in criteria(base, criterion):
         # Refuses one that is unknown, or that nothing was learned for, before any work is done.
         engine.replace(settings=replace(base, criterion=judge))
+    if lexical_exit and (engine.predictor is None or engine.predictor.num_labels is None):
+        raise ValueError(
+            "lexical_exit=True (--lexical) asks for answers by the table alone, found a model without a table that has "
+            "learned labels; run `geep profile` first, or leave it out."
+        )
     # Two walks share the error probability, so that the better of their results still keeps the promise.
     each = promise.halved()
     check_enough(len(fresh), each)
+    for part in (tuning, fresh):
+        if isinstance(part, Split):
+            check_labels(engine, part)
     tuned, certified = (
         Outcomes(engine, part if isinstance(part, ExitRun) else ExitRun.of(engine, part, what=what, progress=progress))
         for part, what in (
@@ -130,16 +139,41 @@ def calibrate(
         tuned, each, on_miss=on_miss, criterion=criterion, lexical_exit=lexical_exit, cost=cost, progress=progress
     )
     result = _certify(certified, choice, each)
-    kept = replace(choice.settings, speed=result.speed, certified_on=engine.deployment.deployed_as)
-    return Calibration(engine.replace(settings=kept), promise, result, len(certified))
+    kept = engine.replace(settings=replace(choice.settings, speed=result.speed))
+    return Calibration(_with_certificate(kept, promise, result, certified.run), promise, result, len(certified))
 
 
 def _certify(fresh: Outcomes, choice: Choice, each: Promise) -> Walk:
-    """Walk the chosen settings' speeds on fresh texts, in both orders, and return the faster walk."""
+    """Walk the chosen settings' speeds on fresh texts, in both orders, and return the faster walk.
+
+    At speed 0 an engine is the reference itself, unless it is quantised: then that has to pass as well.
+    """
+    upwards, from_safest = choice.orders
+    if fresh.run.reference is not None:
+        upwards = (0.0, *upwards)
     walks = [
-        walk(lambda speed: fresh.trial(replace(choice.settings, speed=speed), each), order) for order in choice.orders
+        walk(lambda speed: fresh.trial(replace(choice.settings, speed=speed), each), order)
+        for order in (upwards, from_safest)
     ]
-    return max(walks, key=lambda found: found.speed)
+    return max(walks, key=lambda found: (found.kept is not None, found.speed))
+
+
+def _with_certificate(engine: Engine, promise: Promise, result: Walk, fresh: ExitRun) -> Engine:
+    """Say of an engine what was certified; nothing where no speed passed and the full model is not the reference."""
+    if result.kept is None and fresh.reference is not None:
+        return engine
+    return engine.replace(
+        certificate=Certificate(
+            promise=promise,
+            reference=engine.deployment.dtype if fresh.reference is None else "float32",
+            risk=0.0 if result.kept is None else result.kept.risk,
+            bound=0.0 if result.kept is None else result.kept.bound,
+            num_texts=len(fresh),
+            texts=fresh.texts,
+            texts_from=fresh.texts_from,
+            made_with=engine.made_with,
+        )
+    )
 
 
 def _check_not_constant(*parts: Outcomes) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from geep.backends import TokenBatch
 from geep.calibration.quantising import check_quantised
-from geep.calibration.runs import ExitRun, Outcomes
+from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
-from geep.exits import AGREEMENT, AgreementScore, ExitProfile, answer_of, fit_agreement_score, fit_temperature
+from geep.exits import AGREEMENT, AgreementScore, ExitProfile, fit_agreement_score, fit_temperature
 from geep.predictor import PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
 from geep.progress import Progress, no_progress
 
@@ -63,12 +63,18 @@ class ProfileResult:
     heldout: ExitRun
     mean_exit_layers: tuple[tuple[float, float, float], ...]
 
+    @property
+    def scores_calibrated(self) -> bool:
+        """Whether scores mean how often answers are right; without labels they are the full model's own."""
+        return self.heldout.labels is not None
+
     def record(self) -> dict[str, Any]:
         """Return in plain words and numbers what is kept of it in `calibration.json`."""
         settings, predictor = self.engine.settings, self.engine.predictor
         return {
             "criterion": settings.criterion,
             "temperatures": {str(depth): round(value, 4) for depth, value in settings.temperatures.items()},
+            "scores_calibrated": self.scores_calibrated,
             "predictor": predictor.kind if predictor else None,
             "quality": [asdict(row) for row in self.quality],
             "mean_exit_layers": [
@@ -105,8 +111,8 @@ def profile(
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
-        ValueError: If either split is empty, the criterion is unknown, or a quantised engine answers otherwise than
-            its float32 model too often.
+        ValueError: If either split is empty, labels are not the model's, the criterion is unknown, or a quantised
+            engine answers otherwise than its float32 model too often.
     """
     if len(engine.depths) < 2:
         raise ValueError(
@@ -115,6 +121,8 @@ def profile(
     for name, texts in (("training", train), ("held-out", heldout)):
         if not len(texts):
             raise ValueError(f"No {name} texts to profile; expected at least one (a few hundred for a useful table).")
+        if isinstance(texts, Split):
+            check_labels(engine, texts)
     ExitSettings(criterion=criterion)  # refuses an unknown one before any work is done
     held, seen = heldout, train
     if isinstance(held, Split):
@@ -171,9 +179,15 @@ def profile(
 
 
 def _fit_settings(held: Outcomes, criterion: str) -> ExitSettings:
-    """Temperatures of all depths, and agreement scores if they are the criterion, from held-out texts."""
-    many, labels = held.engine.multi_label, held.run.labels
-    target = answer_of(held.logits[-1], multi_label=many) if labels is None else labels
+    """Temperatures of all depths, and agreement scores if they are the criterion, from held-out texts.
+
+    Without labels the scores of an exit are fitted to the full model's scores, not to its answers: by those it is
+    always right, and the surer all scores are, the better they would fit.
+    """
+    many, target = held.engine.multi_label, held.run.labels
+    if target is None:
+        full = held.full_logits.float()
+        target = torch.sigmoid(full) if many else torch.softmax(full, dim=-1)
     return ExitSettings(
         criterion=criterion,
         temperatures={

@@ -34,12 +34,16 @@ class ExitRun:
         labels: Label ids, or 0/1 for multi-label; None where unknown.
         reference: Logits of the float32 full model, (num_texts, num_labels); None where that is the last exit, or
             where nothing is compared with it.
+        texts: Digest of texts and labels (`Split.digest`); empty where it is not known.
+        texts_from: Where they came from, in words; empty where it is not known.
     """
 
     batch: TokenBatch
     exit_logits: Tensor
     labels: Tensor | None
     reference: Tensor | None = None
+    texts: str = ""
+    texts_from: str = ""
 
     @classmethod
     def of(
@@ -54,13 +58,18 @@ class ExitRun:
         """Run the exits of an engine over texts, and the float32 full model of a quantised one if wanted.
 
         `what` names the work to `progress`.
+
+        Raises:
+            ValueError: If the labels are not the model's.
         """
+        check_labels(engine, split)
         batch = engine.tokenize(split.inputs).batch
         labels = None if split.labels is None else torch.from_numpy(split.labels)
         reference = None
         if engine.deployment.dtype == "int8" and with_reference:
             reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
-        return cls(batch, engine.exit_logits(batch, what=what, progress=progress), labels, reference)
+        logits = engine.exit_logits(batch, what=what, progress=progress)
+        return cls(batch, logits, labels, reference, split.digest(), split.origin)
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -69,6 +78,30 @@ class ExitRun:
     def flat(self) -> tuple[Tensor, Tensor]:
         """Token ids and lengths as the predictor takes them."""
         return torch.from_numpy(self.batch.input_ids), torch.from_numpy(self.batch.lengths)
+
+
+def check_labels(engine: Engine, split: Split) -> None:
+    """Refuse labels that are not the model's: of the other kind, of other labels, or none of its ids.
+
+    Raises:
+        ValueError: With what was found and what the model has.
+    """
+    if split.labels is None:
+        return
+    rows, labels, names = split.origin or "The rows", split.labels, engine.label_names
+    expected = (len(split), len(names)) if engine.multi_label else (len(split),)
+    if labels.shape != expected:
+        kind = "ones and zeros, a row a text and a column a label" if engine.multi_label else "one label id a text"
+        raise ValueError(
+            f"{rows} have labels of shape {labels.shape}, expected {kind}, shape {expected}; give rows that are "
+            "labelled as those that the model was trained on."
+        )
+    highest = 1 if engine.multi_label else len(names) - 1
+    if len(split) and not (labels.min() >= 0 and labels.max() <= highest):
+        raise ValueError(
+            f"{rows} have label ids {labels.min():g}..{labels.max():g}, expected 0..{highest}; read them "
+            "with the model's label names."
+        )
 
 
 class Outcomes:
@@ -105,10 +138,14 @@ class Outcomes:
         return torch.cat([self.lexical_logits[None].float(), self.run.exit_logits])
 
     @property
+    def full_logits(self) -> Tensor:
+        """Logits of the full model that everything is compared with, (num_texts, num_labels)."""
+        return self.run.exit_logits[-1] if self.run.reference is None else self.run.reference
+
+    @property
     def full_answers(self) -> Tensor:
         """What the full model answers: label ids (num_texts,), or flags (num_texts, num_labels)."""
-        full = self.run.exit_logits[-1] if self.run.reference is None else self.run.reference
-        return answer_of(full, multi_label=self.engine.multi_label)
+        return answer_of(self.full_logits, multi_label=self.engine.multi_label)
 
     def profile(self, settings: ExitSettings) -> ExitProfile:
         """Profile of all columns.
@@ -139,12 +176,12 @@ class Outcomes:
         """Column at which the engine would ask each text first, (num_texts,)."""
         engine, batch = self.engine, self.run.batch
         if engine.predictor is None or settings.speed == 0:
-            plan = engine.plan(batch, settings=settings)
+            plan = engine.planner.plan(batch, settings)
         else:
             key = engine.predictor.speed_index(settings.speed), settings.quantile
             if key not in self._foretold:
-                self._foretold[key] = engine.foretell(batch, settings)
-            plan = engine.plan_from(self._foretold[key], batch.lengths, settings)
+                self._foretold[key] = engine.planner.foretell(batch, settings)
+            plan = engine.planner.plan_from(self._foretold[key], batch.lengths, settings)
         return np.searchsorted(self.depths, plan.predicted_layers)
 
     def answered(self, settings: ExitSettings) -> Integers:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 import geep
 from geep.cli import options as opt, show
-from geep.cli.make import run_calibration, run_profile
+from geep.cli.make import calibration_of, run_calibration, run_profile
 from geep.cli.use import answer_texts, run_evaluation
 
 _DATA = "reuters-r8"
@@ -56,7 +56,7 @@ def demo_command(
         with show.bars(console) as progress:
             trained = geep.train(parts, output, settings=settings, plan=plan, progress=progress)
         show.trained(console, trained)
-        if not _is_calibrated(output):
+        if calibration_of(output) is None:
             engine = geep.Engine.from_pretrained(output, exits=False)
             console.rule("3. profile: exit table, temperatures, criterion")
             found = run_profile(console, engine, parts, output)
@@ -82,11 +82,3 @@ def demo_command(
                 break
             show.predictions(console, answer_texts(engine, [typed]), multi_label=False)
         show.document({"headline": asdict(geep.headline(report)), "predictions": answers}, as_json)
-
-
-def _is_calibrated(folder: Path) -> bool:
-    """Whether calibration was finished, with a speed or a refusal; a profile alone is not."""
-    try:
-        return "calibration" in geep.CalibrationFile.read(folder).record
-    except FileNotFoundError:
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ Option = typer.Option
 
 
 def train_command(
+    context: typer.Context,
     data: opt.DataArgument,
     output: Annotated[Path, Option("--output", "-o", help="Folder of the model.", show_default=False)],
     model: Annotated[
@@ -110,6 +112,7 @@ def train_command(
     with show.errors(as_json):
         console = show.console_for(as_json)
         # Refused before an hour of training and not after it.
+        _refuse_ignored(context, model, recipe, calibrate)
         asked = opt.promise(max_drop, min_agreement, confidence)
         settings = geep.TrainSettings(
             recipe=recipe,
@@ -121,9 +124,13 @@ def train_command(
             bf16=bf16,
             arguments=opt.training_arguments(set_ or []),
         )
+        is_in_data_dir = data_dir is not None and (data_dir / data).exists()
+        if data in opt.NAMES["DATASETS"] and not is_in_data_dir and calibration is None:
+            columns = ("text_column", "text_pair_column", "label_column")
+            opt.refuse_ignored(context, columns, f"with {data}, which has columns of its own")
         plan = geep.DataPlan(
             # Where it is, whatever folder later commands are started in.
-            str(Path(data).resolve()) if Path(data).exists() else data,
+            data if is_in_data_dir or not Path(data).exists() else str(Path(data).resolve()),
             str(data_dir.resolve()) if data_dir else None,
             holdout,
             max_train,
@@ -133,7 +140,7 @@ def train_command(
         )
         if seed is not None:
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
-        dataset = plan.load()
+        dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
         parts = plan.divide(dataset)
         certifying = rows_to_certify(console, calibration, parts, plan)
         show.rows(console, dataset, parts)
@@ -162,11 +169,28 @@ def train_command(
             "learned_nothing": result.learned_nothing,
         }
         if calibrate and geep.RECIPES[recipe].has_exits:
-            engine = geep.Engine.from_pretrained(output, device=device, exits=False)
-            found = run_profile(console, engine, parts, output)
-            summary["profile"] = found.record()
-            summary["calibration"] = run_calibration(console, found, certifying, output, asked)
+            before = calibration_of(output) if result.was_finished else None
+            if before is None:
+                engine = geep.Engine.from_pretrained(output, device=device, exits=False)
+                found = run_profile(console, engine, parts, output)
+                summary["profile"] = found.record()
+                summary["calibration"] = run_calibration(console, found, certifying, output, asked)
+            else:
+                keep_calibration(console, output, before, max_drop=max_drop, min_agreement=min_agreement)
+                summary["calibration"] = before
         show.document(summary, as_json)
+
+
+def _refuse_ignored(context: typer.Context, model: str, recipe: str, calibrate: bool) -> None:
+    """Refuse options of `geep train` that others rule out."""
+    promised = ("max_drop", "min_agreement", "confidence", "calibration")
+    if not calibrate:
+        opt.refuse_ignored(context, promised, "with --no-calibrate")
+    if recipe in opt.NAMES["RECIPES"] and not geep.RECIPES[recipe].has_exits:
+        asked = ("exit_layers", *(["calibrate"] if calibrate else []), *promised)
+        opt.refuse_ignored(context, asked, f"with recipe {recipe!r}, which has no exits")
+    if model in opt.NAMES["ENCODERS"] or Path(model).is_dir():
+        opt.refuse_ignored(context, ["revision"], f"with {model}, which is not from the hub")
 
 
 def profile_command(
@@ -258,7 +282,7 @@ def calibrate_command(
                 on_miss=opt.on_miss(on_miss),
                 criterion=criterion,
                 lexical_exit=lexical,
-                cost=engine.deployment.cost if by_time else None,
+                cost=engine.measure_cost() if by_time else None,
                 progress=progress,
             )
         result.save(model)
@@ -272,14 +296,18 @@ def calibrate_command(
 
 
 def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
-    """The rows of a file that was named, less those that were trained on; else those that were held out."""
+    """The rows of a file that was named, less those that were learned or chosen on; else those that were held out."""
     if calibration is None:
         return parts.calibration
-    rows = geep.load_split(calibration, label_names=parts.label_names, **plan.columns)
-    fresh = geep.unseen(rows, parts.train)
+    kind: dict[str, Any] = {"label_names": parts.label_names, "multi_label": parts.multi_label}
+    rows = geep.load_split(calibration, **kind, **plan.columns)
+    fresh = geep.unseen(rows, parts.train, parts.profile)
     if len(fresh) < len(rows):
         learned = len(rows) - len(fresh)
-        console.print(f"[yellow]{learned:,} rows of {escape(str(calibration))} were trained on and are left out.[/]")
+        where = escape(str(calibration))
+        console.print(
+            f"[yellow]{learned:,} rows of {where} were trained or profiled on and are left out.[/]", soft_wrap=True
+        )
     return fresh
 
 
@@ -298,6 +326,35 @@ def run_profile(
     found.save(folder)
     show.profiled(console, found, len(parts.profile))
     return found
+
+
+def calibration_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder's record says of its calibration, a speed or a refusal; None where there was none yet."""
+    try:
+        return geep.CalibrationFile.read(folder).record.get("calibration")
+    except FileNotFoundError:
+        return None
+
+
+def keep_calibration(
+    console: Console, folder: Path, before: Mapping[str, Any], *, max_drop: float | None, min_agreement: float | None
+) -> None:
+    """Say that a finished folder stays as it is; refuse a promise that it was not calibrated for."""
+    kept = before.get("promise")
+    asked = (max_drop, min_agreement)
+    if asked != (None, None):
+        wanted = opt.promise(max_drop, min_agreement, 0.95)
+        found = None if kept is None else (kept["max_accuracy_drop"], kept["min_agreement"])
+        if found != (wanted.max_accuracy_drop, wanted.min_agreement):
+            raise ValueError(
+                f"{folder} is trained and calibrated, for another promise than the one asked for. Nothing was changed; "
+                f"run `geep calibrate {folder}` with that promise."
+            )
+    what = f"speed {before['speed']:g}" if "refused" not in before else "the full model answers"
+    console.print(
+        f"Trained and calibrated already ({what}); nothing was changed. `geep calibrate` finds another speed.",
+        soft_wrap=True,
+    )
 
 
 def run_calibration(

@@ -6,7 +6,7 @@ The names listed in help texts are those of tables whose rooms load torch; a tes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,6 +128,25 @@ LocalFilesOnly = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, for machines.")]
 
 
+def refuse_ignored(context: typer.Context, names: Iterable[str], where: str) -> None:
+    """Refuse options that were given on the command line and that would change nothing.
+
+    Args:
+        context: Of the command.
+        names: Its parameters that are not looked at.
+        where: When they are not, in words that go on from "would change nothing".
+
+    Raises:
+        ValueError: With the options that were given.
+    """
+    known = {str(parameter.name): max(parameter.opts, key=len) for parameter in context.command.params}
+    # A token or another option from the environment is there for all commands.
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [known[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ValueError(f"{', '.join(given)} would change nothing {where}; leave it out.")
+
+
 def layers(text: str | None) -> Sequence[int] | None:
     """Layer numbers of a list by commas; None for none given."""
     if text is None:
@@ -139,9 +158,25 @@ def layers(text: str | None) -> Sequence[int] | None:
 
 
 def promise(max_drop: float | None, min_agreement: float | None, confidence: float) -> geep.Promise:
-    """The promise that options name; half a point of accuracy if they name none."""
+    """The promise that options name; half a point of accuracy if they name none.
+
+    Raises:
+        ValueError: If they name two, or a number that is out of range; in the words and units of the options.
+    """
+    if max_drop is not None and min_agreement is not None:
+        raise ValueError(
+            f"A model keeps one promise, got --max-drop {max_drop:g} and --min-agreement {min_agreement:g}."
+        )
     if max_drop is None and min_agreement is None:
         max_drop = 0.5
+    if max_drop is not None and not 0 < max_drop < 100:
+        raise ValueError(
+            f"--max-drop is in points of accuracy, above 0 and below 100: 0.5 is half a point; got {max_drop:g}."
+        )
+    if min_agreement is not None and not 0 < min_agreement < 1:
+        raise ValueError(f"--min-agreement is a share, above 0 and below 1: 0.99 is 99 %; got {min_agreement:g}.")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"--confidence is a share, at least 0.5 and below 1: 0.95 is 95 %; got {confidence:g}.")
     return geep.Promise(None if max_drop is None else max_drop / 100, min_agreement, confidence)
 
 

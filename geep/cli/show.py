@@ -148,6 +148,10 @@ def profiled(console: Console, found: geep.ProfileResult, num_texts: int) -> Non
             f"{row.early_share:.0%}",
         )
     console.print(table)
+    if not found.scores_calibrated:
+        console.print(
+            "[yellow]The held-out rows have no labels: scores are the full model's own, and are not calibrated.[/]"
+        )
     predictor = found.engine.predictor
     console.print(
         f"Criterion {found.engine.settings.criterion}, predictor {predictor.kind if predictor else None}. "
@@ -171,15 +175,30 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
             "[green]kept[/]" if trial.passed else "[red]stop[/]",
         )
     console.print(table)
-    settings = result.engine.settings
+    settings, certificate = result.engine.settings, result.engine.certificate
+    if certificate is None:
+        full = trials[0]
+        console.print(
+            f"[red]Nothing is certified:[/] with all layers run, {result.engine.deployment.dtype} already loses "
+            f"{full.risk:.2%} of float32's full model, {full.bound:.2%} at most. It is written at speed 0, "
+            "uncertified. Use float32, give more held-out texts, or ask for less."
+        )
+        return
     if settings.speed == 0:
         console.print(
             "[yellow]No speed keeps this promise: the full model will answer. More held-out texts would help.[/]"
         )
-        return
+    else:
+        console.print(
+            f"Speed {settings.speed:g}, quantile {settings.quantile:g}, "
+            f"lexical exit {'on' if settings.lexical_exit else 'off'}."
+        )
     console.print(
-        f"Speed {settings.speed:g}, quantile {settings.quantile:g}, "
-        f"lexical exit {'on' if settings.lexical_exit else 'off'}."
+        escape(
+            f"Certified: {certificate.promise}, for {result.engine.deployment.deployed_as}, "
+            f"on {certificate.texts_from or 'texts of unknown origin'}."
+        ),
+        soft_wrap=True,
     )
 
 
@@ -193,14 +212,14 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for row in report.rows:
         table.add_row(
-            row.name,
+            escape(row.name if row.dtype == report.ours.dtype else f"{row.name} ({row.dtype})"),
             "-" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
             f"{100 * row.agreement:.2f}",
             f"{row.mean_exit_layer:.2f}",
             "-" if row.layer_speedup is None else f"{row.layer_speedup:.2f}x",
             f"{row.throughput:,.1f}",
             f"{row.ratio:.2f}x",
-            style="bold red" if row.name == "GEEP continue" else None,
+            style="bold red" if row.deployed else None,
         )
     console.print(table)
     for row in report.rows:
@@ -216,7 +235,7 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
         )
     best = geep.headline(report)
     drop = "" if best.accuracy_drop is None else f"accuracy {-100 * best.accuracy_drop:+.2f} points, "
-    lexical = report.row("geep-continue").lexical_share
+    lexical = report.ours.lexical_share
     constant = "no constant depth is as good"
     if best.over_constant is not None:
         constant = f"{best.over_constant:.2f}x the fastest constant depth as good ({best.constant_depth})"
@@ -231,7 +250,10 @@ def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers:
     """Say what became of a file."""
     if result.num_bad:
         console.print(
-            f"[yellow]{result.num_bad:,} bad rows left out[/], listed in {escape(str(goal))}.errors.jsonl; the first:"
+            f"[yellow]{result.num_bad:,} bad rows left out[/]"
+            + (f", listed in {escape(result.errors_file)}" if result.errors_file else "")
+            + "; the first:",
+            soft_wrap=True,
         )
         for bad in result.bad_rows[:3]:
             console.print(f"  line {bad.line}: {escape(bad.reason)}")

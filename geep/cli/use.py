@@ -16,8 +16,12 @@ from geep.cli import options as opt, show
 
 Option = typer.Option
 
+# Options of `geep predict` that are about the file that is read or written.
+_OF_FILES = ("target", "overwrite", "scores", "chunk_rows", "text_column", "text_pair_column")
+
 
 def evaluate_command(
+    context: typer.Context,
     model: opt.ModelArgument,
     data: Annotated[
         str | None, typer.Argument(help="A labelled file. Default: the test split trained with.", show_default=False)
@@ -54,6 +58,9 @@ def evaluate_command(
     """
     with show.errors(as_json):
         console = show.console_for(as_json)
+        if data is None:
+            opt.refuse_ignored(context, ("text_column", "text_pair_column", "label_column"), "without a file")
+        _refuse_revision(context, model)
         engine = geep.Engine.from_pretrained(
             model,
             speed=speed,
@@ -81,6 +88,11 @@ def evaluate_command(
         show.document(summary, as_json)
 
 
+def _refuse_revision(context: typer.Context, model: str) -> None:
+    if Path(model).is_dir():
+        opt.refuse_ignored(context, ["revision"], f"with {model}, which is not from the hub")
+
+
 def _rows_to_judge(
     model: str, engine: geep.Engine, data: str | None, columns: Mapping[str, str | None]
 ) -> tuple[geep.Split, str]:
@@ -93,7 +105,8 @@ def _rows_to_judge(
         plan = geep.DataPlan(data)  # a model without the record of its training: the usual columns
     if data is not None:
         given = {name: column for name, column in columns.items() if column is not None}
-        return geep.load_split(data, label_names=engine.label_names, **(plan.columns | given)), data
+        kind: dict[str, Any] = {"label_names": engine.label_names, "multi_label": engine.multi_label}
+        return geep.load_split(data, **kind, **(plan.columns | given)), data
     test = plan.load().test
     if test is None:
         raise ValueError(f"{plan.name} has no test split; name a labelled file: geep evaluate {model} FILE.")
@@ -131,14 +144,24 @@ def run_evaluation(
 
 
 def predict_command(
+    context: typer.Context,
     model: opt.ModelArgument,
     source: Annotated[
-        Path | None, typer.Argument(help="File to classify (.jsonl, .csv, .parquet, also .gz).", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="File to classify (.jsonl, .csv, .parquet, also .gz); - is standard input.", show_default=False
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        Option("--output", "-o", help="File to write. Default: beside the source, as NAME.predictions.jsonl."),
+        Option(
+            "--output",
+            "-o",
+            help="File to write; - is standard output, as JSON lines. Default: beside the source, as "
+            "NAME.predictions.jsonl.",
+        ),
     ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file to write if it exists.")] = False,
     text: Annotated[list[str] | None, Option("--text", "-t", help="Classify this text; may be repeated.")] = None,
     speed: opt.Speed = None,
     scores: Annotated[bool, Option("--scores", help="Also write the score of every label.")] = False,
@@ -160,17 +183,26 @@ def predict_command(
     """Classify a file, or texts given with --text: label, score and exit layer for each.
 
     Streams in bounded memory and keeps the order. Bad rows are reported with their line and left out. Killed, the
-    same command goes on where it stopped (jsonl and csv).
+    same command goes on where it stopped; what comes through a pipe starts over.
 
     Examples:
         geep predict models/r8 news.jsonl -o labelled.jsonl
 
+        zcat news.jsonl.gz | geep predict models/r8 - -o - | head
+
         geep predict models/r8 --text "oil prices rose again" --text "wheat exports fell"
     """
     with show.errors(as_json):
-        console = show.console_for(as_json)
+        to_output = str(target) == "-"
+        # Standard output belongs to the rows, if they go there.
+        console = show.console_for(as_json or to_output)
         if (source is None) == (not text):
             raise ValueError("Give a file, or texts with --text; got " + ("neither." if source is None else "both."))
+        if text:
+            opt.refuse_ignored(context, _OF_FILES, "with --text")
+        _refuse_revision(context, model)
+        if as_json and to_output:
+            raise ValueError("--json and --output - both take standard output; write the rows to a file.")
         engine = geep.Engine.from_pretrained(
             model,
             speed=speed,
@@ -183,6 +215,8 @@ def predict_command(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        if not engine.multi_label:
+            opt.refuse_ignored(context, ["threshold"], "with a model that gives each text one label")
         if source is None:
             answers = answer_texts(engine, text or [], top_k=top_k, threshold=threshold)
             show.predictions(console, answers, multi_label=engine.multi_label)
@@ -200,7 +234,7 @@ def predict_command(
                 scores=scores or top_k is not None,
                 top_k=top_k,
                 threshold=threshold,
-                key=f"{engine.identity} {engine.settings} {engine.config}",
+                overwrite=overwrite,
                 progress=progress,
             )
         show.scored(console, result, goal, engine.depths[-1])
@@ -210,6 +244,9 @@ def predict_command(
 def result_file(source: Path) -> Path:
     """Where the answers to a file go unless it is said."""
     from geep.data import file_format
+
+    if str(source) == "-":
+        raise ValueError("What comes from standard input has no name: say with --output where the answers go.")
 
     return source.with_name(f"{source.name.removesuffix(file_format(source))}.predictions.jsonl")
 

@@ -17,6 +17,7 @@ from .wheels import (
     ENCODERS as ENCODERS,
     EncoderSource as EncoderSource,
     FetchError as FetchError,
+    Wheel as Wheel,
     fetch_encoder as fetch_encoder,
     fetch_wheel as fetch_wheel,
 )

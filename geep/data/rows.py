@@ -6,7 +6,7 @@ The file knows columns and values; it refuses to know file formats, labels' mean
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,15 @@ class Row:
 
     Attributes:
         line: Line of the file on which the row begins, counted from 1; in Parquet the row's number, from 1.
-        fields: All columns of the row, the text included. In CSV every value is a string.
+        fields: All columns of the row, the text included, in the file's order. In CSV every value is a string; in
+            Parquet a value becomes Python's when it is asked for (`geep.data.parquet.ArrowFields`).
         text: The text, a valid Unicode string. It may be empty.
         text_pair: The second text, or None where the row has none.
         label: The label as it stands in the file, or None where the row has none.
     """
 
     line: int
-    fields: dict[str, object]
+    fields: Mapping[str, object]
     text: str
     text_pair: str | None
     label: object | None
@@ -70,17 +71,20 @@ class Columns:
                     f"Name the right one with {flag}."
                 )
 
-    def row(self, line: int, fields: dict[str, object]) -> Row | BadRow:
+    def row(self, line: int, fields: Mapping[str, object]) -> Row | BadRow:
         """Make a row of named fields, or say why it is none."""
-        text = fields.get(self.text)
+        return self.row_of(line, fields, fields.get(self.text), fields.get(self.pair), fields.get(self.label))
+
+    def row_of(
+        self, line: int, fields: Mapping[str, object], text: object, pair: object, label: object
+    ) -> Row | BadRow:
+        """Make a row of named fields of which three are at hand, None where there is none, or say why it is none."""
         if not isinstance(text, str):
             return BadRow(line, _not_a_text(self.text, fields))
-        pair = fields.get(self.pair)
         if pair is None and self.pair == PAIR_COLUMN:
             pass
         elif not isinstance(pair, str):
             return BadRow(line, _not_a_text(self.pair, fields))
-        label = fields.get(self.label)
         if label == "":  # CSV has no other way to say that a row has no label
             label = None
         if label is None and self.require_label:
@@ -88,7 +92,7 @@ class Columns:
         return Row(line, fields, text, pair, label)
 
 
-def _not_a_text(column: str, fields: dict[str, object]) -> str:
+def _not_a_text(column: str, fields: Mapping[str, object]) -> str:
     if column not in fields:
         return f"no column {column!r}; found {sorted(fields)[:10]}"
     return f"column {column!r} must be a string, found {shown(fields[column])}"
@@ -101,3 +105,16 @@ def shown(value: object) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def damaged(path: Path, line: int, err: Exception) -> ValueError:
+    """The error that says a file cannot be read on from a line."""
+    return ValueError(f"{path} is damaged after line {line} ({err}); it may be cut short: write or fetch it again.")
+
+
+def unique_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a file's columns; raise if one is there twice."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has more than one column named {twice}; rename them so that each name is there once.")
+    return tuple(names)

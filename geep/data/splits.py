@@ -36,11 +36,13 @@ class Split:
         text_pairs: The second texts, or None where there are none.
         labels: Label ids, int64 of shape (num_rows,); for multi-label tasks float32 of shape (num_rows, num_labels)
             with ones where a label holds; None where there are none.
+        origin: Where the rows came from, in words; empty where it is not known.
     """
 
     texts: Sequence[str]
     text_pairs: Sequence[str] | None = None
     labels: NDArray[np.int64] | NDArray[np.float32] | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         for name, part in (("text_pairs", self.text_pairs), ("labels", self.labels)):
@@ -57,6 +59,7 @@ class Split:
             texts=select_texts(self.texts, index),
             text_pairs=None if self.text_pairs is None else select_texts(self.text_pairs, index),
             labels=None if self.labels is None else self.labels[index],
+            origin=self.origin,
         )
 
     def join(self, other: Split) -> Split:
@@ -67,6 +70,7 @@ class Split:
             texts=join_texts(self.texts, other.texts),
             text_pairs=None if pairs is None or more_pairs is None else join_texts(pairs, more_pairs),
             labels=None if labels is None or more_labels is None else np.concatenate([labels, more_labels]),
+            origin=" and ".join(dict.fromkeys(filter(None, (self.origin, other.origin)))),
         )
 
     def digest(self) -> str:
@@ -260,10 +264,12 @@ def encode_table(table: Table, label_names: Sequence[str] | None, *, multi_label
     """Turn a table's label names into ids."""
     labels = table.labels
     if labels is None or label_names is None:
-        return Split(table.texts, table.text_pairs, None)
+        return Split(table.texts, table.text_pairs, None, str(table.path))
     if table.is_multi_label != multi_label:
         kinds = ("one label a row", "lists of labels")
-        raise ValueError(f"{table.path} has {kinds[not multi_label]}, the training file {kinds[multi_label]}.")
+        raise ValueError(
+            f"{table.path} has {kinds[not multi_label]}, the training file {kinds[multi_label]}; write them alike."
+        )
     ids = {name: index for index, name in enumerate(label_names)}
 
     def lookup(name: str, line: int) -> int:
@@ -281,9 +287,9 @@ def encode_table(table: Table, label_names: Sequence[str] | None, *, multi_label
         for row, (names, line) in enumerate(zip(labels, table.lines, strict=True)):
             for name in names:
                 hot[row, lookup(name, line)] = 1.0
-        return Split(table.texts, table.text_pairs, hot)
+        return Split(table.texts, table.text_pairs, hot, str(table.path))
     single = (lookup(cast(str, name), line) for name, line in zip(labels, table.lines, strict=True))
-    return Split(table.texts, table.text_pairs, np.fromiter(single, dtype=np.int64, count=len(labels)))
+    return Split(table.texts, table.text_pairs, np.fromiter(single, np.int64, count=len(labels)), str(table.path))
 
 
 def load_split(
@@ -294,6 +300,7 @@ def load_split(
     text_pair_column: str = PAIR_COLUMN,
     label_column: str = "label",
     require_label: bool = False,
+    multi_label: bool | None = None,
 ) -> Split:
     """Read one whole file as a split, with label ids that index the names given.
 
@@ -307,6 +314,8 @@ def load_split(
         text_pair_column: Column of the second text; absent means single texts.
         label_column: Column of the label: integers or strings, or lists of them for a multi-label task.
         require_label: Whether a file without labels is refused.
+        multi_label: Whether the labels known are those of a multi-label task; a file of the other kind is refused.
+            None: either kind is read.
 
     Returns:
         The split; its labels are None where the file has none.
@@ -314,11 +323,11 @@ def load_split(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If rows are bad (the first are listed with their lines), only some rows have a label or a second
-            text, or a label is not among the known ones.
+            text, or a label is not among the known ones or of the other kind.
     """
     columns = Columns(text_column, text_pair_column, label_column, require_label)
     table = read_table(path, columns, with_labels=label_names is not None)
-    return encode_table(table, label_names, multi_label=table.is_multi_label)
+    return encode_table(table, label_names, multi_label=table.is_multi_label if multi_label is None else multi_label)
 
 
 def subset(split: Split, limit: int, seed: int) -> Split:

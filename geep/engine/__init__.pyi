@@ -1,3 +1,4 @@
+from .certificate import Certificate as Certificate
 from .cost import measure_cost as measure_cost
 from .deployment import (
     DTYPES as DTYPES,
@@ -7,7 +8,9 @@ from .deployment import (
     load_model as load_model,
 )
 from .engine import Engine as Engine
+from .planning import Plan as Plan, Planner as Planner
 from .predictions import Prediction as Prediction, Predictions as Predictions
-from .run import Plan as Plan, RunResult as RunResult
+from .run import RunResult as RunResult
 from .settings import ExitSettings as ExitSettings
+from .stored import StoredExits as StoredExits
 from .tokens import TextInput as TextInput, TokenizedTexts as TokenizedTexts

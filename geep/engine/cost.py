@@ -1,4 +1,4 @@
-"""What a backend takes on this machine, and the tokens of a staircase that follow from it."""
+"""What a backend takes on this machine, and how many tokens a staircase has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from geep.backends import Backend, TokenBatch
 from geep.scheduler import CostModel, Timings
@@ -16,15 +17,24 @@ from geep.scheduler import CostModel, Timings
 # Sizes of the batches that are timed: around the one where a layer's fixed cost fades on a CPU. Texts of 32 tokens.
 _TIMED_TEXTS, _TIMED_LENGTH = (2, 8, 32), 32
 
-# Bounds on the fitted staircase. Below, a staircase's upper layers are too small; above, nothing is gained.
+# Multiplications of a layer beside which its fixed cost, some hundred microseconds on a CPU, is about a hundredth.
+# 8 and 16 bits multiply at least twice as fast.
+_PRODUCTS_OF_A_BATCH = 1_600_000_000
+
+# Below, a staircase's upper layers are too small; above, nothing is gained.
 _LEAST_BATCH_TOKENS, _MOST_BATCH_TOKENS = 1024, 8192
 
 
-def measure_cost(backend: Backend[Any], depth: int) -> CostModel:
+def measure_cost(backend: Backend[Any], depth: int, *, device: str) -> CostModel:
     """Time the first layer and the exit at `depth` on a few small batches of a CPU, well below a second.
 
     The best of three calls counts, since other programs only ever add time.
+
+    Raises:
+        ValueError: If the backend's model is not on a CPU, where work is timed by waiting for it.
     """
+    if device != "cpu":
+        raise ValueError(f"Time is estimated on CPUs only, found {device}; choose by layers there.")
     layers, checks = [], []
     with torch.inference_mode():
         for count in _TIMED_TEXTS:
@@ -53,11 +63,22 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def batch_tokens(cost: CostModel | None) -> int:
-    """Tokens of a staircase: enough that a layer's fixed cost fades even where most texts have left."""
-    if cost is None:
+def batch_tokens(encoder: PreTrainedConfig, dtype: str, device: str) -> int:
+    """Tokens of a staircase: enough that a layer's fixed cost fades even where most texts have left.
+
+    It follows from the encoder's size alone: the same texts are cut alike on every machine and in every run, so that a
+    run that goes on where another stopped gives the same bytes.
+
+    Args:
+        encoder: The encoder's configuration.
+        dtype: Row of `DTYPES`.
+        device: Kind of device.
+    """
+    if device != "cpu":
         # Eight times 5,632, where BERT-base's matrix products fill the 132 processors of an H100 evenly (arithmetic,
         # not yet measured): staircases taper, and their upper layers should be worth a launch, too.
         return 45_056
-    fitted = -(-cost.batch_tokens(waste=0.01) // 128) * 128
-    return min(max(fitted, _LEAST_BATCH_TOKENS), _MOST_BATCH_TOKENS)
+    hidden = encoder.hidden_size
+    products = 4 * hidden**2 + 2 * hidden * getattr(encoder, "intermediate_size", 4 * hidden)
+    enough = _PRODUCTS_OF_A_BATCH * (1 if dtype == "float32" else 2) // products
+    return min(max(-(-enough // 128) * 128, _LEAST_BATCH_TOKENS), _MOST_BATCH_TOKENS)

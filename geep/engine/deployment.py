@@ -19,10 +19,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from geep.backends import BACKENDS, Backend, CudaOptions
 from geep.backends.int8 import ActivationRanges, largest_weight
-from geep.engine.cost import batch_tokens, measure_cost
+from geep.engine.cost import batch_tokens
 from geep.folder import HubOptions
 from geep.modeling import GeepForSequenceClassification, family_of
-from geep.scheduler import CostModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class EngineConfig:
         device: "cpu", "cuda", …; None: a GPU where there is one.
         dtype: Row of `DTYPES`; None: the backend's default, float32 on a CPU, bfloat16 on a GPU. "int8" multiplies in
             8 bits and keeps all else in float32.
-        max_batch_tokens: Tokens of a staircase; None: what a short timing of the backend finds enough (`CostModel`).
+        max_batch_tokens: Tokens of a staircase; None: enough for the encoder's size (`batch_tokens`).
         window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
         max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
         compile: Whether the cuda backend compiles its layer and replays graphs of small batches: slower at first,
@@ -91,19 +90,19 @@ class Deployment:
         model: On its device and in its dtype, not in training.
         dtype: Row of `DTYPES`.
         backend: Runs the encoder's layers and the exits.
+        backend_name: Row of `BACKENDS`.
+        weight_bits: Bits of a weight in the encoder's products.
         max_length: Longest text in tokens.
-        cost: What a layer and a check take on this machine; None on a GPU or where the budget was given.
         max_batch_tokens: Tokens of a staircase.
-        deployed_as: In words, all that a promise depends on: backend, dtype and longest text.
     """
 
     model: GeepForSequenceClassification
     dtype: str
     backend: Backend[Any]
+    backend_name: str
+    weight_bits: int
     max_length: int
-    cost: CostModel | None
     max_batch_tokens: int
-    deployed_as: str
 
     @classmethod
     def of(
@@ -131,19 +130,39 @@ class Deployment:
         model = nn.Module.to(model, device=device, dtype=DTYPES[dtype]).train(mode=False)
         max_length = _max_length(config.max_length, model, tokenizer)
         backend = _build_backend(backend_name, model, dtype, ranges, config.compile)
-        # Weights of fewer bits answer otherwise: a promise made with 8 does not cover them.
-        weights = " with 7-bit weights" if dtype == "int8" and largest_weight() < 127 else ""
-        is_timed = device.type == "cpu" and config.max_batch_tokens is None
-        cost = measure_cost(backend, model.config.depths[0]) if is_timed else None
         return cls(
             model,
             dtype,
             backend,
+            backend_name,
+            # Weights of fewer bits answer otherwise: a promise made with 8 does not cover them.
+            _weight_bits(dtype),
             max_length,
-            cost,
-            config.max_batch_tokens or batch_tokens(cost),
-            f"{backend_name}, {dtype}{weights}, at most {max_length} tokens",
+            config.max_batch_tokens or batch_tokens(model.encoder.config, dtype, device.type),
         )
+
+    @property
+    def made_with(self) -> dict[str, str | int]:
+        """All of it that answers depend on beyond rounding."""
+        return {
+            "backend": self.backend_name,
+            "device": self.model.device.type,
+            "dtype": self.dtype,
+            "weight_bits": self.weight_bits,
+            "max_length": self.max_length,
+        }
+
+    @property
+    def deployed_as(self) -> str:
+        """The same in words."""
+        weights = "" if self.weight_bits != 7 else " with 7-bit weights"
+        return f"{self.backend_name}, {self.dtype}{weights}, at most {self.max_length} tokens"
+
+
+def _weight_bits(dtype: str) -> int:
+    if dtype == "int8":
+        return 8 if largest_weight() == 127 else 7
+    return torch.finfo(DTYPES[dtype]).bits
 
 
 def is_cached(name: str, options: Mapping[str, Any]) -> bool:

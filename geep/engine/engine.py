@@ -15,23 +15,27 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from geep.backends import TokenBatch
 from geep.backends.int8 import ActivationRanges
+from geep.engine.certificate import Certificate
+from geep.engine.cost import measure_cost
 from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, label_names_of, load_model
+from geep.engine.planning import Plan, Planner
 from geep.engine.predictions import Prediction, Predictions
-from geep.engine.run import Course, Plan, RunResult
+from geep.engine.run import Course, RunResult
 from geep.engine.settings import ExitSettings
+from geep.engine.stored import StoredExits
 from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
 from geep.exits import AGREEMENT
-from geep.folder import RANGES_FILE, SETTINGS_FILE, TABLE_FILE, HubOptions, file_of, fingerprint
+from geep.folder import HubOptions, UploadOptions, fingerprint, upload
 from geep.modeling import GeepForSequenceClassification, family_of
-from geep.predictor import ExitPrediction, ExitPredictor
+from geep.predictor import ExitPredictor
 from geep.progress import Progress, no_progress
+from geep.scheduler import CostModel
 
 Integers = NDArray[np.int64]
 logger = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ class Engine:
         config: EngineConfig | None = None,
         identity: dict[str, str] | None = None,
         ranges: ActivationRanges | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
         """Make an engine of parts in memory; `from_pretrained` makes one of a folder.
 
@@ -66,6 +71,7 @@ class Engine:
             config: How to run.
             identity: The `fingerprint` of model and tokenizer, where it is known already.
             ranges: Ranges of the model's activations, which the packed backend needs for int8.
+            certificate: What was certified of such an engine.
 
         Raises:
             ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
@@ -89,8 +95,7 @@ class Engine:
             max_length=self.deployment.max_length,
             num_segments=encoder.type_vocab_size if family_of(encoder).has_token_type_ids else 0,
         )
-        # The table where it is asked: on a GPU, one kernel foretells a window's exit layers.
-        self._planner = None if predictor is None else _on_device(predictor, self.model.device)
+        self.planner = self._plan_with(predictor)
         self._course = Course(
             backend=self.deployment.backend,
             depths=self.depths,
@@ -99,18 +104,44 @@ class Engine:
             max_batch_tokens=self.deployment.max_batch_tokens,
             window_tokens=self.config.window_tokens,
         )
-        if self.settings.certified_on not in (None, self.deployment.deployed_as):
-            logger.warning(
-                "The speed was certified for [%s], this engine runs [%s]: the promise does not cover it. "
-                "Run `geep profile` and `geep calibrate` as deployed.",
-                self.settings.certified_on,
-                self.deployment.deployed_as,
-            )
+        self._certificate = certificate
 
     @property
     def model(self) -> GeepForSequenceClassification:
         """The model, on its device and in its dtype."""
         return self.deployment.model
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What is promised of this very engine; None where nothing is, or anything is otherwise than when certified."""
+        known = self._certificate
+        return None if known is None or known.differences(self.made_with) else known
+
+    @property
+    def made_with(self) -> dict[str, str | int | float | None]:
+        """All that answers depend on, beyond rounding: what a certificate is bound to."""
+        return {
+            **self.identity,
+            "table": None if self.predictor is None else self.predictor.digest,
+            "ranges": None if self.ranges is None else self.ranges.digest,
+            "speed": self.settings.speed,
+            "settings": self.settings.digest,
+            **self.deployment.made_with,
+        }
+
+    @property
+    def answered_by(self) -> dict[str, str | int | float | None]:
+        """All that answers depend on, to the last digit: what a file of answers is bound to."""
+        sizes = {"max_batch_tokens": self.deployment.max_batch_tokens, "window_tokens": self.config.window_tokens}
+        return {**self.made_with, **sizes}
+
+    def measure_cost(self) -> CostModel:
+        """Time a layer and an exit on this machine, well below a second.
+
+        Raises:
+            ValueError: If the engine does not run on a CPU.
+        """
+        return measure_cost(self.deployment.backend, self.depths[0], device=self.model.device.type)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Load and save
@@ -151,20 +182,28 @@ class Engine:
         engine_config = EngineConfig(**config)
         hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
         model, tokenizer = load_model(path, hub)
-        table = file_of(path, TABLE_FILE, hub) if exits else None
-        calibration = file_of(path, SETTINGS_FILE, hub) if exits else None
-        observed = file_of(path, RANGES_FILE, hub) if engine_config.dtype == "int8" else None
         identity = fingerprint(model, tokenizer)
-        settings = ExitSettings() if calibration is None else ExitSettings.load(calibration)
-        return cls(
+        is_int8 = engine_config.dtype == "int8"
+        found = StoredExits.load(path, hub, fingerprint=identity, exits=exits, ranges=is_int8)
+        engine = cls(
             model,
             tokenizer,
-            predictor=None if table is None else ExitPredictor.load(table, fingerprint=identity),
-            settings=settings if speed is None else replace(settings, speed=speed),
+            predictor=found.predictor,
+            settings=found.settings,
             config=engine_config,
             identity=identity,
-            ranges=None if observed is None else ActivationRanges.load(observed, fingerprint=identity),
+            ranges=found.ranges,
+            certificate=found.certificate,
         )
+        if found.certificate is not None and engine.certificate is None:
+            logger.warning(
+                "What %s was certified for does not cover this engine, which has %s. Run `geep profile` and "
+                "`geep calibrate` as deployed.",
+                path,
+                ", ".join(found.certificate.differences(engine.made_with)),
+            )
+        # Who names a speed knows that it is not the certified one.
+        return engine if speed is None else engine.replace(settings=replace(engine.settings, speed=speed))
 
     def in_float32(self) -> Engine:
         """Return the engine in float32 on the same weights, without table: the reference of a quantised one.
@@ -195,57 +234,42 @@ class Engine:
         self.save_exits(folder, record=record)
 
     def save_exits(self, folder: str | Path, *, record: Mapping[str, Any] | None = None) -> None:
-        """Write table, settings and int8 ranges beside a model that is in the folder; an older table does not stay."""
-        table = Path(folder) / TABLE_FILE
-        if self.predictor is None:
-            table.unlink(missing_ok=True)
-        else:
-            self.predictor.save(table, fingerprint=self.identity)
-        if self.ranges is not None:
-            self.ranges.save(Path(folder) / RANGES_FILE, fingerprint=self.identity)
-        self.settings.save(folder, record)
+        """Write table, settings, int8 ranges and certificate beside a model that is in the folder: all or nothing.
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload geep classifier",
-    ) -> str:
-        """Upload model, tokenizer, table and settings to the Hugging Face hub, as `save_pretrained` writes them.
+        An older table does not stay.
+        """
+        exits = StoredExits(self.predictor, self.settings, self.ranges, self.certificate)
+        exits.save(folder, fingerprint=self.identity, record=record or {})
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub and return the address of the commit.
 
         Args:
             repo_id: ``user/name``; made if it does not exist.
-            token: Access token, or True for the stored one; None: the stored one.
-            private: Whether a repository that is made is private; None: the account's default.
-            revision: Branch to commit to; None: the default branch.
-            commit_message: The commit's message.
-
-        Returns:
-            Address of the commit.
+            **options: Fields of `UploadOptions`: token, private, revision, commit_message.
 
         Raises:
             ValueError: As `save_pretrained`.
         """
-        hub = HfApi(token=token)
         with tempfile.TemporaryDirectory(prefix="geep-") as folder:
             self.save_pretrained(folder)
-            made = hub.create_repo(repo_id, private=private, exist_ok=True)
-            return str(
-                hub.upload_folder(
-                    repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-                )
-            )
+            return upload(folder, repo_id, **options)
 
-    def replace(self, *, predictor: ExitPredictor | None = None, settings: ExitSettings | None = None) -> Engine:
-        """Return an engine on the same weights with another table or other settings."""
+    def replace(
+        self,
+        *,
+        predictor: ExitPredictor | None = None,
+        settings: ExitSettings | None = None,
+        certificate: Certificate | None = None,
+    ) -> Engine:
+        """Return an engine on the same weights with another table, other settings or what was certified of it."""
         other = object.__new__(Engine)
         other.__dict__.update(self.__dict__)
         if predictor is not None:
-            other.predictor, other._planner = predictor, _on_device(predictor, self.model.device)
+            other.predictor, other.planner = predictor, self._plan_with(predictor)
         other.settings = self.settings if settings is None else settings
+        if certificate is not None:
+            other._certificate = certificate
         other._check(other.settings)
         return other
 
@@ -287,9 +311,14 @@ class Engine:
         speed: float | None = None,
         top_k: int | None = None,
         threshold: float = Predictions.threshold,
+        keep_broken: bool = False,
     ) -> Predictions:
-        """Classify texts as `predict` does, and answer in columns: arrays of labels, scores and exit layers."""
-        parts = list(self.predict_stream(texts, speed=speed, top_k=top_k, threshold=threshold))
+        """Classify texts as `predict` does, and answer in columns: arrays of labels, scores and exit layers.
+
+        `keep_broken`: a text whose logits are not finite is no error; it has NaN probabilities (`is_finite`).
+        """
+        options: dict[str, Any] = {"top_k": top_k, "threshold": threshold, "keep_broken": keep_broken}
+        parts = list(self.predict_stream(texts, speed=speed, **options))
         if not parts:
             nothing = self.tokenize([])
             parts = [self._predictions(self.run_tokens(nothing.batch), nothing.truncated, top_k, threshold)]
@@ -302,6 +331,7 @@ class Engine:
         speed: float | None = None,
         top_k: int | None = None,
         threshold: float = Predictions.threshold,
+        keep_broken: bool = False,
     ) -> Iterator[Predictions]:
         """Classify texts as `predict_columns` does, a part at a time, in memory that does not grow with their number.
 
@@ -310,8 +340,7 @@ class Engine:
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
         start = 0
         for tokens in tokenized_ahead(in_parts(texts), self._encode):
-            result = self.run_tokens(tokens.batch, settings=settings)
-            self._check_finite(result, tokens.batch, settings, first=start)
+            result = self._answered(tokens.batch, settings, first=start, keep_broken=keep_broken)
             yield self._predictions(result, tokens.truncated, top_k, threshold)
             start += len(tokens.batch)
 
@@ -326,21 +355,23 @@ class Engine:
         check_texts(texts)
         return self._encode(texts)
 
-    def _check_finite(self, result: RunResult, batch: TokenBatch, settings: ExitSettings, *, first: int) -> None:
+    def _answered(self, batch: TokenBatch, settings: ExitSettings, *, first: int, keep_broken: bool) -> RunResult:
+        """Run texts; logits that are not finite stay where they are wanted, else they are an error."""
+        result = self.run_tokens(batch, settings=settings)
         broken = (~torch.isfinite(result.logits).all(-1)).nonzero().flatten().tolist()
-        if not broken:
-            return
-        # A backend may run short texts in one block, in which NaN spreads. The text to name is broken alone, too.
+        # A backend may run short texts in one block, in which NaN spreads. The texts to blame are broken alone, too.
         for row in broken:
             alone = self.run_tokens(batch.select(np.array([row])), settings=settings)
-            if not torch.isfinite(alone.logits).all():
-                break
-        else:
-            row = broken[0]
-        raise FloatingPointError(
-            f"Text {first + row} has logits that are not finite; nothing can be said of it. "
-            f"If the dtype is {self.deployment.dtype}, try float32."
-        )
+            if torch.isfinite(alone.logits).all():
+                result.logits[row], result.exit_layers[row] = alone.logits[0], alone.exit_layers[0]
+            elif keep_broken:
+                result.logits[row] = torch.nan
+            else:
+                raise FloatingPointError(
+                    f"Text {first + row} has logits that are not finite; nothing can be said of it. "
+                    + _advice_on_overflow(self.deployment.dtype)
+                )
+        return result
 
     def _predictions(
         self, result: RunResult, truncated: NDArray[np.bool_], top_k: int | None, threshold: float
@@ -360,46 +391,6 @@ class Engine:
     # Tokens in, logits out
     # ----------------------------------------------------------------------------------------------------------------
 
-    def plan(self, batch: TokenBatch, *, settings: ExitSettings | None = None) -> Plan:
-        """Say, before the run, at which layer each text is to be asked first.
-
-        Without a table every text is asked at the first exit ("continue"), and speed 0 always runs all layers. Where
-        only some exits are asked, it is the next of them.
-        """
-        settings = self.settings if settings is None else settings
-        asked = settings.asked_layers(self.depths)
-        if settings.speed == 0:
-            return Plan(np.full(len(batch), self.depths[-1]), None)
-        if self._planner is None:
-            self._check(settings)
-            return Plan(np.full(len(batch), asked[0]), None)
-        return self.plan_from(self.foretell(batch, settings), batch.lengths, settings)
-
-    def foretell(self, batch: TokenBatch, settings: ExitSettings) -> ExitPrediction:
-        """Ask the table, which must be there; of the settings, only speed and quantile matter."""
-        if self._planner is None:
-            raise ValueError("There is no exit table to ask; run `geep profile` first.")
-        place = self._planner.device
-        return self._planner.predict(
-            torch.from_numpy(batch.input_ids).to(place),
-            torch.from_numpy(batch.lengths).to(place),
-            speed=settings.speed,
-            quantile=settings.quantile,
-        )
-
-    def plan_from(self, found: ExitPrediction, lengths: Integers, settings: ExitSettings) -> Plan:
-        """Make a plan of what the table said of texts of these lengths."""
-        asked = settings.asked_layers(self.depths)
-        layers = asked[np.searchsorted(asked, found.exit_layers.cpu().numpy())]
-        if found.lexical_logits is None:
-            return Plan(layers, None)
-        lexical = found.lexical_logits.cpu()
-        if settings.lexical_exit:
-            unsure = settings.uncertainty(lexical, 0, multi_label=self.multi_label)
-            # Empty texts have no token to guess from.
-            layers[(unsure < settings.speed).numpy() & (lengths > 0)] = 0
-        return Plan(layers, lexical)
-
     def run_tokens(
         self, batch: TokenBatch, *, settings: ExitSettings | None = None, exit_layers: Integers | None = None
     ) -> RunResult:
@@ -416,14 +407,14 @@ class Engine:
         """
         settings = self.settings if settings is None else settings
         if exit_layers is None:
-            plan = self.plan(batch, settings=settings)
+            plan = self.planner.plan(batch, settings)
         else:
             unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
             if unknown:
                 raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
             # The table's guess is read where an exit's answer is judged, which "stop" never does.
             judged = settings.criterion == AGREEMENT and settings.on_miss == "continue"
-            guess = self.plan(batch, settings=settings).lexical_logits if judged else None
+            guess = self.planner.plan(batch, settings).lexical_logits if judged else None
             plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
         return self._course.run(batch, plan, settings)
 
@@ -439,9 +430,14 @@ class Engine:
         """
         return self._course.exit_logits(batch, what=what, progress=progress)
 
+    def _plan_with(self, predictor: ExitPredictor | None) -> Planner:
+        return Planner.of(predictor, device=self.model.device, depths=self.depths, multi_label=self.multi_label)
+
     def _check(self, settings: ExitSettings) -> None:
         settings.check(self.depths, None if self.predictor is None else tuple(self.predictor.depths))
 
 
-def _on_device(predictor: ExitPredictor, device: torch.device) -> ExitPredictor:
-    return predictor.to(device) if device.type == "cuda" else predictor
+def _advice_on_overflow(dtype: str) -> str:
+    if dtype == "float32":
+        return "The model overflows even in float32: its weights are out of range; train or copy it again."
+    return f"The dtype is {dtype}; try float32."

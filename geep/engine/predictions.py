@@ -107,6 +107,11 @@ class Predictions(Sequence[Prediction]):
         return self.probabilities.argmax(-1).astype(np.int64)
 
     @property
+    def is_finite(self) -> Flags:
+        """Whether there is an answer, (num_texts,): False where logits were not finite and the text was kept."""
+        return np.asarray(np.isfinite(self.probabilities).all(axis=1))
+
+    @property
     def labels(self) -> NDArray[np.object_]:
         """Name of the most likely label, (num_texts,): one string for each label, however many texts have it."""
         return np.array(self.label_names, dtype=object)[self.label_ids]

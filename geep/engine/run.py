@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geep.backends import Backend, TokenBatch
+from geep.engine.planning import Plan
 from geep.engine.settings import ExitSettings
 from geep.exits import AGREEMENT
 from geep.progress import Progress, no_progress
@@ -32,19 +33,6 @@ class RunResult:
     logits: Tensor
     exit_layers: Integers
     predicted_layers: Integers
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is known of texts before any encoder layer runs.
-
-    Attributes:
-        predicted_layers: Layer at which each text is asked first; 0: answered by the table, (num_texts,).
-        lexical_logits: The table's guess at the label, (num_texts, num_labels); None where there is none.
-    """
-
-    predicted_layers: Integers
-    lexical_logits: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
-from geep.folder import SETTINGS_FILE, CalibrationFile
 
 Integers = NDArray[np.int64]
 
@@ -33,8 +33,6 @@ class ExitSettings:
         check_layers: Exits at which texts are asked; None: all. The full model answers whoever is left. Where a check
             costs as much as layers do (a GPU with small batches), few are best; fewer also err less often.
         lexical_exit: Whether texts may be answered by the table alone, without the encoder.
-        certified_on: Backend, dtype and longest text (`Deployment.deployed_as`) for which the speed was certified; an
-            engine that runs otherwise says so, since exits differ.
     """
 
     speed: float = 0.0
@@ -45,7 +43,6 @@ class ExitSettings:
     quantile: float = 0.5
     check_layers: tuple[int, ...] | None = None
     lexical_exit: bool = False
-    certified_on: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.speed <= 1:
@@ -114,29 +111,34 @@ class ExitSettings:
                 f"{list(depths)}; run `geep profile` again for this model."
             )
 
-    def save(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
-        """Write `calibration.json`, with what else is worth keeping of how the settings were found."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain words and numbers, for a file; `from_dict` makes equal settings of them."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["temperatures"] = {str(depth): value for depth, value in self.temperatures.items()}
         values["agreement"] = {str(depth): astuple(score) for depth, score in self.agreement.items()}
-        CalibrationFile(values, record or {}).write(folder)
+        return values
 
     @classmethod
-    def load(cls, path: str | Path) -> ExitSettings:
-        """Read a `calibration.json`, or the one of a folder.
+    def from_dict(cls, found: Mapping[str, Any]) -> ExitSettings:
+        """Read what `to_dict` gave.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If the file is damaged.
+            ValueError: If it is no such thing.
         """
-        path = Path(path) / SETTINGS_FILE if Path(path).is_dir() else Path(path)
-        values = dict(CalibrationFile.read(path).settings)
+        values = dict(found)
         try:
             values["temperatures"] = {int(depth): float(value) for depth, value in values["temperatures"].items()}
-            scores = values.get("agreement", {}).items()  # absent from files written before there were any
+            scores = values["agreement"].items()
             values["agreement"] = {int(depth): AgreementScore(*map(float, score)) for depth, score in scores}
             if values.get("check_layers") is not None:
                 values["check_layers"] = tuple(map(int, values["check_layers"]))
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); run `geep calibrate` again, or delete it.") from error
+            raise ValueError(
+                f"The settings in calibration.json are damaged ({error}); run `geep calibrate` again, or delete it."
+            ) from error
+
+    @property
+    def digest(self) -> str:
+        """Digest of all of them, the speed included."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Compare the engine with its honest rivals, in one run, interleaved, each at its best setting.
 
 Quality (accuracy, agreement, layers) is taken on all texts of a split, from one pass over all exits of the engine as
-deployed. Time is taken on a random part of them, from raw text to predictions, every rival once a round in a new
+deployed, and one in float32 for rivals that know no quantisation. Time is taken on a random part of them, from raw text to predictions, every rival once a round in a new
 order, so that a slow minute of the machine hits all alike; the median of the rounds is reported.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,13 @@ def evaluate(
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
-        ValueError: If there are no texts, no table, or the speed is 0.
+        ValueError: If there are no texts or labels of another model, no table, the speed is 0 or a number is below 1.
     """
     if not len(split):
         raise ValueError("No texts to evaluate on; expected at least one.")
+    for name, value in (("max_texts", max_texts), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     if engine.predictor is None:
         raise ValueError("Evaluation compares predictions of exit layers, found no exit table; run `geep profile`.")
     if engine.settings.speed == 0:
@@ -65,14 +69,13 @@ def evaluate(
             "Run `geep calibrate`, or give a speed."
         )
     generator = np.random.default_rng(seed)
-    run = ExitRun.of(engine, split, what="all exits, texts to evaluate", progress=progress)
-    outcomes = Outcomes(engine, run)
-    batch, profile = run.batch, outcomes.profile(engine.settings)
+    outcomes, plain = _outcomes(engine, split, progress)
+    batch, profile = outcomes.run.batch, outcomes.profile(engine.settings)
 
     timed = np.sort(generator.permutation(len(split))[:max_texts])
     texts = split.select(timed).inputs
     progress("best batch sizes of the rivals", 0, 1)
-    rivals = line_up(outcomes, texts, timed, tuple(sweep), generator)
+    rivals = line_up(outcomes, plain, texts, timed, tuple(sweep), generator)
 
     progress("best batch sizes of the rivals", 1, 1)
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
@@ -89,7 +92,7 @@ def evaluate(
             if number:  # round 0 fills caches and is not counted
                 seconds[rival.name].append(time.perf_counter() - begin)
             else:  # what is timed has to be what the quality was taken from
-                expected = outcomes.logits[rival.columns[timed], timed].argmax(-1).numpy()
+                expected = rival.outcomes.logits[rival.columns[timed], timed].argmax(-1).numpy()
                 verified[rival.name] = float((answers == expected).mean())
             done += 1
             progress(f"timing {len(rivals)} rivals, {rounds} rounds and a warm-up", done, steps)
@@ -97,8 +100,6 @@ def evaluate(
     rows = tuple(
         _row(
             rival,
-            profile,
-            batch,
             timed,
             len(texts) / np.asarray(seconds[rival.name]),
             full_rate,
@@ -117,16 +118,28 @@ def evaluate(
     )
 
 
+def _outcomes(engine: Engine, split: Split, progress: Progress) -> tuple[Outcomes, Outcomes]:
+    """All exits of the engine as deployed, and without quantisation; the same object where there is none."""
+    what = "all exits, texts to evaluate"
+    run = ExitRun.of(engine, split, what=what, progress=progress, with_reference=False)
+    if engine.deployment.dtype != "int8":
+        outcomes = Outcomes(engine, run)
+        return outcomes, outcomes
+    unquantised = engine.in_float32().replace(predictor=engine.predictor, settings=engine.settings)
+    logits = unquantised.exit_logits(run.batch, what="all exits in float32", progress=progress)
+    plain = replace(run, exit_logits=logits)
+    return Outcomes(engine, replace(run, reference=logits[-1])), Outcomes(unquantised, plain)
+
+
 def _row(
     rival: Rival,
-    profile: ExitProfile,
-    batch: TokenBatch,
     timed: Integers,
     rates: NDArray[Any],
     full_rate: float,
     *,
     verified: float,
 ) -> EvaluationRow:
+    profile, batch = rival.outcomes.profile(rival.outcomes.engine.settings), rival.outcomes.run.batch
     texts, depths = np.arange(len(profile)), np.asarray(profile.depths)
     layers = depths[rival.columns]
     tokens = batch.lengths[timed]
@@ -135,6 +148,8 @@ def _row(
     return EvaluationRow(
         name=rival.name,
         group=rival.group,
+        dtype=rival.dtype,
+        deployed=rival.deployed,
         setting=rival.setting,
         accuracy=None if profile.correct is None else float(profile.correct[texts, rival.columns].mean()),
         agreement=float(profile.agrees[texts, rival.columns].mean()),

@@ -18,9 +18,12 @@ class EvaluationRow:
         name: What it is.
         group: "pipeline", "pipeline-sorted", "full", "lexical", "constant", "fastbert", "random", "geep-stop",
             "geep-continue" or "oracle".
+        dtype: What it ran in; its accuracy, agreement and times are all of this dtype.
+        deployed: Whether it is the engine as it was given: calibrated speed, rule, quantile, exits and lexical exit.
         setting: What was set: batch size, depth or speed.
         accuracy: Share of texts with the right label, on all texts; None without labels.
-        agreement: Share of texts answered as the full model answers them, on all texts.
+        agreement: Share of texts answered as the full model answers them (in float32 where the engine is quantised), on
+            all texts.
         mean_exit_layer: Encoder layers run for a text, on all texts.
         layer_speedup: Layers of the full model over layers run, texts counted alike, on all texts; None: none run.
         timed_layer_speedup: The same on the timed texts, each text counted by its tokens: what time can follow.
@@ -30,11 +33,13 @@ class EvaluationRow:
         ratio: Throughput over that of the packed full model.
         lexical_share: Share of texts answered without the encoder, on all texts.
         verified: Share of the timed texts to which the timed run gave the answer that its quality was taken from; below
-            1 by rounding, or because another dtype was timed.
+            1 by rounding.
     """
 
     name: str
     group: str
+    dtype: str
+    deployed: bool
     setting: str
     accuracy: float | None
     agreement: float
@@ -82,6 +87,11 @@ class EvaluationReport:
                 return row
         raise KeyError(f"No row of group {group!r}; there are {sorted({row.group for row in self.rows})}.")
 
+    @property
+    def ours(self) -> EvaluationRow:
+        """The engine as it was given."""
+        return next(row for row in self.rows if row.deployed)
+
     def save(self, path: str | Path, **about: Any) -> None:
         """Write one JSON line a row and one a predictor; `about` (model, data set, …) goes into every line."""
         shared = {
@@ -103,7 +113,7 @@ class Headline:
     """What the engine gains, against each rival that matters.
 
     Attributes:
-        accuracy_drop: Of the engine against the full model, in accuracy; None without labels.
+        accuracy_drop: Of the engine against the full model, unquantised, in accuracy; None without labels.
         layer_speedup: Layers of the full model over layers run.
         over_full: Throughput over the packed full model's.
         over_pipeline: Throughput over the HF pipeline's, arrival order, at its best batch size.
@@ -123,7 +133,7 @@ class Headline:
 
 def headline(report: EvaluationReport) -> Headline:
     """Sum a report up. A constant depth is "at least as good" by accuracy, or by agreement where labels are missing."""
-    ours, full = report.row("geep-continue"), report.row("full")
+    ours, full, reference = report.ours, report.row("full"), report.row("pipeline")
 
     def quality(row: EvaluationRow) -> float:
         return row.agreement if row.accuracy is None else row.accuracy
@@ -134,7 +144,9 @@ def headline(report: EvaluationReport) -> Headline:
         (row for row in report.rows if row.group == "pipeline"), key=lambda row: row.throughput, default=full
     )
     return Headline(
-        accuracy_drop=None if ours.accuracy is None or full.accuracy is None else full.accuracy - ours.accuracy,
+        accuracy_drop=None
+        if ours.accuracy is None or reference.accuracy is None
+        else reference.accuracy - ours.accuracy,
         layer_speedup=ours.layer_speedup,
         over_full=ours.throughput / full.throughput,
         over_pipeline=ours.throughput / best_pipeline.throughput,
@@ -158,17 +170,18 @@ def draw(report: EvaluationReport, path: str | Path, *, title: str) -> None:
 
     curves = (
         ("constant depth", [*(r for r in report.rows if r.group in ("constant", "full"))], "o-", "tab:gray"),
-        ("GEEP continue", [r for r in report.rows if r.group == "geep-continue"], "s-", "tab:red"),
+        ("GEEP, as deployed", [r for r in report.rows if r.group == report.ours.group], "s-", "tab:red"),
     )
     for name, rows, style, colour in curves:
         points = sorted(point(row) for row in rows)
         axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5)
+    other = "geep-stop" if report.ours.group == "geep-continue" else "geep-continue"
     singles = (
         ("pipeline", "v", "tab:blue"),
         ("pipeline-sorted", "^", "tab:blue"),
         ("fastbert", "D", "tab:orange"),
         ("random", "x", "tab:brown"),
-        ("geep-stop", "P", "tab:pink"),
+        (other, "P", "tab:pink"),
         ("oracle", "*", "tab:green"),
         ("lexical", "h", "tab:purple"),
     )
@@ -176,7 +189,7 @@ def draw(report: EvaluationReport, path: str | Path, *, title: str) -> None:
         for row in report.rows:
             if row.group == group:
                 axes.scatter(*point(row), marker=marker, color=colour, s=60, label=row.name, zorder=3)
-    ours = report.row("geep-continue")
+    ours = report.ours
     axes.annotate(ours.setting, point(ours), textcoords="offset points", xytext=(6, 6))
     axes.set_xscale("log")
     axes.set_xlabel("texts per second, raw text to prediction (log scale)")

@@ -33,14 +33,23 @@ class Rival:
         group: As in `EvaluationRow`.
         setting: What was set.
         run: What is timed: answers the timed texts and returns their most likely labels, (num_timed,).
-        columns: Exit column of every text of the split, from which its quality is taken, (num_texts,).
+        outcomes: Exits of all texts in the dtype that it runs in, from which its quality is taken.
+        columns: Exit column of every text of the split, (num_texts,).
+        deployed: Whether it is the engine as it was given.
     """
 
     name: str
     group: str
     setting: str
     run: Callable[[], Integers]
+    outcomes: Outcomes
     columns: Integers
+    deployed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Row of `DTYPES` that it runs in."""
+        return self.outcomes.engine.deployment.dtype
 
 
 FULL_MODEL = "full model, packed"
@@ -48,103 +57,116 @@ FULL_MODEL = "full model, packed"
 
 def line_up(
     outcomes: Outcomes,
+    plain: Outcomes,
     texts: Sequence[Any],
     timed: Integers,
     sweep: tuple[float, ...],
     generator: np.random.Generator,
 ) -> list[Rival]:
-    """Line up everything that is compared, each at its best batch size where it has one."""
-    engine, settings = outcomes.engine, outcomes.engine.settings
-    profile = outcomes.profile(settings)
-    last = len(profile.depths) - 1
-    everyone = np.full(len(profile), last)
-    depths = np.asarray(profile.depths)
+    """Line up everything that is compared, each at its best batch size where it has one.
+
+    Args:
+        outcomes: The engine as deployed, on all texts.
+        plain: The same without quantisation, for rivals that know none: the same object where there is none.
+        texts: The timed texts.
+        timed: Which of all texts they are.
+        sweep: Further speeds.
+        generator: Draws random depths.
+    """
     # Two batches of the largest size tell sizes apart; with fewer texts a size above their number is no size.
     trial = texts[: 2 * max(BATCH_SIZES)]
     sizes = tuple(size for size in BATCH_SIZES if size <= len(trial))
-    rivals: list[Rival] = []
+    return [
+        *_full_models(outcomes, plain, texts, trial, sizes),
+        *_constants(outcomes, texts),
+        _fastbert(plain, texts, trial, sizes),
+        *_ours(outcomes, texts, timed, sweep, generator),
+        _oracle(outcomes, texts, timed),
+    ]
 
-    hf = _HfPipeline.of(engine)
+
+def _full_models(
+    outcomes: Outcomes, plain: Outcomes, texts: Sequence[Any], trial: Sequence[Any], sizes: Sequence[int]
+) -> list[Rival]:
+    """All layers for every text: Hugging Face's pipeline, and the engine."""
+    everyone = np.full(len(outcomes.run), len(outcomes.depths) - 1)
+    hf = _HfPipeline.of(plain.engine)
     arrival = _fastest(sizes, lambda size: hf(trial, size, by_length=False))
     by_length = _fastest(sizes, lambda size: hf(trial, size, by_length=True))
+    rivals = []
     for size in sorted({arrival, 32}):
         note = "best batch size" if size == arrival else "common batch size"
         run = _bind(hf, texts, size, by_length=False)
-        rivals.append(Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, everyone))
+        rivals.append(Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, plain, everyone))
     run = _bind(hf, texts, by_length, by_length=True)
-    rivals.append(
-        Rival(f"HF pipeline, length-sorted, batch {by_length}", "pipeline-sorted", "best batch size", run, everyone)
-    )
-    rivals.append(Rival(FULL_MODEL, "full", "speed 0", _bind(_run_predict, engine, texts, speed=0.0), everyone))
-
-    if depths[0] == 0:
-        rivals.append(
-            Rival(
-                "the table alone", "lexical", "no encoder", _bind(_run_lexical, engine, texts), np.zeros_like(everyone)
-            )
-        )
-    for column, depth in enumerate(profile.depths):
-        if 0 < depth < depths[-1]:
-            rivals.append(
-                Rival(
-                    f"constant depth {depth}",
-                    "constant",
-                    f"{depth} layers",
-                    _bind(_run_at, engine, texts, np.full(len(texts), depth)),
-                    np.full(len(profile), column),
-                )
-            )
-
-    first = int(np.searchsorted(depths, 1))
-    fastbert = follow(profile, np.full(len(profile), first), speed=settings.speed, on_miss="continue")
-    shrinking = ShrinkingBatch.of(engine)
-    size = _fastest(sizes, lambda size: shrinking(trial, size))
-    rivals.append(
-        Rival(
-            f"FastBERT, shrinking batch {size}",
-            "fastbert",
-            f"speed {settings.speed:g}",
-            _bind(shrinking, texts, size),
-            fastbert,
-        )
-    )
-
-    stop = replace(settings, on_miss="stop", quantile=0.5, lexical_exit=False)
-    stop_columns = outcomes.planned(stop)
-    shuffled = generator.permutation(stop_columns)
-    rivals.append(
-        Rival(
-            "random depths, stop's histogram",
-            "random",
-            f"speed {settings.speed:g}",
-            _bind(_run_at, engine, texts, depths[shuffled][timed]),
-            shuffled,
-        )
-    )
-    stopping, going_on = engine.replace(settings=stop), engine.replace(settings=replace(settings, on_miss="continue"))
-    rivals.append(
-        Rival("GEEP stop", "geep-stop", f"speed {settings.speed:g}", _bind(_run_predict, stopping, texts), stop_columns)
-    )
-    speeds = [settings.speed, *(speed for speed in sweep if speed != settings.speed)]
-    for number, speed in enumerate(speeds):
-        at = replace(going_on.settings, speed=speed)
-        columns = outcomes.answered(at)
-        name = "GEEP continue" if number == 0 else f"GEEP continue, speed {speed:g}"
-        rivals.append(
-            Rival(name, "geep-continue", f"speed {speed:g}", _bind(_run_predict, going_on, texts, speed=speed), columns)
-        )
-
-    oracle = stable_oracle(profile.from_depth(1)) + first
-    rivals.append(
-        Rival(
-            "oracle",
-            "oracle",
-            "answer never changes again",
-            _bind(_run_at, engine, texts, depths[oracle][timed]),
-            oracle,
-        )
-    )
+    name = f"HF pipeline, length-sorted, batch {by_length}"
+    rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone))
+    run = _bind(_run_predict, outcomes.engine, texts, speed=0.0)
+    rivals.append(Rival(FULL_MODEL, "full", "speed 0", run, outcomes, everyone))
     return rivals
+
+
+def _constants(outcomes: Outcomes, texts: Sequence[Any]) -> list[Rival]:
+    """The same depth for every text: none, which is the table alone, or an exit's."""
+    engine, rivals = outcomes.engine, []
+    for column, depth in enumerate(outcomes.depths[:-1]):
+        everyone = np.full(len(outcomes.run), column)
+        if depth == 0:
+            run = _bind(_run_lexical, engine, texts)
+            rivals.append(Rival("the table alone", "lexical", "no encoder", run, outcomes, everyone))
+        else:
+            run = _bind(_run_at, engine, texts, np.full(len(texts), depth))
+            rivals.append(Rival(f"constant depth {depth}", "constant", f"{depth} layers", run, outcomes, everyone))
+    return rivals
+
+
+def _fastbert(plain: Outcomes, texts: Sequence[Any], trial: Sequence[Any], sizes: Sequence[int]) -> Rival:
+    """FastBERT's own run: every exit is asked of every text, from the first on."""
+    settings = replace(plain.engine.settings, on_miss="continue", check_layers=None, lexical_exit=False)
+    shrinking = ShrinkingBatch.of(plain.engine.replace(settings=settings))
+    size = _fastest(sizes, lambda size: shrinking(trial, size))
+    profile = plain.profile(settings)
+    first = np.full(len(profile), int(np.searchsorted(profile.depths, 1)))
+    columns = follow(profile, first, speed=settings.speed, on_miss="continue")
+    run = _bind(shrinking, texts, size)
+    name = f"FastBERT, shrinking batch {size}"
+    return Rival(name, "fastbert", f"speed {settings.speed:g}", run, plain, columns)
+
+
+def _ours(
+    outcomes: Outcomes, texts: Sequence[Any], timed: Integers, sweep: Sequence[float], generator: np.random.Generator
+) -> list[Rival]:
+    """The engine as deployed, also at other speeds; by the other rule on a miss; and at depths drawn at random."""
+    engine, deployed = outcomes.engine, outcomes.engine.settings
+    if deployed.on_miss == "stop":
+        stop, going_on = deployed, replace(deployed, on_miss="continue")
+    else:
+        # The paper's: the median of a text's distribution, whatever the layer, and an encoder for every text.
+        stop = replace(deployed, on_miss="stop", quantile=0.5, check_layers=None, lexical_exit=False)
+        going_on = deployed
+    without_lexical = outcomes.answered(replace(stop, lexical_exit=False))
+    shuffled = generator.permutation(without_lexical)
+    run = _bind(_run_at, engine, texts, np.asarray(outcomes.depths)[shuffled][timed])
+    setting = f"speed {deployed.speed:g}"
+    rivals = [Rival("random depths, stop's histogram", "random", setting, run, outcomes, shuffled)]
+    for settings in (stop, going_on):
+        is_deployed = settings is deployed
+        speeds = [deployed.speed, *(speed for speed in sweep if speed != deployed.speed)] if is_deployed else []
+        for number, speed in enumerate(speeds or [deployed.speed]):
+            at = replace(settings, speed=speed)
+            run = _bind(_run_predict, engine.replace(settings=at), texts)
+            name = f"GEEP {settings.on_miss}" + (f", speed {speed:g}" if number else "")
+            group, setting = f"geep-{settings.on_miss}", f"speed {speed:g}"
+            is_ours = is_deployed and number == 0
+            rivals.append(Rival(name, group, setting, run, outcomes, outcomes.answered(at), is_ours))
+    return rivals
+
+
+def _oracle(outcomes: Outcomes, texts: Sequence[Any], timed: Integers) -> Rival:
+    profile = outcomes.profile(outcomes.engine.settings)
+    columns = stable_oracle(profile.from_depth(1)) + int(np.searchsorted(profile.depths, 1))
+    run = _bind(_run_at, outcomes.engine, texts, np.asarray(profile.depths)[columns][timed])
+    return Rival("oracle", "oracle", "answer never changes again", run, outcomes, columns)
 
 
 def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Integers]:
@@ -176,9 +198,12 @@ def _fastest(sizes: Sequence[int], run: Callable[[int], object]) -> int:
 
 
 def stable_oracle(profile: ExitProfile) -> Integers:
-    """Column of the first exit from which the answer never changes again: the bound for equal answers."""
+    """Column of the first exit from which the answer is the full model's and stays it: the bound for equal answers.
+
+    A text whose last answer differs, as a quantised model's may, is never answered so and runs all layers.
+    """
     same_from_here = np.logical_and.accumulate(profile.agrees[:, ::-1], axis=1)[:, ::-1]
-    return same_from_here.argmax(1)
+    return np.where(same_from_here[:, -1], same_from_here.argmax(1), len(profile.depths) - 1)
 
 
 def _run_at(engine: Engine, texts: Sequence[Any], exit_layers: Integers) -> RunResult:
@@ -246,7 +271,7 @@ class ShrinkingBatch:
         engine, backend, settings = self.engine, self.backend, self.engine.settings
         batch = engine.tokenize(texts).batch
         out = torch.empty(len(texts), len(engine.label_names))
-        guess = engine.plan(batch, settings=settings).lexical_logits if settings.criterion == AGREEMENT else None
+        guess = engine.planner.plan(batch, settings).lexical_logits if settings.criterion == AGREEMENT else None
         with torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(texts)))

@@ -19,6 +19,9 @@ Flags = NDArray[np.bool_]
 def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False) -> float:
     """Temperature that minimises the log-loss of logits (num_texts, num_labels) on labels (Guo et al. 2017).
 
+    Labels are ids (num_texts,), or for several labels zeros and ones (num_texts, num_labels); or a teacher's
+    probabilities (num_texts, num_labels), which a student then gives as nearly as a temperature can.
+
     The loss is convex in the inverse temperature, so a golden-section search over [1/20, 20] finds the one minimum.
     """
     logits = logits.float()

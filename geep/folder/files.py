@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE = "exit_table.safetensors"
 SETTINGS_FILE = "calibration.json"
-RANGES_FILE = "activation_ranges.safetensors"
 TRAINING_FILE = "training.json"
+
+# Beginnings of the names of files that `calibration.json` names in full: what is in them is part of their names, so
+# that a new one never takes the place of an old one that is still in use.
+TABLE_NAME = "exit_table"
+RANGES_NAME = "activation_ranges"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,21 @@ def file_of(model: str | Path, name: str, hub: HubOptions | None = None) -> Path
     return None if found is None else Path(found)
 
 
+def named_by(stem: str, digest: str) -> str:
+    """Name of a file of tensors that says what is in it."""
+    return f"{stem}-{digest[:16]}.safetensors"
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], header: str) -> str:
+    """Return a SHA-256 of a header and of names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        own = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {own.dtype} {tuple(own.shape)};".encode())
+        digest.update(own.flatten().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def publish(path: str | Path, data: bytes) -> Path:
     """Write a file whole or not at all: beside its place, flushed, then renamed. Its folder is made if need be."""
     path = Path(path)
@@ -92,22 +110,41 @@ class HasParameters(Protocol):
         """Every weight with its name."""
 
 
-class HasVocabulary(Protocol):
-    """A tokenizer, as far as its fingerprint goes."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """Token ids by token."""
-
-
-def fingerprint(model: HasParameters, tokenizer: HasVocabulary) -> dict[str, str]:
+def fingerprint(model: HasParameters, tokenizer: Any) -> dict[str, str]:
     """Digest model and tokenizer, so that a table made with others is refused.
 
     The model's digest covers every parameter's name, shape and float32 bytes, so it does not depend on how the weights
-    were stored.
+    were stored. The tokenizer's covers all that turns a text into ids: normaliser, cutting into words, vocabulary,
+    added tokens, special tokens and the side on which it truncates; not the length at which it does.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return {"model": digest.hexdigest(), "tokenizer": hashlib.sha256(words.encode()).hexdigest()}
+    return {"model": digest.hexdigest(), "tokenizer": _digest_tokenizer(tokenizer)}
+
+
+# Case, accents, width, digits, ideographs, blanks, control characters, emoji, punctuation, an unknown word.
+_PROBES = (
+    "Straße CAFÉ cafe\u0301 naïve İstanbul",
+    "\uff21\uff22\uff23 \ufb01 \u2460 1,234.50 -7e3",
+    "北京大学 東京 서울",
+    " two  blanks\ttab\nline\u00a0\u200bend ",
+    "don't (stop)... #tag @me \U0001f600 \u0007 qzxwvk",
+)
+
+
+def _digest_tokenizer(tokenizer: Any) -> str:
+    digest = hashlib.sha256(f"{tokenizer.truncation_side} {tokenizer.model_input_names}".encode())
+    if tokenizer.is_fast:
+        own = tokenizer.backend_tokenizer
+        for part in (own.normalizer, own.pre_tokenizer, own.model, own.post_processor):
+            digest.update(b"none;" if part is None else part.__getstate__() + b";")
+        digest.update(repr(sorted(own.get_added_tokens_decoder().items())).encode())
+    else:
+        # Written in Python, it keeps its rules in code: texts that set common rules apart are tokenised.
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        for text in _PROBES:
+            digest.update(repr(tokenizer(text)["input_ids"]).encode())
+        digest.update(repr(tokenizer("a", "b")["input_ids"]).encode())
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from geep.folder import publish
+from geep.folder import digest_tensors, publish
 from geep.hash_table import EMPTY_KEY, HashTable
 from geep.predictor.keys import Keys
 from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows
@@ -43,6 +42,22 @@ def write_table(path: Path, fitted: FittedTable, *, fingerprint: dict[str, str])
         fitted: The table and what was learned from it.
         fingerprint: What it belongs to, such as hashes of tokenizer and model. `read_table` asks for the same.
     """
+    tensors, config = _contents(fitted)
+    header = {"format": _FORMAT, "config": asdict(config), "fingerprint": fingerprint}
+    text = json.dumps(header, sort_keys=True)
+    # One entry for both: safetensors writes the entries of its metadata in an order that changes from run to run.
+    signed = {"header": text, "sha256": digest_tensors(tensors, text)}
+    publish(path, save_safetensors(tensors, {_METADATA: json.dumps(signed, sort_keys=True)}))
+
+
+def digest_table(fitted: FittedTable) -> str:
+    """Digest all that a table's answers depend on, and its counts; whose table it is does not matter."""
+    tensors, config = _contents(fitted)
+    return digest_tensors(tensors, json.dumps(asdict(config), sort_keys=True))
+
+
+def _contents(fitted: FittedTable) -> tuple[dict[str, Tensor], _Header]:
+    """A table as tensors and the rest."""
     # Rows that were never counted are zero everywhere, so they need no place in the file.
     seen = torch.nonzero(fitted.table.counts.flatten(1).any(1))[:, 0]
     slots = fitted.table.keys.ngrams.state()
@@ -69,11 +84,7 @@ def write_table(path: Path, fitted: FittedTable, *, fingerprint: dict[str, str])
         ngram_order=fitted.table.keys.ngram_order,
         multi_label=fitted.multi_label,
     )
-    header = {"format": _FORMAT, "config": asdict(config), "fingerprint": fingerprint}
-    text = json.dumps(header, sort_keys=True)
-    # One entry for both: safetensors writes the entries of its metadata in an order that changes from run to run.
-    metadata = {_METADATA: json.dumps({"header": text, "sha256": _checksum(tensors, text)}, sort_keys=True)}
-    publish(path, save_safetensors(tensors, metadata))
+    return tensors, config
 
 
 def read_table(path: Path, *, fingerprint: dict[str, str]) -> FittedTable:
@@ -103,7 +114,7 @@ def read_table(path: Path, *, fingerprint: dict[str, str]) -> FittedTable:
         raise ValueError(f"The header of {path} cannot be read ({err!r}), expected what save wrote; {advice}") from err
     if form != _FORMAT:
         raise ValueError(f"{path} has format {form!r}, expected {_FORMAT!r}; {advice}")
-    if expected != _checksum(tensors, text):
+    if expected != digest_tensors(tensors, text):
         raise ValueError(f"The contents of {path} differ from their checksum, expected them unchanged; {advice}")
     if found != fingerprint:
         names = sorted(name for name in {*found, *fingerprint} if found.get(name) != fingerprint.get(name))
@@ -155,12 +166,3 @@ def _spread(keys: Keys, rows: Tensor, name: str, values: Tensor) -> Tensor:
     spread = torch.zeros(keys.num_rows, *values.shape[1:], dtype=values.dtype)
     spread[rows] = values
     return spread
-
-
-def _checksum(tensors: dict[str, Tensor], header: str) -> str:
-    """Return a checksum of header, names, types, shapes and bytes: a length alone does not show a hole in a file."""
-    digest = hashlib.sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ predictor was learned is not known here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.folder import TABLE_FILE
+from geep.folder import TABLE_NAME, named_by
 from geep.hash_table import kernels_run_on, on_device
-from geep.predictor.file import read_table, write_table
+from geep.predictor.file import digest_table, read_table, write_table
 from geep.predictor.keys import ORDER_SHIFT, TOKEN_BITS, check_texts, is_usable, with_key_weight
 from geep.predictor.table import FittedTable, Levels, Lexical, ScoreRows
 
@@ -136,6 +137,11 @@ class ExitPredictor:
         """Place among `speeds` of the one that serves a speed: the nearest, the slower one of two."""
         return min(range(len(self.speeds)), key=lambda each: (abs(self.speeds[each] - speed), each))
 
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all that its predictions depend on, and of its counts."""
+        return digest_table(self.fitted)
+
     @property
     def device(self) -> torch.device:
         """Where token ids are expected."""
@@ -164,13 +170,14 @@ class ExitPredictor:
         """Write everything to one safetensors file, whole or not at all; the same predictor gives the same bytes.
 
         Args:
-            path: The file if it ends in `.safetensors`, else a folder that gets `exit_table.safetensors`.
+            path: The file if it ends in `.safetensors`, else a folder, in which the file is named by its contents.
             fingerprint: What the table belongs to, such as hashes of tokenizer and model. `load` asks for the same.
 
         Returns:
             The file.
         """
-        path = _file(path)
+        path = Path(path)
+        path = path if path.suffix == ".safetensors" else path / named_by(TABLE_NAME, self.digest)
         write_table(path, self.fitted, fingerprint=fingerprint)
         return path
 
@@ -179,7 +186,7 @@ class ExitPredictor:
         """Read what `save` wrote, and refuse anything else.
 
         Args:
-            path: The file, or the folder it is in.
+            path: The file.
             fingerprint: What the table has to belong to.
 
         Returns:
@@ -189,7 +196,7 @@ class ExitPredictor:
             FileNotFoundError: If there is no file.
             ValueError: If the file belongs to something else, is damaged, or holds shapes or numbers that cannot be.
         """
-        return cls(read_table(_file(path), fingerprint=fingerprint))
+        return cls(read_table(Path(path), fingerprint=fingerprint))
 
     def _matrix(self, speed_index: int) -> Tensor:
         """Return key weight, score and label rows side by side, shape (num_rows, 2 + num_labels)."""
@@ -227,8 +234,3 @@ class ExitPredictor:
 
 def _moved(record: ScoreRows | Levels | Lexical, device: torch.device | str) -> list[Tensor]:
     return [tensor.to(device) for tensor in vars(record).values()]
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".safetensors" else path / TABLE_FILE

@@ -6,7 +6,7 @@ is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
@@ -57,14 +57,30 @@ class ScoredColumns(Protocol):
     def truncated(self) -> NDArray[np.bool_]:
         """Whether the text was longer than the model reads, (num_texts,)."""
 
+    @property
+    def is_finite(self) -> NDArray[np.bool_]:
+        """Whether the model gave the text finite logits, (num_texts,); where not, there is no answer."""
+
 
 class Scorer(Protocol):
     """Anything that predicts: an engine, or a stand-in."""
 
+    @property
+    def answered_by(self) -> Mapping[str, object]:
+        """All that answers depend on beside the texts, as values that JSON has."""
+
     def predict_columns(
-        self, texts: list[str] | list[tuple[str, str]], /, *, top_k: int | None = ..., threshold: float = ...
+        self,
+        texts: list[str] | list[tuple[str, str]],
+        /,
+        *,
+        top_k: int | None = ...,
+        threshold: float = ...,
+        keep_broken: bool = ...,
     ) -> ScoredColumns:
         """Return one row a text, in the order of the texts; for no texts, no rows of the same labels.
+
+        With `keep_broken`, a text whose logits are not finite raises nothing and has a row too (`is_finite`).
 
         Raises:
             ValueError: If `top_k` or `threshold` is out of range, even for no texts.
@@ -82,6 +98,7 @@ class Answers:
         exit_layers: Encoder layers that were run.
         predicted_layers: Exit layer predicted before the run, None where none was.
         truncated: Whether the text was longer than the model reads.
+        is_finite: Whether there is an answer at all.
         flags: Which labels hold, (num_rows, num_labels); None where only one can.
         probabilities: Of every label, (num_rows, num_labels); None where they are not asked for.
         top_k: How many of them each row shows, most likely first; None: all, in the model's order.
@@ -93,6 +110,7 @@ class Answers:
     exit_layers: list[int]
     predicted_layers: list[int | None]
     truncated: list[bool]
+    is_finite: list[bool]
     flags: NDArray[np.bool_] | None
     probabilities: NDArray[np.floating[Any]] | None
     top_k: int | None
@@ -108,6 +126,7 @@ class Answers:
             exit_layers=columns.exit_layers.tolist(),
             predicted_layers=[None] * len(columns.exit_layers) if predicted is None else predicted.tolist(),
             truncated=columns.truncated.tolist(),
+            is_finite=columns.is_finite.tolist(),
             flags=columns.label_flags if columns.multi_label else None,
             probabilities=columns.probabilities if scores else None,
             top_k=top_k,
@@ -130,6 +149,7 @@ class Answers:
             exit_layers=taken(part.exit_layers for part in parts),
             predicted_layers=taken(part.predicted_layers for part in parts),
             truncated=taken(part.truncated for part in parts),
+            is_finite=taken(part.is_finite for part in parts),
             flags=np.concatenate(flags)[list(order)] if flags else None,
             probabilities=np.concatenate(probabilities)[list(order)] if probabilities else None,
         )
@@ -233,9 +253,9 @@ class Question:
 
     def _ask(self, texts: list[str] | list[tuple[str, str]]) -> Answers:
         if self.threshold is None:
-            columns = self.engine.predict_columns(texts, top_k=self.top_k)
+            columns = self.engine.predict_columns(texts, top_k=self.top_k, keep_broken=True)
         else:
-            columns = self.engine.predict_columns(texts, top_k=self.top_k, threshold=self.threshold)
+            columns = self.engine.predict_columns(texts, top_k=self.top_k, threshold=self.threshold, keep_broken=True)
         answers = Answers.of(columns, scores=self.scores, top_k=self.top_k)
         if len(answers) != len(texts):
             raise RuntimeError(f"The engine gave {len(answers)} predictions for {len(texts)} texts; expected as many.")

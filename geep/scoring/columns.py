@@ -1,22 +1,17 @@
-"""Columns of a result, and its values as text."""
+"""Columns of a result: their names, and their types where a format declares them."""
 
 from __future__ import annotations
 
-import base64
-import datetime
 import json
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from geep.data.formats import read_header, read_rows
-from geep.data.rows import Row
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+from geep.data.parquet import carried, columns_of
+from geep.data.rows import BadRow, Row
+from geep.scoring.values import json_text
 
 
 def result_names(names: Mapping[str, object] | Sequence[str], ours: Collection[str]) -> dict[str, str]:
@@ -48,54 +43,98 @@ class ResultColumns:
     added: pa.Schema
 
     @classmethod
-    def of(
-        cls, source: Path, source_format: str, added: pa.Schema, text_column: str, text_pair_column: str
-    ) -> ResultColumns:
-        """Find the columns of a result: declared by the source, or gathered from its rows by reading it once."""
-        header = read_header(source)
-        as_json = []
-        if source_format == ".parquet":
-            schema = pq.read_schema(source)
-            renamed = result_names(schema.names, added.names)
-            fields = [item.with_name(renamed[item.name]) for item in schema]
-            return cls(renamed, pa.schema(fields), frozenset(), added)
-        if header is not None:
-            types = dict.fromkeys(header, pa.string())
-        else:
-            kinds: dict[str, set[str]] = {}
-            for row in read_rows(source, text_column=text_column, text_pair_column=text_pair_column):
-                if isinstance(row, Row):
-                    for name, value in row.fields.items():
-                        kinds.setdefault(name, set()).add(_kind(value))
-            types = {name: _type_of(found - {"null"}) for name, found in kinds.items()}
-            as_json = [name for name, kind in types.items() if kind is None]
-            types = {name: pa.string() if kind is None else kind for name, kind in types.items()}
+    def of_schema(cls, schema: pa.Schema, added: pa.Schema) -> ResultColumns:
+        """The columns that a Parquet file declares; all metadata stays, under the names in the result."""
+        renamed = result_names(schema.names, added.names)
+        fields = [item.with_name(renamed[item.name]) for item in schema]
+        return cls(renamed, pa.schema(fields, metadata=_renamed_metadata(schema.metadata, renamed)), frozenset(), added)
+
+    @classmethod
+    def of_header(cls, names: Iterable[str], added: pa.Schema) -> ResultColumns:
+        """The columns that a header declares: strings all."""
+        return cls._of_types(dict.fromkeys(names, pa.string()), added)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Row | BadRow], added: pa.Schema) -> ResultColumns:
+        """The columns gathered from rows, each with the type of its values."""
+        kinds: dict[str, set[str]] = {}
+        for row in rows:
+            if isinstance(row, Row):
+                for name, value in row.fields.items():
+                    kinds.setdefault(name, set()).add(_kind(value))
+        return cls._of_types({name: _type_of(found - {"null"}) for name, found in kinds.items()}, added)
+
+    @classmethod
+    def _of_types(cls, types: Mapping[str, pa.DataType | None], added: pa.Schema) -> ResultColumns:
         renamed = result_names(types, added.names)
-        schema = pa.schema([(renamed[name], kind) for name, kind in types.items()])
-        return cls(renamed, schema, frozenset(renamed[name] for name in as_json), added)
+        as_json = frozenset(renamed[name] for name, kind in types.items() if kind is None)
+        fields = [(renamed[name], pa.string() if kind is None else kind) for name, kind in types.items()]
+        return cls(renamed, pa.schema(fields), as_json, added)
 
     @property
     def names(self) -> list[str]:
         """All columns of the result, in order."""
         return [*self.schema.names, *self.added.names]
 
-    def values(self, rows: Sequence[Row]) -> dict[str, list[object]]:
+    def misfit(self, row: Row, *, typed: bool) -> str | None:
+        """Why a row does not fit columns that were gathered before it was read; None where it does.
+
+        Args:
+            row: A row of JSON lines.
+            typed: Whether its values must be of the columns' types too.
+        """
+        for name, value in row.fields.items():
+            new = self.renamed.get(name)
+            if new is None:
+                return f"column {name!r} is not among those of the first rows: {list(self.renamed)}"
+            if typed and new not in self.as_json and not _holds(self.schema.field(new).type, _kind(value)):
+                kind = self.schema.field(new).type
+                return f"column {name!r} holds {kind} in the first rows, found {json_text(value)[:60]}"
+        return None
+
+    def values(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
         """The source's columns of some rows, under their names in the result; None where a row lacks one."""
+        columns = columns_of(rows)
+        if columns is not None:
+            return {new: columns[name] for name, new in self.renamed.items()}
+        self._check_known(rows)
+        return {new: [row.fields.get(name) for row in rows] for name, new in self.renamed.items()}
+
+    def _check_known(self, rows: Sequence[Row]) -> None:
         unknown = set().union(*(row.fields for row in rows)) - self.renamed.keys()
         if unknown:
             raise ValueError(
                 f"Rows up to line {rows[-1].line} of the source have columns {sorted(unknown)} that it did not have "
                 "when it was looked through for its columns; do not change it while it is scored, and run again."
             )
-        return {new: [row.fields.get(name) for row in rows] for name, new in self.renamed.items()}
 
-    def arrays(self, rows: Sequence[Row]) -> dict[str, pa.Array]:
-        """The same columns as typed arrays."""
+    def arrays(self, rows: Sequence[Row]) -> dict[str, pa.ChunkedArray | pa.Array]:
+        """The same columns as typed arrays; those of Parquet files as they were read."""
+        table = carried(rows)
+        if table is not None:
+            return {new: table.column(name) for name, new in self.renamed.items()}
         columns = self.values(rows)
         for name, new in self.renamed.items():
             if new in self.as_json:
                 columns[new] = [json_text(row.fields[name]) if name in row.fields else None for row in rows]
         return {item.name: pa.array(columns[item.name], type=item.type) for item in self.schema}
+
+
+def _renamed_metadata(metadata: Mapping[bytes, bytes] | None, renamed: Mapping[str, str]) -> dict[bytes, bytes] | None:
+    """Metadata of a schema; pandas writes names of columns into it, and would read ours as the columns they were."""
+    if metadata is None or b"pandas" not in metadata or all(old == new for old, new in renamed.items()):
+        return None if metadata is None else dict(metadata)
+    try:
+        said = json.loads(metadata[b"pandas"])
+        for column in said["columns"]:
+            for key in ("name", "field_name"):
+                column[key] = renamed.get(column.get(key), column.get(key))
+        said["index_columns"] = [
+            renamed.get(name, name) if isinstance(name, str) else name for name in said["index_columns"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return dict(metadata)  # not what pandas writes: no names that are known to be columns
+    return {**metadata, b"pandas": json.dumps(said).encode()}
 
 
 def _kind(value: object) -> str:
@@ -124,45 +163,7 @@ def _type_of(kinds: set[str]) -> pa.DataType | None:
     return pa.string() if kinds <= {"str"} else None
 
 
-def plain_value(value: object) -> object:
-    """A value that JSON lacks as one that it has: Parquet holds dates, decimals, bytes and NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | int | None):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): plain_value(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return str(value)
-
-
-def json_text(value: object) -> str:
-    """A value as JSON; what JSON lacks is written as what comes nearest."""
-    try:
-        return _encode(value)
-    except (TypeError, ValueError):
-        return _encode(plain_value(value))
-
-
-def json_line(value: object) -> str:
-    """A value as a line of JSON."""
-    return json_text(value) + "\n"
-
-
-def csv_cell(value: object) -> str:
-    """A value as a CSV field: strings as they are, nothing as nothing, the rest as JSON spells it."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if type(value) is int or (type(value) is float and math.isfinite(value)):
-        return repr(value)  # as JSON spells it
-    if isinstance(value, dict | list):
-        return json_text(value)
-    plain = plain_value(value)
-    return plain if isinstance(plain, str) else json_text(plain)
+def _holds(kind: pa.DataType, value: str) -> bool:
+    """Whether a column of a type holds a kind of value without changing it."""
+    held = {pa.bool_(): {"bool"}, pa.int64(): {"int", "long"}, pa.float64(): {"int", "float"}, pa.string(): {"str"}}
+    return value == "null" or value in held[kind]

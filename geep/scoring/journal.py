@@ -1,28 +1,42 @@
-"""What of a result is whole on disk, and the file that is continued."""
+"""The files of a result, what of it is whole on disk, and who may write it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from geep.data.rows import BadRow
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """The files of one result."""
+    """The files of one result.
+
+    Attributes:
+        target: The result.
+        partial: Its rows until it is complete.
+        whole: What becomes the result: the same file, or for Parquet the one that is made of it at the end.
+        journal: What of `partial` is whole.
+        errors: Rows left out.
+        errors_partial: The same until the result is complete.
+        lock: Held by the one process that writes.
+    """
 
     target: Path
     partial: Path
+    whole: Path
     journal: Path
     errors: Path
     errors_partial: Path
+    lock: Path
 
     @classmethod
     def of(cls, target: Path) -> ResultFiles:
@@ -31,20 +45,71 @@ class ResultFiles:
         def beside(suffix: str) -> Path:
             return target.with_name(target.name + suffix)
 
+        partial = beside(".partial")
         return cls(
             target=target,
-            partial=beside(".partial"),
+            partial=partial,
+            whole=beside(".partial.parquet") if target.name.lower().endswith(".parquet") else partial,
             journal=beside(".partial.json"),
             errors=beside(".errors.jsonl"),
             errors_partial=beside(".errors.jsonl.partial"),
+            lock=beside(".partial.lock"),
         )
+
+    def all(self) -> tuple[Path, ...]:
+        """Every file that a run may write."""
+        return (self.target, self.partial, self.whole, self.journal, self.errors, self.errors_partial, self.lock)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing this result.
+
+        The system lets go of the lock of a killed process; the empty file that it leaves is removed by the next run.
+
+        Raises:
+            BlockingIOError: If another run writes it.
+            OSError: If the folder cannot be written to.
+        """
+        lock = FileLock(self.lock, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"Another run is writing {self.target}; wait until it has ended, or write to a file of another name."
+            ) from None
+        except OSError as err:
+            raise OSError(
+                err.errno,
+                f"Nothing can be written to the folder {self.target.parent} ({err.strerror or err}); see to its "
+                "permissions, or write to another folder.",
+            ) from err
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            lock.release()
 
 
 @dataclass
 class Journal:
-    """How far a result has come: everything counted here is whole on disk."""
+    """How far a result has come: everything counted here is whole on disk.
+
+    Attributes:
+        rows_read: Rows of the source that are done, good and bad.
+        digest: Of these rows as they were read (`geep.scoring.chunks.chained`).
+        num_bytes: Length of the partial result.
+        error_bytes: Length of the partial list of rows left out.
+        rows: Rows in the result.
+        num_bad: Rows left out.
+        truncated: Rows whose text was longer than the model reads.
+        seconds: Time spent.
+        bad_rows: The first rows left out.
+        exit_layers: Rows by exit layer.
+        finished: Size and time of the complete file that only has to be given its name; None before.
+    """
 
     rows_read: int = 0
+    digest: str = ""
     num_bytes: int = 0
     error_bytes: int = 0
     rows: int = 0
@@ -53,24 +118,40 @@ class Journal:
     seconds: float = 0.0
     bad_rows: list[BadRow] = field(default_factory=list)
     exit_layers: dict[int, int] = field(default_factory=dict)
+    finished: list[int] | None = None
 
     @classmethod
     def read(cls, files: ResultFiles, made_from: Mapping[str, object]) -> Journal | None:
         """The journal of a part that can be continued, or None where there is no such part."""
         try:
             stored = json.loads(files.journal.read_text("utf-8"))
-            if stored.pop("made_from") != made_from:
+            if stored.pop("made_from") != json.loads(json.dumps(made_from)):
                 return None
             stored["bad_rows"] = [BadRow(**row) for row in stored["bad_rows"]]
             stored["exit_layers"] = {int(layer): count for layer, count in stored["exit_layers"].items()}
             journal = cls(**stored)
-            whole = (
-                files.partial.stat().st_size >= journal.num_bytes
-                and files.errors_partial.stat().st_size >= journal.error_bytes
-            )
+            is_whole = journal._is_whole(files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None  # no journal, or none that can be trusted: start over
-        return journal if whole else None
+        return journal if is_whole else None
+
+    def _is_whole(self, files: ResultFiles) -> bool:
+        # A kill may have come between the steps that give the files their names.
+        named = (stamp(files.whole), stamp(files.target))
+        if self.finished is not None and self.finished in named and self._lists_errors(files):
+            return True
+        self.finished = None
+        return (
+            files.partial.stat().st_size >= self.num_bytes and files.errors_partial.stat().st_size >= self.error_bytes
+        )
+
+    def _lists_errors(self, files: ResultFiles) -> bool:
+        found = [stamp(path) for path in (files.errors_partial, files.errors)]
+        return not self.num_bad or any(each is not None and each[0] == self.error_bytes for each in found)
+
+    def is_published(self, files: ResultFiles) -> bool:
+        """Whether the target is the result of this very run, which was killed before it said so."""
+        return self.finished is not None and self.finished == stamp(files.target)
 
     def write(self, files: ResultFiles, made_from: Mapping[str, object]) -> None:
         """Replace the journal on disk, whole or not at all."""
@@ -79,6 +160,27 @@ class Journal:
             temp.write(json.dumps({"made_from": made_from, **asdict(self)}).encode("utf-8"))
             temp.sync()
         os.replace(temp.path, files.journal)
+
+    def publish(self, files: ResultFiles) -> None:
+        """Give the finished files their names, whatever of that is done already; the journal goes last."""
+        if not self.num_bad:
+            files.errors_partial.unlink(missing_ok=True)
+            files.errors.unlink(missing_ok=True)  # an earlier result's
+        elif files.errors_partial.exists():
+            os.replace(files.errors_partial, files.errors)
+        if not self.is_published(files):
+            os.replace(files.whole, files.target)
+        files.partial.unlink(missing_ok=True)
+        files.journal.unlink(missing_ok=True)
+
+
+def stamp(path: Path) -> list[int] | None:
+    """Size and time of a file, which it keeps when it is renamed; None where there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 class ByteFile:
@@ -113,12 +215,10 @@ class ByteFile:
         except OSError:
             with contextlib.suppress(OSError):
                 self._file.truncate(self.num_bytes)
+                self._file.seek(self.num_bytes)
             raise
         self.num_bytes += done
         return done
-
-    def flush(self) -> None:
-        """Do nothing: there is no buffer."""
 
     def sync(self) -> None:
         """Wait until everything written is on the disk."""

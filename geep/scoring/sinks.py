@@ -1,96 +1,90 @@
-"""Where rows go: lines of text, plain or gzipped, and Parquet."""
+"""Where rows go: lines of text, plain or compressed, and Parquet. Every chunk adds bytes that stand for themselves."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geep.data.parquet import columns_of
 from geep.data.rows import Row
 from geep.scoring.answers import Answers
-from geep.scoring.columns import ResultColumns, csv_cell, json_line, result_names
-from geep.scoring.journal import ByteFile
+from geep.scoring.columns import ResultColumns, result_names
+from geep.scoring.values import csv_cell, json_line
+
+# Bounds on a row group of Parquet: what a reader must hold of it, and of texts that are long.
+_GROUP_ROWS = 2**16
+_GROUP_BYTES = 64 * 2**20
+
+
+class Sink(Protocol):
+    """Makes a chunk of a result into the bytes that are appended for it."""
+
+    def chunk(self, rows: Sequence[Row], answers: Answers, *, is_first: bool) -> bytes:
+        """Return the bytes of rows: the source's columns, then ours."""
+
+    def ending(self, *, is_empty: bool) -> bytes:
+        """Return the bytes that a complete file still needs."""
+
+    def finish(self, partial: Path, whole: Path) -> None:
+        """Make the result of what was appended, where the two are not the same."""
 
 
 class LineSink:
     """Rows as JSON lines, CSV or TSV, plain or through gzip."""
 
-    def __init__(self, path: Path, num_bytes: int, target_format: str, columns: ResultColumns | None) -> None:
+    def __init__(self, target_format: str, columns: ResultColumns | None) -> None:
         self._columns = columns
         self._delimiter = "\t" if target_format.startswith(".tsv") else ","
-        self._has_header = columns is None or num_bytes > 0
-        self._file = ByteFile(path, num_bytes)
-        # No name and no time in the gzip header: the same rows always give the same bytes.
-        self._gzip = (
-            gzip.GzipFile(filename="", mode="wb", fileobj=cast(io.BufferedIOBase, self._file), mtime=0, compresslevel=6)
-            if target_format.endswith(".gz")
-            else None
-        )
+        self._is_gzip = target_format.endswith(".gz")
 
-    @property
-    def num_bytes(self) -> int:
-        """Length of the file."""
-        return self._file.num_bytes
+    def chunk(self, rows: Sequence[Row], answers: Answers, *, is_first: bool) -> bytes:
+        """Return lines, the header before the first of them; through gzip, a member of its own."""
+        if self._columns is None:
+            return self._packed(_json_lines(rows, answers))
+        return self._packed(self._csv(self._columns, rows, answers, with_header=is_first))
 
-    def __enter__(self) -> LineSink:
-        return self
+    def ending(self, *, is_empty: bool) -> bytes:
+        """Return what makes a file of no rows a valid one."""
+        if not is_empty:
+            return b""
+        return self._packed("" if self._columns is None else self._csv(self._columns, [], None, with_header=True))
 
-    def __exit__(self, error: object, *_: object) -> None:
-        if self._gzip is not None and error is not None:
-            with contextlib.suppress(OSError):  # its last bytes, written into a file that is thrown away
-                self._gzip.close()
-        self._file.__exit__()
-        if self._gzip is not None and error is not None:
-            self._file.path.unlink(missing_ok=True)
+    def finish(self, partial: Path, whole: Path) -> None:
+        """Do nothing: the lines are the result."""
 
-    def write(self, rows: Sequence[Row], answers: Answers) -> None:
-        """Append rows: the source's columns, then ours."""
-        self._write(_json_lines(rows, answers) if self._columns is None else self._csv(self._columns, rows, answers))
-
-    def _write(self, text: str) -> None:
+    def _packed(self, text: str) -> bytes:
         data = text.encode("utf-8")
-        if self._gzip is None:
-            self._file.write(data)
-        else:
-            self._gzip.write(data)
+        # No name and no time in the header: the same rows always give the same bytes.
+        return gzip.compress(data, compresslevel=6, mtime=0) if self._is_gzip else data
 
-    def _csv(self, columns: ResultColumns, rows: Sequence[Row], answers: Answers | None) -> str:
-        """Rows as CSV, after the header where it is not written yet; without answers the header alone."""
+    def _csv(self, columns: ResultColumns, rows: Sequence[Row], answers: Answers | None, *, with_header: bool) -> str:
         buffer = io.StringIO(newline="")
         # With "\r\n" between rows, as RFC 4180 has it, the module quotes both characters inside of a field.
         writer = csv.writer(buffer, delimiter=self._delimiter, lineterminator="\r\n")
-        if not self._has_header:
+        if with_header:
             writer.writerow(columns.names)
-            self._has_header = True
         if answers is not None:
             values = columns.values(rows) | answers.values()
             writer.writerows(zip(*(map(csv_cell, values[name]) for name in columns.names), strict=True))
         return buffer.getvalue()
 
-    def sync(self) -> None:
-        """Wait until everything written is on the disk."""
-        self._file.sync()
-
-    def finish(self) -> None:
-        """Write what a complete file still needs."""
-        if not self._has_header and self._columns is not None:
-            self._write(self._csv(self._columns, [], None))
-        if self._gzip is not None:
-            self._gzip.close()
-        self._file.sync()
-
 
 def _json_lines(rows: Sequence[Row], answers: Answers) -> str:
     columns = answers.values()
     ours = columns.keys()
+    carried = columns_of(rows)
+    if carried is not None:
+        names = result_names(carried, ours)
+        columns = {names[name]: values for name, values in carried.items()} | columns
+        return "".join(json_line(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
     lines = []
     for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
         fields = row.fields
@@ -102,51 +96,60 @@ def _json_lines(rows: Sequence[Row], answers: Answers) -> str:
 
 
 class ParquetSink:
-    """Rows as Parquet, one row group a chunk."""
+    """Rows as Parquet.
 
-    def __init__(self, path: Path, columns: ResultColumns) -> None:
-        self._path = path
+    A part of a Parquet file is none: until the end the rows are Arrow streams, one a chunk and one after the other.
+    """
+
+    def __init__(self, columns: ResultColumns) -> None:
         self._columns = columns
-        self._schema = pa.schema([*columns.schema, *columns.added])
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._writer: pq.ParquetWriter | None = None
+        self._schema = pa.schema([*columns.schema, *columns.added], metadata=columns.schema.metadata)
 
-    @property
-    def num_bytes(self) -> int:
-        """Nothing: a part of a Parquet file is no Parquet file."""
-        return 0
+    def chunk(self, rows: Sequence[Row], answers: Answers, *, is_first: bool) -> bytes:
+        """Return an Arrow stream of the rows."""
+        buffer = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_stream(buffer, self._schema, options=options) as writer:
+            if rows:
+                arrays = self._columns.arrays(rows) | answers.arrays()
+                writer.write_table(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))
+        return buffer.getvalue().to_pybytes()
 
-    def __enter__(self) -> ParquetSink:
-        return self
+    def ending(self, *, is_empty: bool) -> bytes:
+        """Return nothing: the end is made of the whole."""
+        return b""
 
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self._file.close()
-            return
-        with contextlib.suppress(OSError):  # the first failure is the one to tell of
-            if self._writer is not None:
-                self._writer.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._path.unlink(missing_ok=True)
+    def finish(self, partial: Path, whole: Path) -> None:
+        """Write the Arrow streams as one Parquet file, whose row groups are bounded."""
+        with open(whole, "wb") as file:
+            with pq.ParquetWriter(file, self._schema) as writer:
+                for group in _groups(_batches(partial)):
+                    table = pa.Table.from_batches(group, schema=self._schema)
+                    rows = max(1, min(_GROUP_ROWS, table.num_rows * _GROUP_BYTES // max(table.nbytes, 1)))
+                    writer.write_table(table, row_group_size=rows)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def write(self, rows: Sequence[Row], answers: Answers) -> None:
-        """Append rows: the source's columns, then ours."""
-        if rows:
-            arrays = self._columns.arrays(rows) | answers.arrays()
-            self._open().write_table(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))
 
-    def _open(self) -> pq.ParquetWriter:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._file, self._schema)
-        return self._writer
+def _groups(batches: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Batches that make a row group together; one that is too large alone stays alone."""
+    held: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        if held and (num_rows + batch.num_rows > _GROUP_ROWS or num_bytes + batch.nbytes > _GROUP_BYTES):
+            yield held
+            held, num_rows, num_bytes = [], 0, 0
+        held.append(batch)
+        num_rows += batch.num_rows
+        num_bytes += batch.nbytes
+    if held:
+        yield held
 
-    def sync(self) -> None:
-        """Wait until everything written is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
-    def finish(self) -> None:
-        """Write the footer, and the schema if there was no row."""
-        self._open().close()
-        self.sync()
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of Arrow streams that stand one after the other."""
+    num_bytes = path.stat().st_size
+    with pa.OSFile(str(path)) as file:
+        while file.tell() < num_bytes:
+            with pa.ipc.open_stream(file) as stream:
+                yield from stream

@@ -6,27 +6,39 @@ made is not known here. Read `score_file`.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geep.data.formats import file_format, read_rows
+from geep.data.formats import file_format, read_header, read_rows
+
+
+def is_stream(p: Path) -> bool:  # F2 TEMP
+    return str(p) == "-" or p.is_fifo() or p.is_char_device()
+
+
 from geep.data.rows import BadRow, Row
 from geep.progress import Progress, no_progress
-from geep.scoring.answers import Question, Scorer
-from geep.scoring.columns import ResultColumns, json_line
-from geep.scoring.journal import JOURNAL_VERSION, ByteFile, Journal, ResultFiles
-from geep.scoring.sinks import LineSink, ParquetSink
+from geep.scoring.answers import Answers, Question, Scorer
+from geep.scoring.chunks import Chunk, chained, in_chunks
+from geep.scoring.columns import ResultColumns
+from geep.scoring.journal import JOURNAL_VERSION, Journal, ResultFiles
+from geep.scoring.result import FileResult, OutputResult, Result
+from geep.scoring.sinks import LineSink, ParquetSink, Sink
+
+logger = logging.getLogger(__name__)
 
 _MAX_REPORTED = 100
+
+_NOT_FINITE = "the model gives this text no finite scores (NaN or infinite logits)"
 
 # Larger files are not read a second time for their number of lines; this many bytes take about 0.2 s.
 _MAX_COUNTED_BYTES = 256 * 2**20
@@ -43,6 +55,7 @@ class ScoreReport:
         exit_layer_counts: Rows by exit layer, lowest layer first.
         truncated: Rows whose text was longer than the model reads.
         seconds: Time spent, earlier runs of the same result included.
+        errors_file: File that lists the rows left out; None where none were, or where the result is standard output.
     """
 
     rows: int
@@ -51,6 +64,7 @@ class ScoreReport:
     exit_layer_counts: dict[int, int]
     truncated: int
     seconds: float
+    errors_file: str | None = None
 
 
 def score_file(
@@ -64,7 +78,7 @@ def score_file(
     scores: bool = False,
     top_k: int | None = None,
     threshold: float | None = None,
-    key: str = "",
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> ScoreReport:
     """Score every row of a file into another file, and go on where a killed run stopped.
@@ -72,17 +86,28 @@ def score_file(
     The result holds the good rows of the source in order: their columns, then ``label``, ``score``, ``exit_layer``,
     ``predicted_layer``, ``truncated`` and, if asked for, ``scores``. Of a multi-label model it also has ``labels``,
     after ``score``: the names of the labels that hold. A column of the source that already has such a name is kept as
-    ``input_label`` and so on. Bad rows are left out and listed in ``<target>.errors.jsonl``.
+    ``input_label`` and so on. Rows that cannot be read, and those for which the model gives no finite scores, are left
+    out and listed in ``<target>.errors.jsonl``.
+
+    From Parquet to Parquet columns are carried as they are, with their types and all metadata. JSON and CSV have fewer
+    types: there dates and times are ISO 8601 (nanoseconds with nine digits), durations ISO 8601 in seconds, times that
+    no calendar of four-digit years has the number stored with its unit, decimals strings, bytes base64, infinity the
+    string ``Infinity``; NaN is null in JSON.
 
     ``target`` appears only when it is complete. Until then the rows are in ``<target>.partial``, beside a journal of
-    what is whole, ``<target>.partial.json``. The same call with the same source goes on from there, and its result is
-    the same, byte for byte, as that of a run never stopped. Parquet and .gz results cannot be continued: they start
-    over. JSON lines declare no columns, so that writing them as CSV or Parquet reads the source once more, first.
+    what is whole, ``<target>.partial.json``. The same call goes on from there, and its result is the same, byte for
+    byte, as that of a run never stopped. The source is known again by the rows that are done: it may have been mended
+    or lengthened behind them; where they have changed, the run says so and starts over. JSON lines declare no columns,
+    so that writing them as CSV or Parquet reads the source once more, first.
+
+    A pipe (``-`` for standard input, or a FIFO) is read once: nothing is continued, and for CSV and Parquet the columns
+    are those of the first chunk; a later row that does not fit them is a bad one.
 
     Args:
         engine: What predicts.
-        source: File to read; both names end with one of `geep.data.FORMATS`.
-        target: File to write; it is replaced if it exists.
+        source: File to read, or ``-``.
+        target: File to write; its name ends with one of `geep.data.FORMATS`. A link stays one: the file it leads to is
+            written. ``-`` is standard output, as JSON lines; rows left out are logged there.
         text_column: Column of the text.
         text_pair_column: Column of the second text; absent means single texts.
         chunk_rows: Rows read, predicted and written at a time; the bound on memory.
@@ -91,70 +116,225 @@ def score_file(
         top_k: With `scores`, how many labels of a row to write, most likely first; Parquet has fields for all labels,
             of which the others are null. None: all, in the model's order.
         threshold: Probability from which a label of a multi-label model holds; None: the engine's default.
-        key: Whatever else the predictions depend on, such as the model's path and settings: a part written under
-            another key is not continued but written anew.
+        overwrite: Whether to replace a target that exists.
         progress: Told after each chunk how many rows of the source are done, good and bad, those of earlier runs too.
-            How many there are in all is None for compressed lines and for line files above 256 MiB; for others it is
-            exact, but that line breaks inside of CSV fields and blank lines count as rows until the source ends.
+            How many there are in all is None for compressed lines, for line files above 256 MiB and for pipes; for
+            others it is exact, but that line breaks inside of CSV fields and blank lines count as rows until the
+            source ends.
 
     Returns:
         What became of the file.
 
     Raises:
+        FileExistsError: If the target exists and `overwrite` is not given.
         FileNotFoundError: If the source, or the folder of the target, does not exist.
+        BlockingIOError: If another run is writing the same target.
         ValueError: If a format is unknown, source and target are one file, the text column is missing, a number
-            is out of range, or `top_k` is given without `scores`; or if the source is damaged: what was written until
-            then stays, to be continued.
-        OSError: If the disk refuses a write; the message says what is whole and how to go on.
+            is out of range, or `top_k` is given without `scores`; or if the source is damaged: what was read until
+            then is scored and stays, to be continued.
+        OSError: If the source or the disk refuses; the message says what is whole and how to go on.
     """
-    source, target = Path(source), Path(target)
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}.")
     if top_k is not None and not scores:
         raise ValueError(f"top_k={top_k} says how many labels `scores` holds, which is not asked for; add scores=True.")
-    source_format, target_format = file_format(source), file_format(target)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.absolute().parent} to write {target.name} to; make it.")
-    rows = read_rows(source, text_column=text_column, text_pair_column=text_pair_column)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; write to a file.")
-    files = ResultFiles.of(target)
-    for file in (files.target, files.partial, files.errors, files.errors_partial, files.journal):
-        if file.exists() and file.samefile(source):
-            raise ValueError(f"The source {source} would be overwritten; write to a file of another name.")
-    question = Question(engine, scores, top_k, threshold)
-    # Asked about no rows, an engine tells its labels, and refuses what it cannot do before anything is written.
-    nothing = question.about([])
-    columns = None
-    if not target_format.startswith(".jsonl"):
-        added = pa.schema([(name, column.type) for name, column in nothing.arrays().items()])
-        columns = ResultColumns.of(source, source_format, added, text_column, text_pair_column)
-    stat = source.stat()
+    source, is_output = Path(source), str(target) == "-"
+    target = Path(target) if is_output else _file_to_write(Path(target), source)
+    run = _Run(
+        Question(engine, scores, top_k, threshold),
+        source,
+        ".jsonl" if is_output else file_format(target),
+        chunk_rows,
+        lambda: read_rows(source, text_column=text_column, text_pair_column=text_pair_column),
+        progress,
+    )
+    if is_output:
+        return run.to_output()
     made_from = {
         "version": JOURNAL_VERSION,
-        "source": str(source.resolve()),
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
         "text_column": text_column,
         "text_pair_column": text_pair_column,
         "chunk_rows": chunk_rows,  # a prediction may depend, in its last digits, on the texts run beside it
         "scores": scores,
         "top_k": top_k,
         "threshold": threshold,
-        "key": key,
+        "answered_by": dict(engine.answered_by),
     }
-    can_continue = not target_format.endswith((".gz", ".parquet"))
-    journal = Journal.read(files, made_from) if can_continue else None
-    journal = Journal() if journal is None else journal
-    run = _FileRun(question, files, journal, made_from, can_continue, columns, target_format)
-    # A missing column shows at the first row: before anything is written.
-    first = list(islice(rows, 1))
-    total = None if progress is no_progress else _count_rows(source, source_format)
-    return run.over(chain(first, rows), chunk_rows, progress, total)
+    files = ResultFiles.of(target)
+    with files.held():
+        return run.to_file(files, made_from, overwrite=overwrite)
 
 
-def _count_rows(source: Path, source_format: str) -> int | None:
+def _file_to_write(target: Path, source: Path) -> Path:
+    """The place of a result, links followed; raise where there can be none."""
+    target = target.resolve()
+    file_format(target)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to; make it.")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is a {'folder' if target.is_dir() else 'device or a pipe'}; write to a file.")
+    if source.exists():
+        for file in ResultFiles.of(target).all():
+            if file.exists() and file.samefile(source):
+                raise ValueError(f"The source {source} would be overwritten; write to a file of another name.")
+    return target
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over a source."""
+
+    question: Question
+    source: Path
+    target_format: str
+    chunk_rows: int
+    read: Callable[[], Iterator[Row | BadRow]]
+    progress: Progress
+
+    def to_output(self) -> ScoreReport:
+        """Score into standard output."""
+        self.question.about([])
+        chunks = _begun(in_chunks(self.read(), self.chunk_rows))
+        return _report(self._over(chunks, Journal(), OutputResult(LineSink(".jsonl", None))), None)
+
+    def to_file(self, files: ResultFiles, made_from: dict[str, object], *, overwrite: bool) -> ScoreReport:
+        """Score into a file, from where an earlier run stopped."""
+        # Asked about no rows, an engine tells its labels, and refuses what it cannot do before anything is written.
+        nothing = self.question.about([])
+        is_pipe = is_stream(self.source)
+        if is_pipe:
+            logger.warning("%s is read once: a run that is stopped starts over and does not go on.", self.source)
+        journal = None if is_pipe else Journal.read(files, made_from)
+        _check_free(files, journal, overwrite=overwrite)
+        chunks = in_chunks(self.read(), self.chunk_rows)
+        if journal is not None and not _skipped(chunks, journal):
+            logger.warning("%s has changed since its rows were scored into %s: start over.", self.source, files.partial)
+            journal, chunks = None, in_chunks(self.read(), self.chunk_rows)
+            _check_free(files, journal, overwrite=overwrite)
+        if journal is None:
+            journal, chunks = Journal(), _begun(chunks)
+        sink: Sink
+        if self.target_format.startswith(".jsonl"):
+            sink = LineSink(self.target_format, None)
+        else:
+            added = pa.schema([(name, column.type) for name, column in nothing.arrays().items()])
+            if is_pipe:
+                first = next(chunks, Chunk([]))
+                columns = ResultColumns.of_rows(first.rows, added)
+                chunks = (_fitted(chunk, columns, self.target_format) for chunk in chain([first], chunks))
+            else:
+                columns = self._columns(added)
+            sink = ParquetSink(columns) if self.target_format == ".parquet" else LineSink(self.target_format, columns)
+        result = FileResult(files, sink, journal, made_from, can_continue=not is_pipe)
+        return _report(self._over(chunks, journal, result), files)
+
+    def _columns(self, added: pa.Schema) -> ResultColumns:
+        """The columns of a file: declared by it, or gathered from its rows by reading it once."""
+        if file_format(self.source) == ".parquet":
+            return ResultColumns.of_schema(pq.read_schema(self.source), added)
+        header = read_header(self.source)
+        return ResultColumns.of_rows(self.read(), added) if header is None else ResultColumns.of_header(header, added)
+
+    def _over(self, chunks: Iterator[Chunk], journal: Journal, result: Result) -> Journal:
+        """Carry the rows that are not done yet to the result."""
+        before, started = journal.seconds, time.perf_counter()
+        total = None if self.progress is no_progress else _count_rows(self.source)
+        with result:
+            for chunk in chunks:
+                rows, answers, bad = self._answered(chunk)
+                result.write(rows, answers, bad)
+                if chunk.failure is not None:
+                    result.stop(chunk.failure, journal.rows_read + len(chunk.rows))
+                journal.digest = chained(journal.digest, chunk)
+                journal.rows_read += len(chunk.rows)
+                journal.rows += len(rows)
+                journal.num_bad += len(bad)
+                journal.bad_rows += bad[: _MAX_REPORTED - len(journal.bad_rows)]
+                for layer, count in Counter(answers.exit_layers).items():
+                    journal.exit_layers[layer] = journal.exit_layers.get(layer, 0) + count
+                journal.truncated += sum(answers.truncated)
+                journal.seconds = before + time.perf_counter() - started
+                if not chunk.is_last:  # of a source that grows, these rows would stand in another chunk
+                    result.commit()
+                if total is not None:
+                    total = journal.rows_read if chunk.is_last else max(total, journal.rows_read + 1)
+                self.progress("rows", journal.rows_read, total)
+            result.finish()
+        return journal
+
+    def _answered(self, chunk: Chunk) -> tuple[list[Row], Answers, list[BadRow]]:
+        """The rows of a chunk that have an answer, their answers, and the rows left out."""
+        rows, bad = chunk.good, chunk.bad
+        answers = self.question.about(rows)
+        if not all(answers.is_finite):
+            broken = [row for row, is_finite in zip(rows, answers.is_finite, strict=True) if not is_finite]
+            bad = sorted([*bad, *(BadRow(row.line, _NOT_FINITE) for row in broken)], key=lambda row: row.line)
+            kept = [index for index, is_finite in enumerate(answers.is_finite) if is_finite]
+            rows, answers = [rows[index] for index in kept], Answers.mixed([answers], kept)
+        return rows, answers, bad
+
+
+def _check_free(files: ResultFiles, journal: Journal | None, *, overwrite: bool) -> None:
+    """Raise if there is a result that nobody has said may be replaced."""
+    if files.target.exists() and not overwrite and (journal is None or not journal.is_published(files)):
+        raise FileExistsError(
+            f"{files.target} exists: a finished result, of this run or of another. Give overwrite=True (--overwrite) "
+            "to write it anew, or write to a file of another name."
+        )
+
+
+def _begun(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Read the first chunk, so that a source that cannot be read at all raises before anything is written."""
+    first = next(chunks, None)
+    if first is None:
+        return chunks
+    if first.failure is not None and not first.rows:
+        raise first.failure
+    return chain([first], chunks)
+
+
+def _skipped(chunks: Iterator[Chunk], journal: Journal) -> bool:
+    """Read the rows that are done again, cheap beside predicting; False where they are no longer those."""
+    digest, num_rows = "", 0
+    while num_rows < journal.rows_read:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return False
+        if chunk.failure is not None:
+            raise chunk.failure
+        digest = chained(digest, chunk)
+        num_rows += len(chunk.rows)
+    if (num_rows, digest) != (journal.rows_read, journal.digest):
+        return False
+    return journal.finished is None or next(chunks, None) is None
+
+
+def _fitted(chunk: Chunk, columns: ResultColumns, target_format: str) -> Chunk:
+    """A chunk of a pipe whose rows have no other columns than those of the first chunk."""
+    rows: list[Row | BadRow] = []
+    for row in chunk.rows:
+        reason = columns.misfit(row, typed=target_format == ".parquet") if isinstance(row, Row) else None
+        rows.append(row if reason is None else BadRow(row.line, reason))
+    return replace(chunk, rows=rows)
+
+
+def _report(journal: Journal, files: ResultFiles | None) -> ScoreReport:
+    return ScoreReport(
+        rows=journal.rows,
+        bad_rows=list(journal.bad_rows),
+        num_bad=journal.num_bad,
+        exit_layer_counts=dict(sorted(journal.exit_layers.items())),
+        truncated=journal.truncated,
+        seconds=journal.seconds,
+        errors_file=str(files.errors) if files is not None and journal.num_bad else None,
+    )
+
+
+def _count_rows(source: Path) -> int | None:
     """Rows of a file, where that is cheap to tell; some too many where fields hold line breaks or lines are blank."""
+    if is_stream(source):
+        return None
+    source_format = file_format(source)
     if source_format == ".parquet":
         return int(pq.read_metadata(source).num_rows)
     if source_format.endswith(".gz") or source.stat().st_size > _MAX_COUNTED_BYTES:
@@ -166,111 +346,3 @@ def _count_rows(source: Path, source_format: str) -> int | None:
             last = block
     lines += not last.endswith(b"\n")
     return lines if source_format == ".jsonl" else max(lines - 1, 0)  # the header is no row
-
-
-@dataclass(frozen=True)
-class _FileRun:
-    """One pass over a file; `journal` is the one part of it that changes."""
-
-    question: Question
-    files: ResultFiles
-    journal: Journal
-    made_from: Mapping[str, object]
-    can_continue: bool
-    columns: ResultColumns | None
-    target_format: str
-
-    def over(self, rows: Iterator[Row | BadRow], chunk_rows: int, progress: Progress, total: int | None) -> ScoreReport:
-        """Carry the rows that are not done yet to the result, and put the result in its place."""
-        journal = self.journal
-        before = journal.seconds
-        started = time.perf_counter()
-        # Rows already done are read again and dropped: reading is cheap beside predicting.
-        rows = islice(rows, journal.rows_read, None)
-        with contextlib.ExitStack() as stack:
-            if self.journal.rows_read == 0:
-                self.files.journal.unlink(missing_ok=True)  # of another source, or of other settings
-            if not self.can_continue:
-                stack.push(self._forget_errors)
-            with self._disk():
-                errors = stack.enter_context(ByteFile(self.files.errors_partial, journal.error_bytes))
-                sink = self._sink()
-                stack.push(sink)
-            chunk = list(islice(rows, chunk_rows))
-            while chunk:
-                good = [row for row in chunk if isinstance(row, Row)]
-                bad = [row for row in chunk if isinstance(row, BadRow)]
-                answers = self.question.about(good)
-                with self._disk():
-                    errors.write("".join(json_line(asdict(row)) for row in bad).encode("utf-8"))
-                    sink.write(good, answers)
-                    if self.can_continue:
-                        errors.sync()
-                        sink.sync()
-                journal.num_bytes, journal.error_bytes = sink.num_bytes, errors.num_bytes
-                journal.rows += len(good)
-                journal.num_bad += len(bad)
-                journal.bad_rows += bad[: _MAX_REPORTED - len(journal.bad_rows)]
-                for layer, count in Counter(answers.exit_layers).items():
-                    journal.exit_layers[layer] = journal.exit_layers.get(layer, 0) + count
-                journal.truncated += sum(answers.truncated)
-                journal.seconds = before + time.perf_counter() - started
-                with self._disk():
-                    journal.rows_read += len(chunk)
-                    if self.can_continue:
-                        journal.write(self.files, self.made_from)
-                following = list(islice(rows, 1))
-                if total is not None:
-                    total = max(total, journal.rows_read + 1) if following else journal.rows_read
-                progress("rows", journal.rows_read, total)
-                chunk = following + list(islice(rows, chunk_rows - len(following)))
-            with self._disk():
-                sink.finish()
-                errors.sync()
-        with self._disk():
-            self._publish()
-        return ScoreReport(
-            rows=journal.rows,
-            bad_rows=list(journal.bad_rows),
-            num_bad=journal.num_bad,
-            exit_layer_counts=dict(sorted(journal.exit_layers.items())),
-            truncated=journal.truncated,
-            seconds=before + time.perf_counter() - started,
-        )
-
-    def _sink(self) -> LineSink | ParquetSink:
-        if self.target_format == ".parquet":
-            assert self.columns is not None, "Parquet has columns"
-            return ParquetSink(self.files.partial, self.columns)
-        return LineSink(self.files.partial, self.journal.num_bytes, self.target_format, self.columns)
-
-    def _forget_errors(self, error: object, *_: object) -> None:
-        """Remove the list of bad rows of a run that failed and cannot be continued."""
-        if error is not None:
-            self.files.errors_partial.unlink(missing_ok=True)
-
-    def _publish(self) -> None:
-        """Give the finished files their names, the result last but for the journal."""
-        if self.journal.num_bad:
-            os.replace(self.files.errors_partial, self.files.errors)
-        else:
-            self.files.errors_partial.unlink(missing_ok=True)
-            self.files.errors.unlink(missing_ok=True)  # an earlier result's
-        os.replace(self.files.partial, self.files.target)
-        self.files.journal.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Say, where the disk refuses a write, what is whole and how to go on."""
-        rows_whole = self.journal.rows_read  # what the journal on disk says, whatever the block is about to add
-        try:
-            yield
-        except OSError as err:
-            refusal = f"The disk refused a write to {self.files.partial} ({err.strerror or err})."
-            if self.can_continue:
-                state = f"The first {rows_whole} rows of the source are done and whole there"
-                todo = "make room and run the same command again: it goes on after them"
-            else:
-                state = f"A {self.target_format} result cannot be continued, so nothing of it can be used"
-                todo = "make room and run the same command again, or write to .jsonl or .csv, which can be continued"
-            raise OSError(err.errno, f"{refusal} {state}; {todo}.") from err

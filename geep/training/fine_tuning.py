@@ -68,7 +68,7 @@ def train(
         revision: Branch, tag or commit of an encoder from the hub.
         token: Access token of the hub, or True for the stored one.
         cache_dir: Folder for what is fetched. None: that of the hub, or of `fetch_encoder`.
-        local_files_only: Whether to ask no network for an encoder from the hub.
+        local_files_only: Whether to ask no network for an encoder.
         progress: Told the texts tokenised and the steps of each stage.
 
     Returns:
@@ -82,7 +82,7 @@ def train(
     if parts.train.labels is None:
         raise ValueError("The training rows have no labels; expected one, or a row of ones and zeros, for each text.")
     folder = Path(output)
-    source = fetch_encoder(encoder, cache_dir=cache_dir)
+    source = fetch_encoder(encoder, cache_dir=cache_dir, local_files_only=local_files_only)
     about = {
         "encoder": source,
         "revision": revision,

@@ -1,0 +1,58 @@
+"""What a file seems to be, by its first bytes: for messages that name the mistake."""
+
+from __future__ import annotations
+
+import re
+
+# Kinds of file that come under a name of ours and are none of ours, by how they begin.
+_FOREIGN = (
+    (b"PAR1", "a Parquet file; name it .parquet"),
+    (b"ARROW1", "an Arrow (Feather) file; write it as Parquet"),
+    (b"Obj\x01", "an Avro file; write it as JSON lines or Parquet"),
+    (b"SQLite format 3\x00", "an SQLite database; export the table as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Office file; save the sheet as CSV"),
+    (b"%PDF-", "a PDF document; extract its text"),
+    (b"\x80\x04\x95", "a Python pickle; write its rows as JSON lines"),
+    (b"\x89HDF", "an HDF5 file; write it as Parquet"),
+    (b"\x93NUMPY", "a NumPy array; write its rows as JSON lines"),
+    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
+)
+_MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
+_JSON_ROWS = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+_JSON_ARRAY = re.compile(r"\s*\[\s*(?:[{\]]|$)".encode())
+
+
+def foreign_kind(head: bytes) -> str | None:
+    """What a file is that is none of ours, and what to do with it; None where nothing is known against it."""
+    for start, kind in _FOREIGN:
+        if head.startswith(start):
+            return kind
+    return "an HTML or XML page; fetch the data itself" if _MARKUP.match(head) else None
+
+
+def is_json(head: bytes) -> bool:
+    """Whether a file begins as JSON lines or a JSON array of objects."""
+    return _JSON_ROWS.match(head) is not None
+
+
+def is_json_array(head: bytes) -> bool:
+    """Whether a file begins as one JSON array of objects, and not as a line of its own that is an array."""
+    return _JSON_ARRAY.match(head.removeprefix(b"\xef\xbb\xbf")) is not None
+
+
+def instead_of_json_lines(head: bytes) -> str:
+    """What a file seems to be that has not one JSON object on a line, and what to do with it."""
+    start = head[:4096]
+    if b"\x00" in start:
+        wide = start[1::2].count(0) * 2 > len(start) * 0.7 or start[::2].count(0) * 2 > len(start) * 0.7
+        return "UTF-16 without a byte order mark; write it as UTF-8" if wide else "binary data; name another file"
+    if b"\r" in start and b"\n" not in start:
+        return "a file whose lines end in carriage returns alone; write it with newlines"
+    if start.lstrip().startswith((b"{", b"[")):
+        first = start.lstrip().split(b"\n", 1)[0]
+        if re.search(rb"\}\s*,?\s*\{", first):
+            return "JSON with several objects on a line; write one a line, or an array of them"
+        return "JSON over several lines that is no array; write one object a line, or an array of them"
+    if re.search(rb"[,;\t]", start.split(b"\n", 1)[0]):
+        return "CSV or TSV; name it .csv or .tsv"
+    return "text that is not JSON; write one object a line"
