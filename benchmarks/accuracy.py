@@ -96,7 +96,7 @@ class Reference:
             "criterion": settings.criterion,
             "quantile": settings.quantile,
             "check_layers": settings.check_layers,
-            "certified_on": settings.certified_on,
+            "certified": engine.certificate is not None,
             "deployed_as": engine.deployment.deployed_as,
         }
 

@@ -21,6 +21,7 @@ from .data import (
     unseen as unseen,
 )
 from .engine import (
+    Certificate as Certificate,
     Engine as Engine,
     EngineConfig as EngineConfig,
     ExitSettings as ExitSettings,

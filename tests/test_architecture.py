@@ -57,7 +57,7 @@ HEAVY: dict[str, dict[str, str]] = {
     },
     "scipy": {
         "geep.predictor.fitting": "sparse matrices of keys",
-        "geep.promise": "exact binomial bounds",
+        "geep.promise.bounds": "exact binomial bounds",
         "geep.calibration.profiling": "Spearman's rank correlation",
     },
     "matplotlib": {"geep.evaluation.report": "the figure, imported by the function that draws"},
@@ -471,7 +471,7 @@ assert answer.label.startswith("LABEL_")
     assert not (ours - plain) & left_out
     assert not ours & {"matplotlib", "pyarrow", "transformers.trainer"}
     rooms = {room_of(name) for name in ours if name.split(".")[0] == PACKAGE.name}
-    assert not rooms & {"training", "calibration", "evaluation", "data", "scoring", "promise", "cli"}
+    assert not rooms & {"training", "calibration", "evaluation", "data", "scoring", "cli"}
     assert not {name for name in ours if name.startswith("geep.") and name.endswith(".fitting")}
     # Nothing of others comes with geep but what looks its names up.
     others = {name.split(".")[0] for name in ours - plain} - {name.split(".")[0] for name in plain}

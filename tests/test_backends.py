@@ -154,7 +154,7 @@ def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
     assert all(any(backend.supports(config) for backend in BACKENDS.values()) for config in configs)
 
 
-@pytest.mark.parametrize("switch", [{"is_decoder": True}, {"chunk_size_feed_forward": 1}])
+@pytest.mark.parametrize("switch", [{"is_decoder": True}])
 def test_a_layer_that_a_switch_makes_another_one_runs_padded(switch: dict[str, Any]) -> None:
     """Engine and model agree whatever the config says of the layers: what is not plain is not packed."""
     model = make_model(**switch)

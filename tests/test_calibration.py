@@ -475,12 +475,18 @@ def test_a_model_that_answers_one_text_otherwise_is_not_constant(trained: Engine
     run = ExitRun.of(trained, FRESH)
     logits = torch.zeros_like(run.exit_logits)
     logits[..., 1] = 5.0
-    one = replace(run, exit_logits=logits)
+    one = replace(run, exit_logits=logits, texts="some")
+    fresh = replace(one, texts="others")
     with pytest.raises(ConstantModelError):
-        calibrate(trained, one, one, PROMISES["agreement"])
+        calibrate(trained, one, fresh, PROMISES["agreement"])
     logits = logits.clone()
     logits[:, 3] = torch.tensor([9.0, 0.0, 0.0])
-    calibrate(trained, one, replace(run, exit_logits=logits), PROMISES["agreement"])
+    calibrate(trained, one, replace(fresh, exit_logits=logits), PROMISES["agreement"])
+
+
+def test_texts_that_settings_were_chosen_on_do_not_certify(trained: Engine) -> None:
+    with pytest.raises(ValueError, match="those that settings are chosen on; expected others"):
+        calibrate(trained, FRESH, FRESH, PROMISES["agreement"])
 
 
 # Files

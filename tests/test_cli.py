@@ -21,6 +21,7 @@ from geep.backends import int8
 from geep.cli import app
 from geep.data import Split
 from geep.engine import Engine
+from geep.modeling import GeepForSequenceClassification
 
 
 def run(*arguments: str | Path, code: int = 0) -> Any:
@@ -47,6 +48,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     for part, count in (("train", 240), ("dev", 300), ("test", 40)):
         write_rows(folder / "data" / f"{part}.jsonl", count, seed=count)
+    shutil.copytree(folder / "data", folder / "large")
+    write_rows(folder / "large" / "dev.jsonl", 2000, seed=7)
+    plain = GeepForSequenceClassification.from_encoder(tiny_encoder("bert"), num_labels=3, exit_layers=[])
+    for part in (plain, make_tokenizer()):
+        part.save_pretrained(folder / "plain")
     summary = run(*train_arguments(folder), "--json")
     assert summary["steps"] > 0
     assert summary["calibration"]["speed"] >= 0
@@ -367,7 +373,8 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         **dict.fromkeys(("--output", "--model", "--recipe", "--head", "--epochs", "--batch-size"), ALWAYS),
         **dict.fromkeys(("--gradient-accumulation", "--learning-rate", "--max-length", "--max-train"), ALWAYS),
-        **dict.fromkeys(("--holdout", "--bf16", "--set", "--data-dir", "--seed", "--device"), ALWAYS),
+        **dict.fromkeys(("--bf16", "--set", "--data-dir", "--seed", "--device"), ALWAYS),
+        "--holdout": ("large dev",),
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json"), ALWAYS),
         **dict.fromkeys(("--exit-layers", "--calibrate"), ("vanilla",)),
         **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence"), ("vanilla", "no-calibrate")),
@@ -390,7 +397,8 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         "--revision": ("model folder",),
     },
     "predict": {
-        **dict.fromkeys(("--text", "--speed", "--top-k", "--json"), ALWAYS),
+        **dict.fromkeys(("--text", "--top-k", "--json"), ALWAYS),
+        "--speed": ("no exits",),
         **dict.fromkeys(("--device", "--dtype", "--backend", "--max-batch-tokens"), ALWAYS),
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only"), ALWAYS),
         **dict.fromkeys(("--output", "--overwrite", "--scores", "--chunk-rows"), ("text",)),
@@ -400,7 +408,8 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "demo": dict.fromkeys(("--output", "--text", "--max-texts", "--json"), ALWAYS),
 }
-VALUES = {"--max-drop": "1", "--min-agreement": "0.9", "--confidence": "0.9", "--chunk-rows": "9", "--threshold": "0.4"}
+# Options that 1 is no value of.
+VALUES = dict.fromkeys(("--min-agreement", "--confidence", "--threshold", "--speed", "--holdout"), "0.6")
 FLAGS = {"--calibrate", "--overwrite", "--scores"}
 
 
@@ -429,6 +438,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
     named = {
         ("train", "vanilla"): [workplace / "data", "-m", encoder, "--recipe", "vanilla"],
         ("train", "no-calibrate"): [workplace / "data", "-m", encoder, "--no-calibrate"],
+        ("train", "large dev"): [workplace / "large", "-m", encoder],
         ("train", "named data"): ["reuters-r8", "-m", encoder],
         ("train", "named encoder"): [workplace / "data"],
         ("train", "encoder folder"): [workplace / "data", "-m", encoder],
@@ -438,6 +448,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("predict", "one label"): [model, rows, "-o", tmp_path / "out.jsonl"],
         ("predict", "text, one label"): [model, "-t", "w1"],
         ("predict", "model folder"): [model, rows],
+        ("predict", "no exits"): [workplace / "plain", "-t", "w1"],
     }
     output = ["-o", str(tmp_path / "m")] if command == "train" else []
     given = [option] if option in FLAGS else [option, VALUES.get(option, "1")]
@@ -468,3 +479,17 @@ def test_a_promise_is_refused_in_the_words_and_units_of_its_options(
     model = workplace / "model"
     train = [str(workplace / "data"), "-m", str(workplace / "encoder"), "-o", str(tmp_path / "m")]
     assert message in run(command, *(train if command == "train" else [model]), *options, code=2)
+
+
+def test_a_finished_folder_is_for_the_promise_and_the_rows_that_it_was_made_with(
+    workplace: Path, tmp_path: Path
+) -> None:
+    again = train_arguments(workplace)
+    assert "nothing was changed" in run(*again)
+    before = (workplace / "model" / "calibration.json").read_bytes()
+    other = write_rows(tmp_path / "other.jsonl", 100, seed=9)
+    assert "calibrated, for another promise than" in run(*again, "--confidence", "0.9", code=2)
+    assert "calibrated, on other rows than" in run(*again, "--calibration", other, code=2)
+    both = run(*again, "--confidence", "0.9", "--calibration", other, code=2)
+    assert "for another promise and on other rows than" in both
+    assert (workplace / "model" / "calibration.json").read_bytes() == before

@@ -3,15 +3,19 @@
 import csv
 import gzip
 import json
+import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import date
-from io import StringIO
+from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
+from decimal import Decimal
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_engine, make_model, random_texts
 from numpy.typing import NDArray
 
 import geep
-from geep.data import BadRow, read_rows
+from geep.data import BadRow, Row, read_rows
 from geep.engine import Engine, Prediction
-from geep.scoring import Scorer, ScoreReport, score_file, stream as stream_file
+from geep.scoring import Scorer, ScoreReport, score_file, sinks, stream as stream_file
+from geep.scoring.journal import Journal
+from geep.scoring.values import json_text
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,11 @@ class FakeEngine:
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
 
 
-def write_source(path: Path, rows: int) -> Path:
-    """Rows of two columns; in JSON lines and CSV every tenth is bad."""
+def write_source(path: Path, rows: int, *, changed: int | None = None) -> Path:
+    """Rows of two columns; in JSON lines and CSV every tenth is bad. One may be another than usual."""
     records = [{"text": f'text "{i}",\r\nmore{"!" * (i % 7)}', "id": str(i)} for i in range(rows)]
+    if changed is not None:
+        records[changed]["text"] += "?"
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records, schema=pa.schema([("text", "string"), ("id", "string")])), path)
     elif path.suffix == ".jsonl":
@@ -649,3 +658,503 @@ def test_a_source_that_gains_a_column_meanwhile_is_refused(suffix: str, tmp_path
 
     with pytest.raises(ValueError, match=r"up to line 6 .*\['new'\].*do not change it"):
         score_file(Changing(), source, tmp_path / f"out{suffix}", chunk_rows=2)
+
+
+# What stays of a run that ends early
+
+
+class Kill(BaseException):
+    """Ends a run where it stands, as a kill would."""
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("source_suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_while_names_are_given_scores_nothing_again(
+    suffix: str, source_suffix: str, replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / f"in{source_suffix}", 25)
+    whole = tmp_path / f"whole{suffix}"
+    expected = score_file(FakeEngine(), source, whole, chunk_rows=10)
+    publish = Journal.publish
+    for step in range(8):
+        target = tmp_path / f"out{step}{suffix}"
+        if replaces:
+            target.write_bytes(b"older")
+            target.with_name(target.name + ".errors.jsonl").write_bytes(b"older")
+        left = step
+
+        def counted(real: Any) -> Any:
+            def act(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Kill
+                return real(*args, **options)
+
+            return act
+
+        def watched(journal: Journal, files: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "replace", counted(os.replace))
+                patch.setattr(Path, "unlink", counted(Path.unlink))
+                publish(journal, files)
+
+        monkeypatch.setattr(Journal, "publish", watched)
+        try:
+            first = score_file(FakeEngine(), source, target, chunk_rows=10, overwrite=replaces)
+        except Kill:
+            monkeypatch.setattr(Journal, "publish", publish)
+            engine = FakeEngine()
+            first = score_file(engine, source, target, chunk_rows=10, overwrite=replaces)
+            assert engine.calls == []
+            is_killed = True
+        else:
+            is_killed = False
+        assert replace(first, seconds=0, errors_file=None) == replace(expected, seconds=0, errors_file=None)
+        assert target.read_bytes() == whole.read_bytes()
+        assert beside(target) == ([f"{target.name}.errors.jsonl"] if expected.num_bad else [])
+        if not is_killed:
+            assert step >= 4
+            return
+    raise AssertionError("there are more steps than were tried")
+
+
+def test_only_one_run_writes_a_result(tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / "out.jsonl"
+
+    class Meanwhile(FakeEngine):
+        def predict_columns(self, texts: Any, /, **options: Any) -> Made:
+            if texts:
+                with pytest.raises(BlockingIOError, match=r"Another run is writing .*out\.jsonl.*wait"):
+                    score_file(FakeEngine(), source, target)
+            return super().predict_columns(texts, **options)
+
+    (tmp_path / "out.jsonl.partial.lock").touch()  # left behind by a process that was killed
+    score_file(Meanwhile(), source, target, chunk_rows=10)
+    assert beside(target) == ["out.jsonl.errors.jsonl"]
+    assert len(read_back(target)) == 23
+
+
+def test_a_result_is_replaced_only_where_it_is_said(tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / "out.jsonl"
+    score_file(FakeEngine(), source, target)
+    before = target.read_bytes()
+    with pytest.raises(FileExistsError, match=r"out\.jsonl exists: a finished result.*overwrite=True \(--overwrite\)"):
+        score_file(FakeEngine(), source, target)
+    engine = FakeEngine(fail_at=1)
+    with pytest.raises(RuntimeError, match="killed"):
+        score_file(engine, source, target, chunk_rows=10, overwrite=True)
+    assert target.read_bytes() == before
+    with pytest.raises(FileExistsError):
+        score_file(FakeEngine(), source, target, chunk_rows=10)
+    engine = FakeEngine()
+    score_file(engine, source, target, chunk_rows=10, overwrite=True)
+    assert len(engine.calls) == 2
+    assert target.read_bytes() == before
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.jsonl", 25)
+    (tmp_path / "there").mkdir()
+    link, place = tmp_path / "out.jsonl", tmp_path / "there" / "real.jsonl"
+    link.symlink_to(place)
+    (tmp_path / "from.jsonl").symlink_to(source)
+    report = score_file(FakeEngine(), tmp_path / "from.jsonl", link)
+    assert link.is_symlink()
+    assert len(read_back(place)) == report.rows == 23
+    assert report.errors_file == f"{place}.errors.jsonl"
+    assert beside(link) == []
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_text_without_finite_scores_is_left_out(suffix: str, tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / f"out{suffix}"
+    report = score_file(FakeEngine(broken='"3"'), source, target, chunk_rows=10, scores=True)
+    assert [row["id"] for row in read_back(target)] == [str(i) for i in range(25) if i not in (3, 9, 19)]
+    assert [row.line for row in report.bad_rows] == [4, 10, 20]
+    assert "no finite scores" in report.bad_rows[0].reason
+    assert report.rows == sum(report.exit_layer_counts.values()) == 22
+
+
+def test_an_engine_goes_on_after_a_text_without_finite_scores(tmp_path: Path) -> None:
+    engine = make_engine(table=False)
+    texts = [f"w{i} w{i + 1}" for i in range(12)]
+    answers = engine.predict(texts)
+    vocabulary = engine.tokenizer.get_vocab()
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[vocabulary["w5"]] = float("nan")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    report = score_file(engine, source, target)
+    assert [row.line for row in report.bad_rows] == [5, 6]
+    kept = [answer for i, answer in enumerate(answers) if i not in (4, 5)]
+    assert [row["label"] for row in read_back(target)] == [answer.label for answer in kept]
+    assert [row["score"] for row in read_back(target)] == pytest.approx([answer.score for answer in kept], abs=1e-6)
+
+
+def damaged_gzip(path: Path, rows: int) -> tuple[Path, bytes]:
+    """A compressed file cut in its middle, and its bytes before."""
+    source = write_source(path.with_name("plain.jsonl"), rows)
+    whole = gzip.compress(source.read_bytes(), mtime=0)
+    path.write_bytes(whole[: len(whole) // 2])
+    return path, whole
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("chunk_rows", [10, 4096])
+def test_rows_before_the_damage_are_kept_and_a_mended_file_goes_on(
+    suffix: str, chunk_rows: int, tmp_path: Path
+) -> None:
+    source, bytes_of_whole = damaged_gzip(tmp_path / "in.jsonl.gz", 500)
+    target, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+    first = FakeEngine()
+    with pytest.raises(
+        ValueError, match=r"is damaged after line \d+.* (\d+) rows of the source are done, in .*Mend"
+    ) as e:
+        score_file(first, source, target, chunk_rows=chunk_rows)
+    done = int(re.search(r"(\d+) rows of the source are done", str(e.value))[1])  # type: ignore[index]
+    assert sum(map(len, first.calls)) == done - done // 10 > 100
+    partial = tmp_path / f"out{suffix}.partial"
+    if suffix != ".parquet":
+        kept = tmp_path / f"kept{suffix}"
+        kept.write_bytes(partial.read_bytes())
+        assert len(read_back(kept)) == done - done // 10
+    source.write_bytes(bytes_of_whole)
+    second = FakeEngine()
+    score_file(second, source, target, chunk_rows=chunk_rows)
+    assert len(second.calls) == (50 - done // 10 if chunk_rows == 10 else 1)
+    score_file(FakeEngine(), source, whole, chunk_rows=chunk_rows)
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_rows_before_a_damaged_page_of_parquet_are_kept(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.parquet", tmp_path / "out.jsonl"
+    table = pa.table({"text": [f"{i} " + "x" * 100 for i in range(6000)]})
+    pq.write_table(table, source, row_group_size=2000, compression="none", use_dictionary=False)
+    whole = source.read_bytes()
+    column = pq.ParquetFile(source).metadata.row_group(2).column(0)
+    start = column.data_page_offset
+    source.write_bytes(whole[:start] + b"\xff" * 64 + whole[start + 64 :])
+    engine = FakeEngine()
+    with pytest.raises(ValueError, match="4000 rows of the source are done"):
+        score_file(engine, source, target, chunk_rows=500)
+    source.write_bytes(whole)
+    engine = FakeEngine()
+    assert score_file(engine, source, target, chunk_rows=500).rows == 6000
+    assert sum(map(len, engine.calls)) == 2000
+
+
+@pytest.mark.parametrize("source_suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("change", ["done", "after", "longer", "shorter", "touched"])
+def test_a_source_is_known_again_by_its_rows(
+    source_suffix: str, change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = write_source(tmp_path / f"in{source_suffix}", 45), tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="killed"):
+        score_file(FakeEngine(fail_at=3), source, target, chunk_rows=10)
+    match change:
+        case "done" | "after":
+            write_source(source, 45, changed=5 if change == "done" else 41)
+        case "longer" | "shorter":
+            write_source(source, 60 if change == "longer" else 20)
+        case "touched":
+            os.utime(source, (1, 1))
+    engine = FakeEngine()
+    report = score_file(engine, source, target, chunk_rows=10)
+    starts_over = change in ("done", "shorter")
+    assert len(engine.calls) == {"done": 5, "after": 2, "longer": 3, "shorter": 2, "touched": 2}[change]
+    assert ("has changed since" in caplog.text) == starts_over
+    whole = score_file(FakeEngine(), source, tmp_path / "whole.jsonl", chunk_rows=10)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert report.rows == whole.rows
+
+
+# Pipes
+
+
+def through_pipe(path: Path, data: bytes) -> threading.Thread:
+    """Writes into a FIFO, once, when somebody reads it."""
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(data,))
+    writer.start()
+    return writer
+
+
+@pytest.mark.parametrize("source_suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_pipe_is_read_once(source_suffix: str, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = write_source(tmp_path / f"in{source_suffix}", 25)
+    whole, target = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    score_file(FakeEngine(), plain, whole, chunk_rows=10)
+    caplog.clear()
+    writer = through_pipe(tmp_path / f"pipe{source_suffix}", plain.read_bytes())
+    score_file(FakeEngine(), tmp_path / f"pipe{source_suffix}", target, chunk_rows=10, progress=lambda *told: None)
+    writer.join()
+    assert target.read_bytes() == whole.read_bytes()
+    assert "is read once" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_a_row_of_a_pipe_that_fits_no_column_is_left_out(suffix: str, tmp_path: Path) -> None:
+    lines: list[dict[str, object]] = [{"text": "a", "n": 1}, {"text": "b"}, {"text": "c", "new": 2}]
+    lines += [{"text": "d", "n": "x"}, {"text": "e", "n": 2}]
+    pipe, target = tmp_path / "in.jsonl", tmp_path / f"out{suffix}"
+    writer = through_pipe(pipe, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    report = score_file(FakeEngine(), pipe, target, chunk_rows=2)
+    writer.join()
+    reasons = {row.line: row.reason for row in report.bad_rows}
+    expected = {".csv": [3], ".parquet": [3, 4], ".jsonl": []}[suffix]
+    assert list(reasons) == expected
+    if 3 in expected:
+        assert reasons[3] == "column 'new' is not among those of the first rows: ['text', 'n']"
+    if 4 in expected:
+        assert reasons[4] == "column 'n' holds int64 in the first rows, found \"x\""
+    assert len(read_back(target)) == 5 - len(expected)
+
+
+def test_a_pipe_that_breaks_off_is_not_continued(tmp_path: Path) -> None:
+    _, whole = damaged_gzip(tmp_path / "in.jsonl.gz", 500)
+    target = tmp_path / "out.jsonl"
+    writer = through_pipe(tmp_path / "pipe.jsonl.gz", whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="run again from the beginning: what came through a pipe"):
+        score_file(FakeEngine(), tmp_path / "pipe.jsonl.gz", target, chunk_rows=10)
+    writer.join()
+    (tmp_path / "pipe.jsonl.gz").unlink()
+    writer = through_pipe(tmp_path / "pipe.jsonl.gz", whole)
+    engine = FakeEngine()
+    assert score_file(engine, tmp_path / "pipe.jsonl.gz", target, chunk_rows=10).rows == 450
+    writer.join()
+    assert len(engine.calls) == 50
+
+
+def test_standard_input_goes_to_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / "out.jsonl"
+    expected = score_file(FakeEngine(), plain, target, chunk_rows=10)
+    with plain.open("rb") as file:
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(file))
+        report = score_file(FakeEngine(), "-", "-", chunk_rows=10)
+    assert capfdbinary.readouterr().out == target.read_bytes()
+    assert (report.rows, report.num_bad, report.errors_file) == (expected.rows, expected.num_bad, None)
+    assert "Line 10 is left out: invalid JSON" in caplog.text
+    assert sorted(tmp_path.iterdir()) == [plain, target, tmp_path / "out.jsonl.errors.jsonl"]
+
+
+# Columns that are carried
+
+
+def of_integers(kind: pa.DataType, values: list[int | None]) -> pa.Array:
+    """Times by the numbers that are stored."""
+    return pa.array(values, pa.int32() if kind.bit_width == 32 else pa.int64()).view(kind)
+
+
+NANOSECONDS = 1_700_000_000_123_456_789
+CARRIED: dict[str, tuple[pa.Array, object, str]] = {
+    # Name: three values (the second a null), the first in JSON, the first in CSV.
+    "ns": (
+        of_integers(pa.timestamp("ns"), [NANOSECONDS, None, -1]),
+        "2023-11-14T22:13:20.123456789",
+        "2023-11-14T22:13:20.123456789",
+    ),
+    "ns_zone": (
+        of_integers(pa.timestamp("ns", "Europe/Berlin"), [NANOSECONDS, None, 0]),
+        "2023-11-14T23:13:20.123456789+01:00",
+        "2023-11-14T23:13:20.123456789+01:00",
+    ),
+    "us": (of_integers(pa.timestamp("us"), [5, None, 0]), "1970-01-01T00:00:00.000005", "1970-01-01T00:00:00.000005"),
+    "far": (
+        of_integers(pa.timestamp("us"), [2**62, None, 0]),
+        "4611686018427387904 us since 1970-01-01",
+        "4611686018427387904 us since 1970-01-01",
+    ),
+    "far_zone": (
+        of_integers(pa.timestamp("ms", "UTC"), [2**60, None, 0]),
+        "1152921504606846976 ms since 1970-01-01",
+        "1152921504606846976 ms since 1970-01-01",
+    ),
+    "far_day": (
+        of_integers(pa.date32(), [2**30, None, 0]),
+        "1073741824 days since 1970-01-01",
+        "1073741824 days since 1970-01-01",
+    ),
+    "no_zone": (
+        of_integers(pa.timestamp("s", "Nowhere/Here"), [60, None, 0]),
+        "1970-01-01T00:01:00+00:00",
+        "1970-01-01T00:01:00+00:00",
+    ),
+    "time_ns": (of_integers(pa.time64("ns"), [1001, None, 0]), "00:00:00.000001001", "00:00:00.000001001"),
+    "duration": (of_integers(pa.duration("ns"), [-1500, None, 0]), "PT-0.0000015S", "PT-0.0000015S"),
+    "long_duration": (of_integers(pa.duration("s"), [2**50, None, 0]), f"PT{2**50}S", f"PT{2**50}S"),
+    "decimal": (pa.array([Decimal("12.50"), None, Decimal("0.01")], pa.decimal128(9, 2)), "12.50", "12.50"),
+    "wide_decimal": (
+        pa.array([Decimal("9" * 60), None, Decimal(1)], pa.decimal256(70, 0)),
+        "9" * 60,
+        "9" * 60,
+    ),
+    "dictionary": (pa.array(["b", None, "a"]).dictionary_encode(), "b", "b"),
+    "view": (
+        pa.array(["long enough to be kept elsewhere", None, ""], pa.string_view()),
+        "long enough to be kept elsewhere",
+        "long enough to be kept elsewhere",
+    ),
+    "large": (pa.array(["x", None, ""], pa.large_string()), "x", "x"),
+    "bytes": (pa.array([b"\xff\x00", None, b""]), "/wA=", "/wA="),
+    "fixed": (pa.array([b"ab", None, b"cd"], pa.binary(2)), "YWI=", "YWI="),
+    "unsigned": (pa.array([2**64 - 1, None, 0], pa.uint64()), 2**64 - 1, str(2**64 - 1)),
+    "infinite": (pa.array([float("-inf"), None, 1.5]), "-Infinity", "-Infinity"),
+    "nan": (pa.array([float("nan"), None, 1.5]), None, "NaN"),
+    "half": (pa.array(np.array([0.5, 1, 2], np.float16), mask=np.array([0, 1, 0], bool)), 0.5, "0.5"),
+    "nothing": (pa.nulls(3), None, ""),
+    "list_ns": (
+        pa.ListArray.from_arrays(pa.array([0, None, 2, 2], pa.int32()), of_integers(pa.timestamp("ns"), [1, None])),
+        ["1970-01-01T00:00:00.000000001", None],
+        '["1970-01-01T00:00:00.000000001", null]',
+    ),
+    "pair_list": (pa.array([[1, None], None, [2, 3]], pa.list_(pa.int8(), 2)), [1, None], "[1, null]"),
+    "map": (
+        pa.array([[("k", timedelta(seconds=90))], None, []], pa.map_(pa.string(), pa.duration("ms"))),
+        [["k", "PT90S"]],
+        '[["k", "PT90S"]]',
+    ),
+    "struct": (
+        pa.array(
+            [{"d": Decimal("1.0"), "l": [{"b": b"\x00"}]}, None, {"d": None, "l": None}],
+            pa.struct([("d", pa.decimal128(5, 1)), ("l", pa.list_(pa.struct([("b", pa.binary())])))]),
+        ),
+        {"d": "1.0", "l": [{"b": "AA=="}]},
+        '{"d": "1.0", "l": [{"b": "AA=="}]}',
+    ),
+}
+
+
+def carried_source(path: Path) -> pa.Table:
+    """A Parquet file of every kind of column, with metadata of schema and fields; its middle row is a bad one."""
+    columns = {"text": pa.array(["a", None, "b"])} | {name: column for name, (column, _, _) in CARRIED.items()}
+    fields = [pa.field(name, column.type, metadata={"unit": name}) for name, column in columns.items()]
+    table = pa.table(list(columns.values()), schema=pa.schema(fields, metadata={"source": "a test"}))
+    pq.write_table(table, path)
+    return pq.read_table(path)
+
+
+def test_parquet_columns_go_to_parquet_as_they_are(tmp_path: Path) -> None:
+    table = carried_source(tmp_path / "in.parquet")
+    target = tmp_path / "out.parquet"
+    report = score_file(FakeEngine(), tmp_path / "in.parquet", target)
+    assert [row.line for row in report.bad_rows] == [2]
+    found = pq.read_table(target).drop_columns(list(ADDED))
+    assert found.schema.equals(table.schema, check_metadata=True)
+    nan = ["nan"]
+    assert found.drop_columns(nan).equals(table.take([0, 2]).combine_chunks().drop_columns(nan))
+    np.testing.assert_array_equal(found["nan"], table["nan"].take([0, 2]))
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_every_arrow_type_has_a_form_in_json_and_csv(name: str, tmp_path: Path) -> None:
+    column, in_json, in_csv = CARRIED[name]
+    source = tmp_path / "in.parquet"
+    # Beside slices and several batches, of which values must be those of their rows.
+    table = pa.table({"text": ["a", "b", "c"], "it": column})
+    pq.write_table(pa.concat_tables([table] * 400), source)
+    score_file(FakeEngine(), source, tmp_path / "out.jsonl", chunk_rows=1000)
+    score_file(FakeEngine(), source, tmp_path / "out.csv", chunk_rows=1000)
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    cells = [str(row["it"]) for row in read_back(tmp_path / "out.csv")]
+    assert [record["it"] for record in records[::3]] == [in_json] * 400
+    assert cells[::3] == [in_csv] * 400
+    assert {record["it"] for record in records[1::3]} == {None}
+    assert set(cells[1::3]) == {""}
+    assert len({json.dumps(record["it"]) for record in records[2::3]}) == 1
+    first, *_ = read_rows(source)
+    assert isinstance(first, Row)
+    assert json.loads(json_text(first.fields["it"])) == in_json
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+    ids=str,
+)
+def test_texts_of_every_string_type_are_read(kind: pa.DataType, tmp_path: Path) -> None:
+    source, texts = tmp_path / "in.parquet", ["größer", "", "b" * 20, "größer"]
+    table = pa.table({"text": pa.array(texts).cast(kind), "text_pair": pa.array(texts[::-1]).cast(kind)})
+    pq.write_table(table, source)
+    engine = FakeEngine()
+    score_file(engine, source, tmp_path / "out.jsonl")
+    assert engine.calls == [list(zip(texts, texts[::-1], strict=True))]
+    assert [row["text"] for row in read_back(tmp_path / "out.jsonl")] == texts
+    score_file(engine, source, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").drop_columns(list(ADDED)).equals(pq.read_table(source))
+
+
+def test_bytes_that_are_no_text_are_a_bad_row_that_names_the_byte(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"a", b"ab\xff", b"c"])}), source)
+    report = score_file(FakeEngine(), source, tmp_path / "out.jsonl")
+    (bad,) = report.bad_rows
+    assert (bad.line, bad.reason) == (2, "column 'text' is not UTF-8: byte 0xff at byte 3 of the value")
+    assert [row["text"] for row in read_back(tmp_path / "out.jsonl")] == ["a", "c"]
+
+
+def test_bad_bytes_in_a_column_beside_the_text_are_kept(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    broken = pa.array([b"a\xff", b"b"]).view(pa.string())
+    pq.write_table(pa.table({"text": ["x", "y"], "id": broken}), source)
+    score_file(FakeEngine(), source, tmp_path / "out.jsonl")
+    assert [row["id"] for row in read_back(tmp_path / "out.jsonl")] == ["a\\xff", "b"]
+    score_file(FakeEngine(), source, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["id"].cast(pa.binary()).to_pylist() == [b"a\xff", b"b"]
+
+
+def test_categories_that_differ_between_row_groups_stay_what_they_are(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    parts = [pa.array(words).dictionary_encode() for words in (["a", "b"], ["c", "a"], ["d", "d"])]
+    schema = pa.schema([("text", pa.string()), ("it", parts[0].type)])
+    with pq.ParquetWriter(source, schema) as writer:
+        for part in parts:
+            writer.write_table(pa.table([["x", "y"], part], schema=schema))
+    score_file(FakeEngine(), source, target, chunk_rows=3)
+    found = pq.read_table(target)["it"]
+    assert found.type == parts[0].type
+    assert found.to_pylist() == ["a", "b", "c", "a", "d", "d"]
+
+
+def test_names_that_pandas_wrote_are_those_of_the_result(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    said = {
+        "index_columns": ["label", {"kind": "range", "start": 0}],
+        "columns": [{"name": "text", "field_name": "text"}, {"name": None, "field_name": "label"}],
+    }
+    table = pa.table({"text": ["a"], "label": [1]}).replace_schema_metadata({"pandas": json.dumps(said)})
+    pq.write_table(table, source)
+    score_file(FakeEngine(), source, target)
+    found = json.loads(pq.read_schema(target).metadata[b"pandas"])
+    assert found["index_columns"] == ["input_label", {"kind": "range", "start": 0}]
+    assert [column["field_name"] for column in found["columns"]] == ["text", "input_label"]
+
+
+def test_row_groups_of_a_result_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write_source(tmp_path / "in.parquet", 100), tmp_path / "out.parquet"
+
+    def groups(chunk_rows: int) -> list[int]:
+        score_file(FakeEngine(), source, target, chunk_rows=chunk_rows, overwrite=True)
+        found = pq.read_metadata(target)
+        assert found.num_rows == 100
+        return [found.row_group(index).num_rows for index in range(found.num_row_groups)]
+
+    assert groups(7) == [100]
+    monkeypatch.setattr(sinks, "_GROUP_ROWS", 30)
+    assert groups(7) == [28, 28, 28, 16]
+    assert groups(100) == [30, 30, 30, 10]
+    monkeypatch.setattr(sinks, "_GROUP_BYTES", 400)
+    assert max(groups(100)) < 10

@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import NUM_LAYERS, make_model, random_batch, tiny_encoder, toy_task
+from conftest import NUM_LAYERS, make_model, make_tokenizer, random_batch, tiny_encoder, toy_task
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from geep.data import DataPlan, MappedTexts, Split
+from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.folder import Provenance
 from geep.modeling import HEADS, ExitOutput, GeepForSequenceClassification, first_linear
 from geep.training import (
@@ -37,6 +39,7 @@ from geep.training import (
     distillation_loss,
     encode,
     exit_label_loss,
+    fine_tuning,
     full_model_loss,
     guided_shared_exit_loss,
     run_recipe,
@@ -956,3 +959,56 @@ def test_a_folder_that_is_not_finished_has_no_provenance(tmp_path: Path) -> None
     (tmp_path / "training.json").write_text('{"about": {}}', "utf-8")
     with pytest.raises(ValueError, match="no record of a training"):
         Provenance.read(tmp_path)
+
+
+# Texts without any token
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+@pytest.mark.parametrize("backend", ["packed", "padded"])
+def test_batches_of_texts_without_any_token_are_learned_from_and_answered(
+    head: str, backend: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    # Some tokenizers add no special tokens: an empty text then has none at all.
+    bare = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = bare
+    texts = ["", " ", "", "\t", "w1", "", "w2 w3", ""]
+    rows = encode(tokenizer, texts, np.array([0, 1, 2, 0, 1, 2, 0, 1]), max_length=8)
+    assert sorted(rows.lengths.tolist()) == [0, 0, 0, 0, 0, 0, 1, 2]
+    model = make_model(head=head)
+    options: dict[str, Any] = {"settings": settings(epochs=2, batch_size=2), "device": "cpu"}
+    run_recipe(model, tokenizer, rows, checkpoint_dir=tmp_path, dev=rows, **options)
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    config = EngineConfig(device="cpu", backend=backend)
+    engine = Engine(model, tokenizer, config=config, settings=ExitSettings(speed=0.5, criterion="entropy"))
+    empty, blank, *_ = engine.predict(texts)
+    (alone,) = engine.predict([""])
+    assert alone.scores == pytest.approx(empty.scores, abs=1e-6)
+    assert blank.scores == pytest.approx(empty.scores, abs=1e-6)
+
+
+# Several processes
+
+
+class OtherProcess:
+    """What a process that is not the first one is told by accelerate."""
+
+    is_main_process = False
+    waited: ClassVar[list[Path]] = []
+    folder: ClassVar[Path]
+
+    def wait_for_everyone(self) -> None:
+        self.waited.extend(self.folder.iterdir())
+
+
+def test_of_several_processes_the_first_one_writes(
+    plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OtherProcess, "folder", tmp_path / "model", raising=False)
+    monkeypatch.setattr(fine_tuning, "PartialState", OtherProcess)
+    options: dict[str, Any] = {"encoder": encoder_folder, "settings": settings(epochs=1), "device": "cpu"}
+    found = train(plan.parts(), tmp_path / "model", plan=plan, **options)
+    assert found.steps > 0
+    assert [path.name for path in OtherProcess.waited] == ["checkpoints"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["checkpoints"]

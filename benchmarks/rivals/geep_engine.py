@@ -47,7 +47,7 @@ def load(job: Job) -> Loaded:
         ways += lines.budgets(options["budgets"], profile)
     about: dict[str, Any] = {
         "deployed_as": engine.deployment.deployed_as,
-        "certified_on": engine.settings.certified_on,
+        "certified": engine.certificate is not None,
         "speed": engine.settings.speed,
         "lengths": run.batch.lengths.tolist(),
         "depths": list(engine.depths),

@@ -208,7 +208,6 @@ def mix_runs(query: Tensor, scale: float, hidden: Tensor, runs: Sequence[LengthR
 _PLAIN: Mapping[str, object] = {
     "is_decoder": False,  # tokens see only those before them
     "add_cross_attention": False,
-    "chunk_size_feed_forward": 0,
     "position_embedding_type": "absolute",
 }
 

@@ -110,7 +110,7 @@ def calibrate(
         TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
         ConstantModelError: If the full model gives all of the texts the same answer.
         ValueError: If the promise is about accuracy and labels are missing, or labels are not the model's, or the
-            criterion is unknown or was not learned.
+            criterion is unknown or was not learned, or both texts are the same.
     """
     base = base_settings(engine, on_miss)
     for judge in criteria(base, criterion):
@@ -134,6 +134,11 @@ def calibrate(
             (fresh, "all exits, texts to certify the promise on"),
         )
     )
+    if certified.run.texts and certified.run.texts == tuned.run.texts:
+        raise ValueError(
+            "The texts to certify on are those that settings are chosen on; expected others. What fits the texts that it "
+            "was chosen on proves nothing: hold other rows out (`geep.divide`)."
+        )
     _check_not_constant(tuned, certified)
     choice = choose(
         tuned, each, on_miss=on_miss, criterion=criterion, lexical_exit=lexical_exit, cost=cost, progress=progress

@@ -141,6 +141,8 @@ def train_command(
         if seed is not None:
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
         dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
+        if is_enough_to_hold_out(dataset.dev):
+            opt.refuse_ignored(context, ["holdout"], "with a development split of so many rows")
         parts = plan.divide(dataset)
         certifying = rows_to_certify(console, calibration, parts, plan)
         show.rows(console, dataset, parts)
@@ -176,7 +178,9 @@ def train_command(
                 summary["profile"] = found.record()
                 summary["calibration"] = run_calibration(console, found, certifying, output, asked)
             else:
-                keep_calibration(console, output, before, max_drop=max_drop, min_agreement=min_agreement)
+                is_asked = (max_drop, min_agreement, confidence) != (None, None, 0.95)
+                rows = None if calibration is None else certifying
+                keep_calibration(console, output, before, asked if is_asked else None, rows)
                 summary["calibration"] = before
         show.document(summary, as_json)
 
@@ -295,6 +299,13 @@ def calibrate_command(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def is_enough_to_hold_out(dev: geep.Split | None) -> bool:
+    """Whether a development split is profiled and calibrated on alone; see `geep.divide`."""
+    from geep.data.parts import ROWS_TO_CERTIFY
+
+    return dev is not None and len(dev) >= 2 * ROWS_TO_CERTIFY
+
+
 def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
     """The rows of a file that was named, less those that were learned or chosen on; else those that were held out."""
     if calibration is None:
@@ -337,19 +348,21 @@ def calibration_of(folder: Path) -> dict[str, Any] | None:
 
 
 def keep_calibration(
-    console: Console, folder: Path, before: Mapping[str, Any], *, max_drop: float | None, min_agreement: float | None
+    console: Console, folder: Path, before: Mapping[str, Any], asked: geep.Promise | None, rows: geep.Split | None
 ) -> None:
-    """Say that a finished folder stays as it is; refuse a promise that it was not calibrated for."""
-    kept = before.get("promise")
-    asked = (max_drop, min_agreement)
-    if asked != (None, None):
-        wanted = opt.promise(max_drop, min_agreement, 0.95)
-        found = None if kept is None else (kept["max_accuracy_drop"], kept["min_agreement"])
-        if found != (wanted.max_accuracy_drop, wanted.min_agreement):
-            raise ValueError(
-                f"{folder} is trained and calibrated, for another promise than the one asked for. Nothing was changed; "
-                f"run `geep calibrate {folder}` with that promise."
-            )
+    """Say that a finished folder stays as it is; refuse a promise or rows, if named, that it was not calibrated for."""
+    certificate = geep.CalibrationFile.read(folder).certificate
+    other = []
+    if certificate is not None:
+        if asked is not None and geep.Promise(**before["promise"]) != asked:
+            other.append("for another promise")
+        if rows is not None and certificate["texts"] != rows.digest():
+            other.append("on other rows")
+    if other:
+        raise ValueError(
+            f"{folder} is trained and calibrated, {' and '.join(other)} than what was asked for. Nothing was changed; "
+            f"run `geep calibrate {folder}` with the same options."
+        )
     what = f"speed {before['speed']:g}" if "refused" not in before else "the full model answers"
     console.print(
         f"Trained and calibrated already ({what}); nothing was changed. `geep calibrate` finds another speed.",

@@ -135,10 +135,12 @@ def run_evaluation(
         criterion=settings.criterion,
         quantile=settings.quantile,
         lexical_exit=settings.lexical_exit,
-        calibrated_speed=settings.speed,
+        calibrated_speed=settings.speed if engine.certificate else None,
     )
     geep.draw(found, folder / "evaluation.png", title=f"{name}, {engine.depths[-1]} layers")
     show.evaluated(console, found)
+    if engine.certificate is None:
+        console.print("[yellow]No promise covers this engine as it runs here: its speed is not certified.[/]")
     console.print(escape(f"Written: {folder / 'evaluation.jsonl'}, {folder / 'evaluation.png'}"), soft_wrap=True)
     return found
 
@@ -217,6 +219,8 @@ def predict_command(
         )
         if not engine.multi_label:
             opt.refuse_ignored(context, ["threshold"], "with a model that gives each text one label")
+        if len(engine.depths) == 1:
+            opt.refuse_ignored(context, ["speed"], "with a model that has no exits")
         if source is None:
             answers = answer_texts(engine, text or [], top_k=top_k, threshold=threshold)
             show.predictions(console, answers, multi_label=engine.multi_label)

@@ -1,35 +1,29 @@
-"""JSON lines, CSV, TSV and Parquet as streams of rows, in bounded memory.
+"""Files as streams of rows: the reader of a file is chosen by its name and by what it holds.
 
-Read `read_rows`, then the reader of a format. What a label means and what rows are for is decided elsewhere.
+Read `open_rows`, then `read_rows`. What a label means and what rows are for is decided elsewhere.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
+import contextlib
 import os
-import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
 
+from geep.data.compression import COMPRESSIONS, Opened, is_stream, open_bytes
+from geep.data.delimited import Delimited, warn_once
+from geep.data.json_rows import read_json
+from geep.data.kinds import foreign_kind, is_json
 from geep.data.parquet import open_parquet, read_parquet
-from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, damaged, shown, unique_names
+from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, unique_names
 
-FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+_TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 
+FORMATS = (*(kind + packed for kind in _TEXT_FORMATS for packed in ("", *COMPRESSIONS)), ".parquet")
+"""Endings of the names of files that are read."""
 
-# A line, or a quoted field that is never closed, may be as long as the file: these two bound what is held of it.
-_MAX_LINE_BYTES = 64 * 2**20
-
-
-_MAX_FIELD_CHARS = 16 * 2**20
-
-
-# Rows of a .jsonl file looked at before a text column that none of them has is called missing.
-_HEADER_ROWS = 100
+_IN_WORDS = f"{', '.join(_TEXT_FORMATS)} (each also {', '.join(COMPRESSIONS)}) or .parquet"
 
 
 def file_format(path: str | os.PathLike[str]) -> str:
@@ -42,29 +36,58 @@ def file_format(path: str | os.PathLike[str]) -> str:
     for suffix in FORMATS:
         if name.endswith(suffix):
             return suffix
-    raise ValueError(f"{path} is of no known format; expected a name that ends with one of {', '.join(FORMATS)}.")
+    raise ValueError(f"{path} is of no known format; expected a name that ends with one of {_IN_WORDS}.")
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
-    """Return the column names that a file declares, in its order.
+@dataclass(frozen=True, eq=False)
+class RowStream:
+    """The rows of one open file, to be iterated over once; `read_rows` says what comes out.
 
-    Returns:
-        The names; empty for a CSV file without a single line. None for JSON lines, which declare nothing.
+    Attributes:
+        format: What is read: ``.jsonl`` (lines of JSON, or an array), ``.csv``, ``.tsv`` or ``.parquet``.
+        header: Names of the columns that the file declares, in its order; empty for a CSV file without a single line.
+            None for JSON, which declares nothing.
+    """
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the format is unknown, the header is unreadable or names a column twice.
+    format: str
+    header: tuple[str, ...] | None
+    _rows: Iterator[Row | BadRow] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        return self._rows
+
+
+@contextlib.contextmanager
+def open_rows(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str = "text",
+    text_pair_column: str = PAIR_COLUMN,
+    label_column: str = "label",
+    require_label: bool = False,
+    quoting: bool | None = None,
+) -> Iterator[RowStream]:
+    """Open a file for one pass over its header and its rows; a pipe is opened this once.
+
+    Standard input (``-``) and pipes without an ending of `FORMATS` hold what they seem to hold: JSON, or else CSV with
+    the delimiter that gives its header the text column. Arguments and errors are those of `read_rows`.
     """
     path = _existing(path)
-    suffix = file_format(path)
-    if suffix.startswith(".jsonl"):
-        return None
-    if suffix == ".parquet":
-        with open_parquet(path) as file:
-            return unique_names(path, file.schema_arrow.names)
-    with _open_binary(path) as binary:
-        header, _ = _csv_header(path, _TextLines(binary), suffix)
-    return header
+    columns = Columns(text_column, text_pair_column, label_column, require_label)
+    named = _named_format(path)
+    if named == ".parquet" and is_stream(path):
+        raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
+    with open_bytes(path) as opened:
+        declared = _check_kind(path, named, opened)
+        if declared == ".parquet":
+            with open_parquet(path) as file:
+                header = unique_names(path, file.schema_arrow.names)
+            yield RowStream(declared, header, read_parquet(path, columns))
+        elif declared == ".jsonl":
+            yield RowStream(declared, None, read_json(path, opened, columns))
+        else:
+            table = Delimited(path, opened, "\t" if declared == ".tsv" else ",", columns, quoting)
+            yield RowStream(declared, table.header, table.rows())
 
 
 def read_rows(
@@ -74,214 +97,116 @@ def read_rows(
     text_pair_column: str = PAIR_COLUMN,
     label_column: str = "label",
     require_label: bool = False,
+    quoting: bool | None = None,
 ) -> Iterator[Row | BadRow]:
     """Stream the rows of a file, good and bad, in the file's order.
 
     Every row of the file comes out exactly once, as a `Row` or as a `BadRow`: a bad row never ends the stream. Memory
-    stays bounded whatever the file's size. Blank lines are no rows; a byte order mark is accepted.
+    stays bounded whatever the file's size. Blank lines are no rows; byte order marks are accepted. If the file is
+    damaged, all rows before the damage come out before that is raised.
+
+    Compression, UTF-16 (with its byte order mark), a JSON array in place of lines and another delimiter than the
+    name's are seen in the file itself, and said in a warning where the name says otherwise.
 
     Args:
-        path: A file whose name ends with one of `FORMATS`. CSV and TSV start with a header row and follow the `csv`
-            module (quotes, newlines within quotes); all text is UTF-8.
+        path: A file whose name ends with one of `FORMATS`; a pipe; or ``-`` for standard input, see `open_rows`. CSV
+            and TSV start with a header row. All text is UTF-8 or UTF-16.
         text_column: Column of the text; it must exist.
         text_pair_column: Column of the second text. It may be absent unless it is named otherwise than the default.
         label_column: Column of the label.
         require_label: Whether a row without a label is a bad row.
+        quoting: Whether fields of CSV and TSV may be quoted, as the `csv` module has it: with delimiters and line
+            breaks in them. A row of more than 100 lines is warned of. If not, quotes are characters like any other.
+            None: where commas delimit, but not where tabs do.
 
     Returns:
         An iterator over the rows. The file is opened at the first step.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the format is unknown; at the first step, if the header lacks a column that is asked for; at
-            any step, if the file itself is damaged (a cut .gz, an unreadable Parquet page).
+        ValueError: If the format is unknown; at the first step, if the file is of another kind than its name says, its
+            header is unreadable or lacks a column that is asked for, or not one of its first rows is JSON; at any step,
+            if the file itself is damaged (a cut .gz, an unreadable Parquet page, a broken JSON array).
     """
-    path = _existing(path)
-    suffix = file_format(path)
-    columns = Columns(text_column, text_pair_column, label_column, require_label)
-    if suffix == ".parquet":
-        return read_parquet(path, columns)
-    if suffix.startswith(".jsonl"):
-        return _read_jsonl(path, columns)
-    return _read_csv(path, columns, suffix)
+    _named_format(_existing(path))
+
+    def rows() -> Iterator[Row | BadRow]:
+        with open_rows(
+            path,
+            text_column=text_column,
+            text_pair_column=text_pair_column,
+            label_column=label_column,
+            require_label=require_label,
+            quoting=quoting,
+        ) as stream:
+            yield from stream
+
+    return rows()
+
+
+def read_header(
+    path: str | os.PathLike[str], *, text_column: str = "text", quoting: bool | None = None
+) -> tuple[str, ...] | None:
+    """Return the column names that a file declares, in its order; of a pipe use `open_rows`, which reads it once.
+
+    Returns:
+        The names; empty for a CSV file without a single line. None for JSON, which declares nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: See `read_rows`.
+    """
+    if is_stream(path):
+        raise ValueError(f"{path} is a pipe, which can be read only once; use open_rows for its header and its rows.")
+    with open_rows(path, text_column=text_column, quoting=quoting) as stream:
+        return stream.header
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    if os.fspath(path) == "-":
+        return Path("-")
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a file that ends with one of {', '.join(FORMATS)}.")
+        raise ValueError(f"{path} is a folder; expected a file that ends with one of {_IN_WORDS}.")
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}; check the path (relative paths start at {Path.cwd()}).")
     return path
 
 
-def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb"))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parse_json(line: bytes) -> dict[str, object] | str:
-    """The object on a line, or the reason why there is none."""
+def _named_format(path: Path) -> str | None:
+    """The entry of `FORMATS` that a name ends with; None for a pipe, which need not have one."""
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as err:
-        return f"not UTF-8: byte 0x{line[err.start]:02x} at byte {err.start + 1} of the line"
-    try:
-        # An object has no order of its own, yet ours keep the file's: json gives dictionaries in reading order.
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if "\\u" in text:
-            # Escapes can spell half a character, which no tokenizer and no UTF-8 file can take.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return "a \\u escape stands for half a character (a lone surrogate)"
-    except RecursionError:
-        return "invalid JSON: nested too deeply"
-    except ValueError as err:
-        return f"invalid JSON: {err}"
-    if not isinstance(value, dict):
-        return f"expected a JSON object, found {shown(value)}"
-    return value
+        return file_format(path)
+    except ValueError:
+        if is_stream(path):
+            return None
+        raise
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:
-    """Each line that is not blank, with its number."""
-    number = 0
-    try:
-        with _open_binary(path) as file:
-            while line := file.readline(_MAX_LINE_BYTES):
-                number += 1
-                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    yield number, f"longer than {_MAX_LINE_BYTES // 2**20} MiB"
-                    continue
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, _parse_json(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-        raise damaged(path, number, err) from err
-
-
-def _read_jsonl(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
-    # JSON lines have no header: the first objects together stand for one, so that a wrong column name is said once
-    # and not once a row.
-    found: dict[str, None] = {}
-    held: list[Row | BadRow] | None = []
-    objects = 0
-    for line, value in _json_lines(path):
-        row = BadRow(line, value) if isinstance(value, str) else columns.row(line, value)
-        if held is None:
-            yield row
-            continue
-        held.append(row)
-        if isinstance(value, dict):
-            objects += 1
-            found.update(dict.fromkeys(value))
-        if (isinstance(value, dict) and columns.text in value) or objects >= _HEADER_ROWS:
-            # Only the text is judged here: labels and pairs may start further down.
-            if columns.text not in found:
-                columns.check(path, found)
-            yield from held
-            held = None
-        elif len(held) > _HEADER_ROWS:  # broken lines only: nothing to learn from keeping them
-            yield from held
-            held.clear()
-    if held is not None:
-        if objects:
-            columns.check(path, found)
-        yield from held
-
-
-class _LineTooLong(Exception):
-    """A physical line of a CSV file is longer than is held in memory."""
-
-
-class _TextLines:
-    """Lines of a CSV file for `csv.reader`, with what the reader cannot say: bad bytes and the end of the file.
-
-    An iterator that survives its own exceptions, which a generator does not.
-    """
-
-    def __init__(self, binary: BinaryIO) -> None:
-        # surrogateescape keeps rows with bad bytes in step: the delimiters around them are still found.
-        self._text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self.number = 0
-        self.has_bad_bytes = False
-        self.is_exhausted = False
-
-    def __iter__(self) -> _TextLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._text.readline(_MAX_LINE_BYTES)
-        if not line:
-            self.is_exhausted = True
-            raise StopIteration
-        self.number += 1
-        if len(line) == _MAX_LINE_BYTES and line[-1] not in "\r\n":
-            while (rest := self._text.readline(_MAX_LINE_BYTES)) and rest[-1] not in "\r\n":
-                pass
-            raise _LineTooLong
-        if not line.isascii():
-            try:
-                line.encode("utf-8")
-            except UnicodeEncodeError:
-                self.has_bad_bytes = True
-        return line
-
-
-def _csv_reader(lines: _TextLines, suffix: str) -> Iterator[list[str]]:
-    # The module's own limit of 131,072 characters would refuse long texts. It is one number for the whole process, so
-    # it is only ever raised.
-    if csv.field_size_limit() < _MAX_FIELD_CHARS:
-        csv.field_size_limit(_MAX_FIELD_CHARS)
-    return csv.reader(lines, delimiter="\t" if suffix.startswith(".tsv") else ",")
-
-
-def _csv_header(path: Path, lines: _TextLines, suffix: str) -> tuple[tuple[str, ...], Iterator[list[str]]]:
-    """The header, empty if the file is, and the reader that stands behind it."""
-    reader = _csv_reader(lines, suffix)
-    try:
-        header = next((row for row in reader if row), [])
-    except (csv.Error, _LineTooLong, EOFError, zlib.error, gzip.BadGzipFile) as err:
-        raise ValueError(f"{path} has no readable header row ({err}); expected the column names on line 1.") from err
-    if lines.has_bad_bytes:
-        raise ValueError(f"The header row of {path} is not UTF-8; write the file as UTF-8.")
-    return unique_names(path, header), reader
-
-
-def _read_csv(path: Path, columns: Columns, suffix: str) -> Iterator[Row | BadRow]:
-    with _open_binary(path) as binary:
-        lines = _TextLines(binary)
-        header, reader = _csv_header(path, lines, suffix)
-        if not header:
-            return
-        columns.check(path, header)
-        while True:
-            line = lines.number + 1
-            lines.has_bad_bytes = False
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except _LineTooLong:
-                yield BadRow(line, f"longer than {_MAX_LINE_BYTES // 2**20} Mi characters")
-                continue
-            except csv.Error as err:
-                yield BadRow(line, f"no CSV row in lines {line} to {lines.number}: {err}")
-                continue
-            except (EOFError, zlib.error, gzip.BadGzipFile) as err:
-                raise damaged(path, lines.number, err) from err
-            if lines.is_exhausted:
-                # A whole row is handed out before the reader asks for the next line: it ran out inside a quote.
-                yield BadRow(line, f"a quote is opened here and never closed: it takes in lines {line} to the end")
-            elif lines.has_bad_bytes:
-                yield BadRow(line, "not UTF-8")
-            elif len(fields) == len(header):
-                yield columns.row(line, dict(zip(header, fields, strict=True)))
-            elif fields:
-                yield BadRow(line, f"expected {len(header)} fields as in the header, found {len(fields)}")
+def _check_kind(path: Path, named: str | None, opened: Opened) -> str:
+    """The format to read, without compression; raise if the file is plainly of another kind than its name says."""
+    head, packed = opened.head, opened.compression
+    if named == ".parquet":
+        if not packed and head.startswith(b"PAR1"):
+            return named
+        found = packed and f"compressed ({packed})" or is_json(head) and "JSON; name it .jsonl" or foreign_kind(head)
+        raise ValueError(
+            f"{path} is no readable Parquet file; " + (f"it seems to be {found}." if found else "fetch it again.")
+        )
+    if kind := foreign_kind(head):
+        raise ValueError(f"{path} seems to be {kind}.")
+    if named is None:
+        return ".jsonl" if is_json(head) else ".csv"
+    suffix = next(suffix for suffix in _TEXT_FORMATS if named.startswith(suffix) and named[len(suffix) :] in ("", *COMPRESSIONS))
+    told = named[len(suffix) :]
+    if head and told != packed:
+        warn_once(
+            f"{path} is compressed ({packed}), which its name does not say; it is read so."
+            if packed
+            else f"{path} is not compressed, although its name ends with {told}; it is read as it is."
+        )
+    if suffix in (".csv", ".tsv"):
+        if is_json(head):
+            raise ValueError(f"{path} seems to be JSON; name it .jsonl.")
+        return suffix
+    return ".jsonl"

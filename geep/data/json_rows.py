@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,9 @@ from geep.data.rows import BadRow, Columns, Row, damaged, shown
 
 # A line may be as long as the file: this bounds what is held of it, and of one element of an array.
 _MAX_LINE_BYTES = 64 * 2**20
+
+# Line, the object there (empty where there is none) and what is wrong with it.
+_Value = tuple[int, dict[str, object], str | None]
 
 # Rows looked at before a text column that none of them has is called missing.
 _HEADER_ROWS = 100
@@ -43,16 +47,15 @@ def read_json(path: Path, opened: Opened, columns: Columns) -> Iterator[Row | Ba
     objects = 0
     line = 0
     try:
-        for line, value in values:
-            row = BadRow(line, value) if isinstance(value, str) else columns.row(line, value)
+        for line, value, flaw in values:
+            row = columns.row(line, value) if flaw is None else BadRow(line, flaw)
             if held is None:
                 yield row
                 continue
             held.append(row)
-            if isinstance(value, dict):
-                objects += 1
-                found.update(dict.fromkeys(value))
-            if (isinstance(value, dict) and columns.text in value) or objects >= _HEADER_ROWS:
+            objects += bool(value)
+            found.update(dict.fromkeys(value))
+            if columns.text in value or objects >= _HEADER_ROWS:
                 # Only the text is judged here: labels and pairs may start further down.
                 if columns.text not in found:
                     columns.check(path, found)
@@ -86,7 +89,7 @@ class _Decoder:
     """A JSON decoder that also notes what Python's lets pass and JSON does not mean."""
 
     def __init__(self) -> None:
-        self._problem: str | None = None
+        self._flaw: str | None = None
         self._json = json.JSONDecoder(
             object_pairs_hook=self._object, parse_float=self._float, parse_constant=self._constant
         )
@@ -94,50 +97,50 @@ class _Decoder:
 
     def raw_decode(self, text: str, start: int) -> tuple[object, int]:
         """The value that begins at `start`, and where it ends; what an earlier, vain try noted is forgotten."""
-        self._problem = None
+        self._flaw = None
         return self._json.raw_decode(text, start)
 
-    def problem_of(self, value: object, text: str) -> str | None:
+    def flaw_of(self, value: object, text: str) -> str | None:
         """What is wrong with a value decoded just now from this text."""
-        problem, self._problem = self._problem, None
-        if problem is not None:
-            return problem
-        if "\\u" in text:
+        flaw, self._flaw = self._flaw, None
+        if flaw is None and "\\u" in text:
             # Escapes can spell half a character, which no tokenizer and no UTF-8 file can take.
             try:
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
             except UnicodeEncodeError:
-                return "a \\u escape stands for half a character (a lone surrogate)"
-        return None if isinstance(value, dict) else f"expected a JSON object, found {shown(value)}"
+                flaw = "a \\u escape stands for half a character (a lone surrogate)"
+        if flaw is None and not isinstance(value, dict):
+            flaw = f"expected a JSON object, found {shown(value)}"
+        return flaw
 
     def forget(self) -> None:
         """Forget what a text noted that is no JSON."""
-        self._problem = None
+        self._flaw = None
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in found if names.count(name) > 1)
-            self._problem = f"the key {shown(twice)} is there twice; which of the two values holds is not known"
+            self._flaw = f"the key {shown(twice)} is there twice; which of the two values holds is not known"
         return found
 
     def _float(self, digits: str) -> float:
         value = float(digits)
-        if value in (float("inf"), float("-inf")):
-            self._problem = f"the number {digits[:40]} is too large for a float"
+        if math.isinf(value):
+            self._flaw = f"the number {digits[:40]} is too large for a float"
         return value
 
     def _constant(self, name: str) -> None:
-        self._problem = f"invalid JSON: {name} is not JSON"
+        self._flaw = f"invalid JSON: {name} is not JSON"
 
 
-def _parse(decoder: _Decoder, line: bytes) -> dict[str, object] | str:
-    """The object on a line, or the reason why there is none."""
+def _parse(decoder: _Decoder, line: bytes) -> tuple[dict[str, object], str | None]:
+    """The object on a line, and what is wrong with it or instead of it."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as err:
-        return f"not UTF-8: byte 0x{line[err.start]:02x} at byte {err.start + 1} of the line"
+        return {}, f"not UTF-8: byte 0x{line[err.start]:02x} at byte {err.start + 1} of the line"
     try:
         value = decoder.decode(text)
     except json.JSONDecodeError as err:
@@ -145,20 +148,19 @@ def _parse(decoder: _Decoder, line: bytes) -> dict[str, object] | str:
         if text.startswith("\ufeff"):  # of a file that was appended to another
             return _parse(decoder, line[len(_BOM) :])
         if err.msg == "Extra data":
-            return f"invalid JSON: more follows the first value, from character {err.pos + 1} of the line on"
-        return f"invalid JSON: {err.msg} at character {err.pos + 1} of the line"
+            return {}, f"invalid JSON: more follows the first value, from character {err.pos + 1} of the line on"
+        return {}, f"invalid JSON: {err.msg} at character {err.pos + 1} of the line"
     except RecursionError:
         decoder.forget()
-        return "invalid JSON: nested too deeply"
+        return {}, "invalid JSON: nested too deeply"
     except ValueError as err:  # an integer of thousands of digits
         decoder.forget()
-        return f"invalid JSON: {err}"
-    problem = decoder.problem_of(value, text)
-    return cast("dict[str, object]", value) if problem is None else problem
+        return {}, f"invalid JSON: {err}"
+    return (value if isinstance(value, dict) else {}), decoder.flaw_of(value, text)
 
 
-def json_lines(opened: Opened) -> Iterator[tuple[int, dict[str, object] | str]]:
-    """Each line that is not blank, with its number: its object, or the reason why there is none."""
+def json_lines(opened: Opened) -> Iterator[_Value]:
+    """Each line that is not blank."""
     decoder = _Decoder()
     file = opened.file
     number = 0
@@ -167,9 +169,9 @@ def json_lines(opened: Opened) -> Iterator[tuple[int, dict[str, object] | str]]:
         if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
             while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield number, f"longer than {_MAX_LINE_BYTES // 2**20} MiB"
-        elif line.strip() and line.strip() != _BOM:
-            yield number, _parse(decoder, line)
+            yield number, {}, f"longer than {_MAX_LINE_BYTES // 2**20} MiB"
+        elif line.strip() not in (b"", _BOM):
+            yield number, *_parse(decoder, line)
 
 
 class _Window:
@@ -221,8 +223,8 @@ class _Window:
             self.grow(_BLOCK)
 
 
-def json_array(path: Path, opened: Opened) -> Iterator[tuple[int, dict[str, object] | str]]:
-    """Each element of the array that a file consists of, with the line on which it begins.
+def json_array(path: Path, opened: Opened) -> Iterator[_Value]:
+    """Each element of the array that a file consists of.
 
     Raises:
         ValueError: If the array is broken: where an element ends cannot be told then, so that nothing more is read.
@@ -256,9 +258,9 @@ def json_array(path: Path, opened: Opened) -> Iterator[tuple[int, dict[str, obje
                 raise broken(str(err)) from err
             number += 1
             text = window.text[window.at : end]
-            problem = decoder.problem_of(value, text) or _bad_byte(text)
+            flaw = _bad_byte(text) or decoder.flaw_of(value, text)
             window.move(end)
-            yield line, cast("dict[str, object]", value) if problem is None else f"{problem} (element {number})"
+            yield line, value if isinstance(value, dict) else {}, flaw and f"{flaw} (element {number})"
             mark = window.next()
             if mark not in (",", "]"):
                 raise broken(f"expected a comma or ], found {mark!r}" if mark else "the file ends inside of the array")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geep.data.arrow_values import is_binary, python_values
+from geep.data.compression import is_stream
 from geep.data.rows import BadRow, Columns, Row, damaged, unique_names
 
 _BATCH_ROWS = 1024
@@ -67,17 +68,20 @@ def carried(rows: Sequence[Row]) -> pa.Table | None:
     Returns:
         A table of as many rows; None where the rows are not of a Parquet file, or there are none.
     """
-    runs: list[tuple[pa.RecordBatch, list[int]]] = []
+    runs: list[tuple[pa.RecordBatch, int, int]] = []
     for row in rows:
         fields = row.fields
         if not isinstance(fields, ArrowFields):
             return None
-        if not runs or runs[-1][0] is not fields.part.batch:
-            runs.append((fields.part.batch, []))
-        runs[-1][1].append(fields.index)
+        batch, index = fields.part.batch, fields.index
+        if runs and runs[-1][0] is batch and runs[-1][2] == index:
+            runs[-1] = (batch, runs[-1][1], index + 1)
+        else:
+            runs.append((batch, index, index + 1))
     if not runs:
         return None
-    return pa.Table.from_batches([_picked(batch, indices) for batch, indices in runs])
+    # Arrow cuts slices of every type, which cannot be said of picking single rows.
+    return pa.Table.from_batches([batch.slice(start, end - start) for batch, start, end in runs]).combine_chunks()
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, list[object]] | None:
@@ -92,20 +96,16 @@ def columns_of(rows: Sequence[Row]) -> dict[str, list[object]] | None:
     }
 
 
-def _picked(batch: pa.RecordBatch, indices: list[int]) -> pa.RecordBatch:
-    if indices[-1] - indices[0] + 1 == len(indices):  # rows come in the file's order
-        return batch.slice(indices[0], len(indices))
-    return batch.take(pa.array(indices, pa.int64()))
-
-
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is none, or a pipe.
     """
+    if is_stream(path):
+        raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
     try:
-        return pq.ParquetFile(path, pre_buffer=False)
+        return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
     except pa.ArrowException as err:
         raise ValueError(f"{path} is no readable Parquet file ({err}); write or fetch it again.") from err
 
@@ -118,7 +118,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
     line = 0
     with open_parquet(path) as file:
         columns.check(path, unique_names(path, file.schema_arrow.names))
-        batches = file.iter_batches(batch_size=_BATCH_ROWS)
+        batches = _batches(file)
         while True:
             try:
                 batch = next(batches)
@@ -130,9 +130,16 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
             line += batch.num_rows
 
 
+def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    # One row group after the other: no batch of a whole one waits for rows of the next, which may be damaged.
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+
+
 def _rows_of(batch: pa.RecordBatch, before: int, columns: Columns) -> Iterator[Row | BadRow]:
     names = dict.fromkeys(batch.schema.names)
-    known, broken = {}, {}
+    known: dict[str, list[object]] = {}
+    broken: dict[int, str] = {}
     for name in (columns.text, columns.pair):
         if name in names:
             known[name] = values = _as_texts(batch.column(name))

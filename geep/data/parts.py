@@ -120,6 +120,10 @@ class Parts:
     label_names: tuple[str, ...]
     multi_label: bool
 
+    def origins(self) -> dict[str, str]:
+        """Return where the rows of each part came from, in words."""
+        return {name: getattr(self, name).origin for name in ("train", "profile", "calibration")}
+
     def digests(self) -> dict[str, str]:
         """Return the digest of each part: the same rows in the same part give the same ones."""
         return {name: getattr(self, name).digest() for name in ("train", "profile", "calibration")}

@@ -34,7 +34,7 @@ def measure_cost(backend: Backend[Any], depth: int, *, device: str) -> CostModel
         ValueError: If the backend's model is not on a CPU, where work is timed by waiting for it.
     """
     if device != "cpu":
-        raise ValueError(f"Time is estimated on CPUs only, found {device}; choose by layers there.")
+        raise ValueError(f"Time is estimated on CPUs only, found {device}; choose by layers there, without --by-time.")
     layers, checks = [], []
     with torch.inference_mode():
         for count in _TIMED_TEXTS:

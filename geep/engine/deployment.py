@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NoReturn, TypedDict
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -19,9 +19,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from geep.backends import BACKENDS, Backend, CudaOptions
 from geep.backends.int8 import ActivationRanges, largest_weight
+from geep.backends.likeness import unlike_hugging_face
+from geep.engine.admission import check_model, longest_text
 from geep.engine.cost import batch_tokens
 from geep.folder import HubOptions
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification
 
 logger = logging.getLogger(__name__)
 
@@ -115,20 +117,20 @@ class Deployment:
         """Take a model over: move it to the device, cast it to the dtype and build the backend that runs it.
 
         Raises:
-            ValueError: If the weights hold NaN or infinity, or the device cannot run the dtype, or the backend cannot
-                run the encoder.
+            ValueError: As `check_model` and `longest_text`; or if the device cannot run the dtype, or the backend
+                cannot run the encoder.
         """
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again."
-                )
-        _check_vocabulary(model, tokenizer)
+        check_model(model, tokenizer)
+        max_length = longest_text(config.max_length, model, tokenizer)
         device = _device(config.device)
-        backend_name = config.backend or default_backend(model.encoder.config, device)
+        model = model.train(mode=False)
+        for part in model.modules():
+            # A layer in pieces saves memory, which staircases bound already, and refuses lengths that leave a rest.
+            if hasattr(part, "chunk_size_feed_forward"):
+                part.chunk_size_feed_forward = 0  # type: ignore[assignment]
+        backend_name = _backend_name(config.backend, model, device, max_length)
         dtype = _dtype(config.dtype, backend_name, device)
-        model = nn.Module.to(model, device=device, dtype=DTYPES[dtype]).train(mode=False)
-        max_length = _max_length(config.max_length, model, tokenizer)
+        model = nn.Module.to(model, device=device, dtype=DTYPES[dtype])
         backend = _build_backend(backend_name, model, dtype, ranges, config.compile)
         return cls(
             model,
@@ -139,6 +141,13 @@ class Deployment:
             _weight_bits(dtype),
             max_length,
             config.max_batch_tokens or batch_tokens(model.encoder.config, dtype, device.type),
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied, and with it the engine: packed weights and threads are of one process."""
+        raise TypeError(
+            "An engine is neither pickled nor copied: load it in each process, after it has started, with "
+            "Engine.from_pretrained(folder). Engine.replace gives one with other settings on the same weights."
         )
 
     @property
@@ -171,39 +180,6 @@ def is_cached(name: str, options: Mapping[str, Any]) -> bool:
         name, "config.json", cache_dir=options.get("cache_dir"), revision=options.get("revision")
     )
     return isinstance(found, str)
-
-
-def label_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Names of a model's labels, by id.
-
-    Raises:
-        ValueError: If `id2label` does not name each of 0 … num_labels - 1, or two labels have one name.
-    """
-    names: dict[Any, str] = dict(config.id2label or {})
-    if sorted(names, key=str) != sorted(range(len(names)), key=str) or not names:
-        raise ValueError(
-            f"id2label of config.json has the ids {sorted(names, key=str)}, expected 0..{max(len(names) - 1, 0)}; "
-            "number the labels from 0."
-        )
-    found = tuple(names[label] for label in range(len(names)))
-    twice = sorted({name for name in found if found.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"id2label of config.json gives several labels the name {twice}; scores are told by name, so give each "
-            "label its own."
-        )
-    return found
-
-
-def _check_vocabulary(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that knows more tokens than the encoder has embeddings for."""
-    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        raise ValueError(
-            f"The tokenizer has token ids up to {highest}, the encoder has embeddings for 0..{rows - 1}. Use the "
-            "tokenizer that the model was trained with; added tokens need resize_token_embeddings before training."
-        )
 
 
 def load_model(
@@ -253,6 +229,24 @@ def default_backend(config: PreTrainedConfig, device: torch.device) -> str:
     return next(name for name in names if BACKENDS[name].supports(config))
 
 
+def _backend_name(
+    asked: str | None, model: GeepForSequenceClassification, device: torch.device, max_length: int
+) -> str:
+    """Choose a backend, and try whether its layers are the encoder's."""
+    name = default_backend(model.encoder.config, device) if asked is None else asked
+    unlike = None if name == "padded" else unlike_hugging_face(model, packed=True, max_length=max_length)
+    if unlike is not None:
+        if asked is not None:
+            raise ValueError(f"{unlike}. Use backend='padded', which runs the encoder's own layers.")
+        logger.warning("%s. Running padded, which is right and slower.", unlike)
+        name = "padded"
+    if name == "padded":
+        unlike = unlike_hugging_face(model, packed=False, max_length=max_length)
+        if unlike is not None:
+            raise ValueError(f"{unlike}. Nothing here can run it layer by layer; use Hugging Face's model as it is.")
+    return name
+
+
 def _build_backend(
     name: str,
     model: GeepForSequenceClassification,
@@ -295,13 +289,3 @@ def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
     if device.type == "cpu" and asked == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
     return asked
-
-
-def _max_length(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Longest text in tokens: the least of the user's, the tokenizer's and the position table's limits."""
-    config = model.encoder.config
-    positions = config.max_position_embeddings
-    if family_of(config).positions_after_pad:
-        positions -= config.pad_token_id + 1
-    limits = [positions, tokenizer.model_max_length, *([] if asked is None else [asked])]
-    return int(min(limits))

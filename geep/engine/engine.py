@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from geep.backends import TokenBatch
 from geep.backends.int8 import ActivationRanges
+from geep.engine.admission import label_names_of
 from geep.engine.certificate import Certificate
 from geep.engine.cost import measure_cost
-from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, label_names_of, load_model
+from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, load_model
 from geep.engine.planning import Plan, Planner
 from geep.engine.predictions import Prediction, Predictions
 from geep.engine.run import Course, RunResult
@@ -85,6 +86,7 @@ class Engine:
         self.depths: tuple[int, ...] = model.config.depths
         self.multi_label: bool = model.config.problem_type == "multi_label_classification"
         self.label_names = label_names_of(model.config)
+        self.text_pairs: bool | None = model.config.text_pairs
         self._check(self.settings)
         # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
         self.identity = fingerprint(model, tokenizer) if identity is None else identity
@@ -339,7 +341,7 @@ class Engine:
         """
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
         start = 0
-        for tokens in tokenized_ahead(in_parts(texts), self._encode):
+        for tokens in tokenized_ahead(in_parts(texts, self.text_pairs), self._encode):
             result = self._answered(tokens.batch, settings, first=start, keep_broken=keep_broken)
             yield self._predictions(result, tokens.truncated, top_k, threshold)
             start += len(tokens.batch)
@@ -352,7 +354,7 @@ class Engine:
         """
         if isinstance(texts, str):
             raise TypeError("Expected a list of texts, got one string; write tokenize([text]).")
-        check_texts(texts)
+        check_texts(texts, pairs=self.text_pairs)
         return self._encode(texts)
 
     def _answered(self, batch: TokenBatch, settings: ExitSettings, *, first: int, keep_broken: bool) -> RunResult:
@@ -390,6 +392,10 @@ class Engine:
     # ----------------------------------------------------------------------------------------------------------------
     # Tokens in, logits out
     # ----------------------------------------------------------------------------------------------------------------
+
+    def plan(self, batch: TokenBatch, *, settings: ExitSettings | None = None) -> Plan:
+        """Say, before the run, at which layer each text is to be asked first; see `Planner.plan`."""
+        return self.planner.plan(batch, self.settings if settings is None else settings)
 
     def run_tokens(
         self, batch: TokenBatch, *, settings: ExitSettings | None = None, exit_layers: Integers | None = None

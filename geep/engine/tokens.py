@@ -27,6 +27,13 @@ TextInput = str | tuple[str, str]
 TEXTS_PER_CALL = 16_384
 
 
+_KINDS = {False: "a single text", True: "a pair of texts"}
+_EXPECTED = {
+    False: "the model was trained on single texts: leave the second one out.",
+    True: "the model was trained on pairs: give (text, second text) for each.",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
     """Token ids of texts and which texts were cut, (num_texts,)."""
@@ -35,16 +42,18 @@ class TokenizedTexts:
     truncated: NDArray[np.bool_]
 
 
-def check_texts(texts: Sequence[TextInput], *, first: int = 0) -> None:
-    """Refuse what is no text and no pair of texts.
+def check_texts(texts: Sequence[TextInput], *, first: int = 0, pairs: bool | None = None) -> None:
+    """Refuse what is no text and no pair of texts, and what the model has learned nothing of.
 
     Args:
         texts: The texts.
         first: Number of the first of them in the caller's list.
+        pairs: Whether the model has learned pairs of texts, or single ones; None: not known, both are taken.
 
     Raises:
         TypeError: If an item is neither a string nor a pair of strings; the message names it.
-        ValueError: If a text holds half a character (a lone surrogate); the message names it.
+        ValueError: If an item is a pair and the model has learned single texts, or the reverse; or if a text holds
+            half a character (a lone surrogate); the message names it.
     """
     for index, text in enumerate(texts, start=first):
         parts = (text,) if isinstance(text, str) else text
@@ -52,6 +61,8 @@ def check_texts(texts: Sequence[TextInput], *, first: int = 0) -> None:
             isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)
         ):
             raise TypeError(f"Text {index} is {type(text).__name__}; expected a string or a pair of strings.")
+        if pairs is not None and pairs == (parts is not text):
+            raise ValueError(f"Text {index} is {_KINDS[not pairs]}; {_EXPECTED[pairs]}")
         if not all(part.isascii() or _is_unicode(part) for part in parts):
             raise ValueError(
                 f"Text {index} holds half a character (a lone surrogate), expected Unicode; replace it, for example by "
@@ -59,7 +70,7 @@ def check_texts(texts: Sequence[TextInput], *, first: int = 0) -> None:
             )
 
 
-def in_parts(texts: Iterable[TextInput]) -> Iterator[Sequence[TextInput]]:
+def in_parts(texts: Iterable[TextInput], pairs: bool | None = None) -> Iterator[Sequence[TextInput]]:
     """Cut texts into parts of `TEXTS_PER_CALL`, each checked as it comes: memory does not grow with their number.
 
     A sequence is checked whole before its first part, so that nothing is run for nothing.
@@ -70,12 +81,12 @@ def in_parts(texts: Iterable[TextInput]) -> Iterator[Sequence[TextInput]]:
     if isinstance(texts, str):
         raise TypeError("Expected a list of texts, got one string; write predict([text]).")
     if isinstance(texts, Sequence):
-        check_texts(texts)
+        check_texts(texts, pairs=pairs)
         yield from (texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL))
         return
     source, first = iter(texts), 0
     while part := list(islice(source, TEXTS_PER_CALL)):
-        check_texts(part, first=first)
+        check_texts(part, first=first, pairs=pairs)
         yield part
         first += len(part)
 
@@ -114,30 +125,38 @@ class TextEncoder:
         tokenizer: A tokenizer's Rust part, set to cut at `max_length`; a whole tokenizer if it is written in Python.
         max_length: Longest text in tokens.
         num_segments: Segment ids that the encoder has rows for; 0 where it gets none.
+        single_has_segments: Whether single texts have other segment ids than 0.
     """
 
     tokenizer: Any
     max_length: int
     num_segments: int
+    single_has_segments: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, max_length: int, num_segments: int) -> TextEncoder:
         """Copy a tokenizer; segment ids are given where its `model_input_names` list them, as Hugging Face does."""
         segments = num_segments if "token_type_ids" in tokenizer.model_input_names else 0
         if not tokenizer.is_fast:
-            return cls(copy.deepcopy(tokenizer), max_length, segments)
+            slow = copy.deepcopy(tokenizer)
+            in_single = segments > 0 and any(_encode_slowly(slow, ["a"], max_length, with_types=True).type_ids[0])
+            return cls(slow, max_length, segments, in_single)
         own: Any = copy.deepcopy(tokenizer.backend_tokenizer)
         own.no_padding()
         own.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-        return cls(own, max_length, segments)
+        # Whether "[SEP]" in a text is a token or five letters; Hugging Face says it anew at each call.
+        own.encode_special_tokens = tokenizer.split_special_tokens
+        return cls(own, max_length, segments, any(own.encode("a").type_ids))
 
     def __call__(self, texts: Sequence[TextInput]) -> TokenizedTexts:
         """Tokenise texts or pairs, cut at the longest length; memory grows with the number of texts.
 
         Raises:
-            ValueError: If a pair gets a segment id that the encoder has no row for.
+            ValueError: If a text gets a segment id that the encoder has no row for.
         """
-        with_types = self.num_segments > 0 and any(not isinstance(text, str) for text in texts)
+        with_types = self.num_segments > 0 and (
+            self.single_has_segments or any(not isinstance(text, str) for text in texts)
+        )
         encode = _encode if isinstance(self.tokenizer, Tokenizer) else _encode_slowly
         ids, types, lengths, truncated = [], [], [], []
         # In parts, for the tokenizer's own records take many times the memory of the ids.
@@ -152,7 +171,7 @@ class TextEncoder:
         segments = _joined(types) if types else None
         if segments is not None and segments.max(initial=0) >= self.num_segments:
             raise ValueError(
-                f"The tokenizer gives pairs segment ids up to {segments.max()}, the encoder has rows for "
+                f"The tokenizer gives segment ids up to {segments.max()}, the encoder has rows for "
                 f"0..{self.num_segments - 1}; take 'token_type_ids' out of the tokenizer's model_input_names."
             )
         return TokenizedTexts(TokenBatch(_joined(ids), segments, _joined(lengths)), _joined(truncated))

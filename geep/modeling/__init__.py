@@ -4,7 +4,16 @@ The room refuses to know texts, thresholds, tables and batches. Read `families.p
 `heads.py` (classifiers), `model.py`, which tells Hugging Face's auto classes the model's name.
 """
 
-from geep.modeling.families import FAMILIES, Family, LayerCall, LayerCalls, ProblemType, family_of, layer_calls
+from geep.modeling.families import (
+    FAMILIES,
+    Family,
+    LayerCall,
+    LayerCalls,
+    ProblemType,
+    family_of,
+    layer_calls,
+    longest_input,
+)
 from geep.modeling.heads import HEADS, AttentionHead, ClsHead, MeanHead, first_linear, standardise_input
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
@@ -25,5 +34,6 @@ __all__ = [
     "first_linear",
     "label_loss",
     "layer_calls",
+    "longest_input",
     "standardise_input",
 ]

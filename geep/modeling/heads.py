@@ -120,10 +120,13 @@ class AttentionHead(nn.Module):
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""
-        column = torch.arange(longest, dtype=offsets.dtype, device=hidden.device)
+        # Where no text has a token there is one column all the same: attention over none is undefined.
+        column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
         mask = column < offsets.diff()[:, None]
+        if not hidden.shape[0]:
+            hidden = hidden.new_zeros(1, hidden.shape[1])
         # Gathered by position, for a boolean index would wait for the device to count.
-        token = (offsets[:-1, None] + column).clamp_(max=max(hidden.shape[0] - 1, 0))
+        token = (offsets[:-1, None] + column).clamp_(max=hidden.shape[0] - 1)
         padded = hidden.index_select(0, token.flatten()).view(*mask.shape, -1)
         return self(torch.where(mask[..., None], padded, 0.0), mask)
 

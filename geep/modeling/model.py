@@ -38,6 +38,8 @@ class GeepConfig(PreTrainedConfig):
         exit_hidden_size: Width of the `attention` head (FastBERT's 128).
         classifier_dropout: Dropout inside the heads while training.
         initializer_range: Standard deviation of the heads' initial weights.
+        text_pairs: Whether the model has learned pairs of texts, or single ones; the other kind is then refused where
+            it is used. None: not known.
     """
 
     model_type = "geep"
@@ -49,6 +51,7 @@ class GeepConfig(PreTrainedConfig):
     exit_hidden_size: int = 128
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
+    text_pairs: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.encoder_config is None:
@@ -68,6 +71,10 @@ class GeepConfig(PreTrainedConfig):
         self.exit_layers = layers
         if self.exit_head not in HEADS:
             raise ValueError(f"Unknown exit_head {self.exit_head!r}; known: {sorted(HEADS)}.")
+        num_labels, names = kwargs.get("num_labels"), self.id2label
+        if num_labels is not None and names is not None and num_labels != len(names):
+            # Hugging Face would give the labels other names.
+            raise ValueError(f"num_labels={num_labels}, but id2label names {len(names)} labels; leave num_labels out.")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property

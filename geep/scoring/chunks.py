@@ -81,5 +81,5 @@ def _bytes_of(table: pa.Table) -> memoryview:
     """A table as bytes that do not depend on how it is held in memory, which Arrow's own bytes do."""
     buffer = pa.BufferOutputStream()
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "store_schema": False}
-    pq.write_table(table.combine_chunks(), buffer, row_group_size=max(table.num_rows, 1), **options)
+    pq.write_table(table, buffer, row_group_size=max(table.num_rows, 1), **options)
     return memoryview(buffer.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class ResultColumns:
         as_json = frozenset(renamed[name] for name, kind in types.items() if kind is None)
         fields = [(renamed[name], pa.string() if kind is None else kind) for name, kind in types.items()]
         return cls(renamed, pa.schema(fields), as_json, added)
+
+    @property
+    def digest(self) -> str:
+        """Of names and types: other ones give another digest."""
+        return hashlib.sha256(self.schema.serialize()).hexdigest()
 
     @property
     def names(self) -> list[str]:

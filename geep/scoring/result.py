@@ -55,16 +55,17 @@ class FileResult:
     def __init__(
         self, files: ResultFiles, sink: Sink, journal: Journal, made_from: Mapping[str, object], *, can_continue: bool
     ) -> None:
-        self._files, self._sink, self._journal, self._made_from = files, sink, journal, made_from
+        self.journal = journal
+        self._files, self._sink, self._made_from = files, sink, made_from
         self._how = _RUN_AGAIN if can_continue else _PIPE
         self._rows_whole = journal.rows_read
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> FileResult:
-        if self._journal.finished is None:
+        if self.journal.finished is None:
             with self._disk(), contextlib.ExitStack() as stack:
-                self._errors = stack.enter_context(ByteFile(self._files.errors_partial, self._journal.error_bytes))
-                self._rows = stack.enter_context(ByteFile(self._files.partial, self._journal.num_bytes))
+                self._errors = stack.enter_context(ByteFile(self._files.errors_partial, self.journal.error_bytes))
+                self._rows = stack.enter_context(ByteFile(self._files.partial, self.journal.num_bytes))
                 self.commit()  # in the place of a journal of another source, or of other settings
                 self._open = stack.pop_all()
         return self
@@ -83,22 +84,22 @@ class FileResult:
 
     def commit(self) -> None:
         """Note what is whole, in the journal on disk."""
-        self._journal.num_bytes, self._journal.error_bytes = self._rows.num_bytes, self._errors.num_bytes
+        self.journal.num_bytes, self.journal.error_bytes = self._rows.num_bytes, self._errors.num_bytes
         with self._disk():
-            self._journal.write(self._files, self._made_from)
-        self._rows_whole = self._journal.rows_read
+            self.journal.write(self._files, self._made_from)
+        self._rows_whole = self.journal.rows_read
 
     def finish(self) -> None:
         """Complete the file, note that only names are to be given, and give them."""
         with self._disk():
-            if self._journal.finished is None:
+            if self.journal.finished is None:
                 self._rows.write(self._sink.ending(is_empty=self._rows.num_bytes == 0))
                 self._rows.sync()
                 self._open.close()
                 self._sink.finish(self._files.partial, self._files.whole)
-                self._journal.finished = stamp(self._files.whole)
-                self._journal.write(self._files, self._made_from)
-            self._journal.publish(self._files)
+                self.journal.finished = stamp(self._files.whole)
+                self.journal.write(self._files, self._made_from)
+            self.journal.publish(self._files)
 
     def stop(self, failure: ValueError | OSError, num_rows: int) -> NoReturn:
         """Raise, as the source cannot be read beyond this many rows, with what is done and how to go on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
+import lzma
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,16 @@ _GROUP_ROWS = 2**16
 _GROUP_BYTES = 64 * 2**20
 
 
+# Compressed streams that stand one after the other are one file to whoever reads it. The same rows always give the same
+# bytes: there is no name and no time in them.
+_COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": lambda data: gzip.compress(data, compresslevel=6, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
 class Sink(Protocol):
     """Makes a chunk of a result into the bytes that are appended for it."""
 
@@ -38,15 +50,15 @@ class Sink(Protocol):
 
 
 class LineSink:
-    """Rows as JSON lines, CSV or TSV, plain or through gzip."""
+    """Rows as JSON lines, CSV or TSV, plain or compressed."""
 
     def __init__(self, target_format: str, columns: ResultColumns | None) -> None:
         self._columns = columns
         self._delimiter = "\t" if target_format.startswith(".tsv") else ","
-        self._is_gzip = target_format.endswith(".gz")
+        self._compress = _COMPRESS.get(Path(target_format).suffix, bytes)
 
     def chunk(self, rows: Sequence[Row], answers: Answers, *, is_first: bool) -> bytes:
-        """Return lines, the header before the first of them; through gzip, a member of its own."""
+        """Return lines, the header before the first of them; compressed, they are a stream of their own."""
         if self._columns is None:
             return self._packed(_json_lines(rows, answers))
         return self._packed(self._csv(self._columns, rows, answers, with_header=is_first))
@@ -61,9 +73,7 @@ class LineSink:
         """Do nothing: the lines are the result."""
 
     def _packed(self, text: str) -> bytes:
-        data = text.encode("utf-8")
-        # No name and no time in the header: the same rows always give the same bytes.
-        return gzip.compress(data, compresslevel=6, mtime=0) if self._is_gzip else data
+        return self._compress(text.encode("utf-8"))
 
     def _csv(self, columns: ResultColumns, rows: Sequence[Row], answers: Answers | None, *, with_header: bool) -> str:
         buffer = io.StringIO(newline="")

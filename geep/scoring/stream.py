@@ -18,13 +18,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geep.data.compression import is_stream
 from geep.data.formats import file_format, read_header, read_rows
-
-
-def is_stream(p: Path) -> bool:  # F2 TEMP
-    return str(p) == "-" or p.is_fifo() or p.is_char_device()
-
-
 from geep.data.rows import BadRow, Row
 from geep.progress import Progress, no_progress
 from geep.scoring.answers import Answers, Question, Scorer
@@ -168,7 +163,8 @@ def score_file(
 def _file_to_write(target: Path, source: Path) -> Path:
     """The place of a result, links followed; raise where there can be none."""
     target = target.resolve()
-    file_format(target)
+    if file_format(target).endswith(".zip"):
+        raise ValueError(f"{target} cannot be written a part at a time; write .gz, .bz2, .xz or .zst.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to; make it.")
     if target.exists() and not target.is_file():
@@ -201,39 +197,59 @@ class _Run:
         """Score into a file, from where an earlier run stopped."""
         # Asked about no rows, an engine tells its labels, and refuses what it cannot do before anything is written.
         nothing = self.question.about([])
-        is_pipe = is_stream(self.source)
-        if is_pipe:
+        added = pa.schema([(name, column.type) for name, column in nothing.arrays().items()])
+        if is_stream(self.source):
             logger.warning("%s is read once: a run that is stopped starts over and does not go on.", self.source)
-        journal = None if is_pipe else Journal.read(files, made_from)
-        _check_free(files, journal, overwrite=overwrite)
-        chunks = in_chunks(self.read(), self.chunk_rows)
-        if journal is not None and not _skipped(chunks, journal):
-            logger.warning("%s has changed since its rows were scored into %s: start over.", self.source, files.partial)
-            journal, chunks = None, in_chunks(self.read(), self.chunk_rows)
-            _check_free(files, journal, overwrite=overwrite)
-        if journal is None:
-            journal, chunks = Journal(), _begun(chunks)
-        sink: Sink
-        if self.target_format.startswith(".jsonl"):
-            sink = LineSink(self.target_format, None)
-        else:
-            added = pa.schema([(name, column.type) for name, column in nothing.arrays().items()])
-            if is_pipe:
+            _check_free(files, None, overwrite=overwrite)
+            chunks = _begun(in_chunks(self.read(), self.chunk_rows))
+            columns = None
+            if not self.target_format.startswith(".jsonl"):
                 first = next(chunks, Chunk([]))
                 columns = ResultColumns.of_rows(first.rows, added)
                 chunks = (_fitted(chunk, columns, self.target_format) for chunk in chain([first], chunks))
-            else:
-                columns = self._columns(added)
-            sink = ParquetSink(columns) if self.target_format == ".parquet" else LineSink(self.target_format, columns)
-        result = FileResult(files, sink, journal, made_from, can_continue=not is_pipe)
+            result = FileResult(files, self._sink(columns), Journal(), made_from, can_continue=False)
+            return _report(self._over(chunks, result.journal, result), files)
+        columns = self._columns(added)
+        made_from["columns"] = None if columns is None else columns.digest
+        journal, chunks = self._continued(files, made_from, overwrite=overwrite)
+        result = FileResult(files, self._sink(columns), journal, made_from, can_continue=True)
         return _report(self._over(chunks, journal, result), files)
 
-    def _columns(self, added: pa.Schema) -> ResultColumns:
-        """The columns of a file: declared by it, or gathered from its rows by reading it once."""
+    def _continued(
+        self, files: ResultFiles, made_from: dict[str, object], *, overwrite: bool
+    ) -> tuple[Journal, Iterator[Chunk]]:
+        """What an earlier run has done, and the chunks that are to do."""
+        journal = Journal.read(files, made_from)
+        _check_free(files, journal, overwrite=overwrite)
+        chunks = in_chunks(self.read(), self.chunk_rows)
+        if journal is not None:
+            if _skipped(chunks, journal):
+                return journal, chunks
+            _check_free(files, None, overwrite=overwrite)
+            logger.warning("%s has changed since its rows were scored into %s: start over.", self.source, files.partial)
+            chunks = in_chunks(self.read(), self.chunk_rows)
+        elif files.journal.exists():
+            logger.warning("%s is of another engine, other settings or columns: start over.", files.partial)
+        return Journal(), _begun(chunks)
+
+    def _sink(self, columns: ResultColumns | None) -> Sink:
+        if self.target_format == ".parquet":
+            assert columns is not None, "Parquet has columns"
+            return ParquetSink(columns)
+        return LineSink(self.target_format, columns)
+
+    def _columns(self, added: pa.Schema) -> ResultColumns | None:
+        """The columns of a result that declares them: as the source does, or gathered by reading it once."""
+        if self.target_format.startswith(".jsonl"):
+            return None
         if file_format(self.source) == ".parquet":
             return ResultColumns.of_schema(pq.read_schema(self.source), added)
         header = read_header(self.source)
-        return ResultColumns.of_rows(self.read(), added) if header is None else ResultColumns.of_header(header, added)
+        if header is not None:
+            return ResultColumns.of_header(header, added)
+        # Where the source is damaged, the rows before have columns too.
+        chunks = _begun(in_chunks(self.read(), self.chunk_rows))
+        return ResultColumns.of_rows(chain.from_iterable(chunk.rows for chunk in chunks), added)
 
     def _over(self, chunks: Iterator[Chunk], journal: Journal, result: Result) -> Journal:
         """Carry the rows that are not done yet to the result."""
@@ -337,7 +353,7 @@ def _count_rows(source: Path) -> int | None:
     source_format = file_format(source)
     if source_format == ".parquet":
         return int(pq.read_metadata(source).num_rows)
-    if source_format.endswith(".gz") or source.stat().st_size > _MAX_COUNTED_BYTES:
+    if source_format not in (".jsonl", ".csv", ".tsv") or source.stat().st_size > _MAX_COUNTED_BYTES:
         return None
     lines, last = 0, b"\n"
     with source.open("rb") as file:

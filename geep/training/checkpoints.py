@@ -15,6 +15,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from geep.folder.files import publish
 from geep.modeling.model import GeepForSequenceClassification
 from geep.training.recipes import Recipe
 from geep.training.rows import digest_rows
@@ -66,8 +67,8 @@ class Ledger:
                     "choose another folder, or delete it."
                 )
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.made_of), encoding="utf-8")
+        # Whole or not at all: of several processes that begin together, another one may be reading it.
+        publish(path, json.dumps(self.made_of).encode())
 
 
 def stage_folders(folder: Path, recipe: Recipe) -> list[Path]:

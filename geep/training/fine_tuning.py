@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from geep.data.parts import DataPlan, Parts
@@ -91,6 +92,7 @@ def train(
         "settings": asdict(settings),
         "data": None if plan is None else asdict(plan),
         "digests": parts.digests(),
+        "origins": parts.origins(),
         "rows": len(parts.train),
     }
     if (folder / TRAINING_FILE).exists():
@@ -132,12 +134,16 @@ def train(
         progress=progress,
         keep_checkpoints=True,
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     result = {"steps": done.steps, "seconds": round(done.seconds, 1), "dev": done.dev and asdict(done.dev)}
     record = Provenance(about, result, done.logs)
-    record.write(folder)
-    discard_checkpoints(checkpoints, recipe)
+    # Of several processes, each on a GPU, one writes; the others wait for a folder that is whole.
+    processes = PartialState()
+    if processes.is_main_process:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record.write(folder)
+        discard_checkpoints(checkpoints, recipe)
+    processes.wait_for_everyone()
     if done.learned_nothing is not None:
         logger.warning("%s", done.learned_nothing)
     return _stored(record, was_finished=False)
@@ -149,6 +155,7 @@ def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, 
     return {
         "revision": None,
         "digests": asked["digests"],  # a folder from before rows were identified
+        "origins": asked["origins"],
         **about,
         "exit_layers": None if layers is None else layers.replace(" ", ""),
         "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},

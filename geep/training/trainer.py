@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -140,6 +141,15 @@ def _labels_that_hold(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits > 0).to(torch.int8)
 
 
+class _Padder(DataCollatorWithPadding):
+    """Pads a batch to its longest row, and to one column where no row has a token: attention over none is undefined."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        if any(len(row["input_ids"]) for row in features):
+            return super().__call__(features)
+        return DataCollatorWithPadding(self.tokenizer, padding="max_length", max_length=1)(features)
+
+
 class _Reporter(TrainerCallback):
     """Passes the Trainer's steps on."""
 
@@ -204,7 +214,7 @@ def run_recipe(
     # A copy: classifiers read a text's first token, and whoever pads at the left for other models keeps doing so.
     padder = copy.deepcopy(tokenizer)
     padder.padding_side = "right"
-    collate = DataCollatorWithPadding(padder)
+    collate = _Padder(padder)
     if settings.standardise and not any(map(last_checkpoint, folders)):
         standardise_heads(model, collate, rows)
     steps, seconds, logs, metrics = 0, 0.0, [], None
@@ -244,7 +254,7 @@ def run_recipe(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.train(mode=False)
-    if not keep_checkpoints:
+    if not keep_checkpoints and PartialState().is_main_process:
         discard_checkpoints(folder, recipe)
     return TrainResult(steps=steps, seconds=seconds, logs=tuple(logs), dev=metrics)
 

@@ -1,0 +1,98 @@
+"""Whether layers that are run by hand answer as Hugging Face's model does: tried, not believed.
+
+Which switches of a config make a layer another one is known of the versions that were read. What nobody thought of
+shows here, before the first text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geep.backends.packed import PackedBackend
+from geep.backends.packed_layer import packed_layers
+from geep.backends.padded import PaddedBackend
+from geep.backends.protocol import Backend, TokenBatch
+from geep.modeling import GeepForSequenceClassification, family_of
+
+# Tokens of the texts that are tried. Of several lengths, so that padding would show.
+_LENGTHS = (3, 2, 9, 6)
+
+# What rounding may do to logits, as a part of the largest: 24 layers in float32 stay well below it, and one activation
+# in place of another, or a norm's other epsilon, does not. Of other dtypes 16 roundings.
+_LEAST_ALLOWED = 2e-4
+
+
+def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, max_length: int) -> str | None:
+    """Say how far layers by hand are from Hugging Face's own forward on a few made-up texts; None where they are not.
+
+    Args:
+        model: On any device, in any dtype, not in training.
+        packed: Whether the packed layers are tried, in their plain form; else Hugging Face's own, one after another.
+        max_length: Longest text in tokens.
+
+    Raises:
+        ValueError: If the model itself does not run.
+    """
+    batch = _made_up(model, max_length)
+    with torch.inference_mode():
+        expected = _by_hugging_face(model, batch)
+        backend: Any = PackedBackend(model, packed_layers(model)) if packed else PaddedBackend(model)
+        found = _by_hand(model, backend, batch)
+    if not torch.isfinite(expected).all():
+        return None  # broken as it is, which the first text says
+    difference = float((found - expected).abs().max())
+    allowed = max(_LEAST_ALLOWED, 16 * torch.finfo(model.dtype).eps) * max(1.0, float(expected.abs().max()))
+    if difference <= allowed:
+        return None
+    return (
+        f"The {'packed' if packed else 'padded'} layers do not answer as Hugging Face's "
+        f"{model.encoder.config.model_type!r} does: on made-up texts the logits differ by {difference:.2g}, where "
+        f"rounding explains {allowed:.2g}"
+    )
+
+
+def _made_up(model: GeepForSequenceClassification, max_length: int) -> TokenBatch:
+    config = model.encoder.config
+    lengths = np.minimum(np.array(_LENGTHS, dtype=np.int64), max_length)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, int(lengths.sum()))
+    has_pairs = family_of(config).has_token_type_ids and config.type_vocab_size > 1
+    segments = np.concatenate([np.arange(length) * 2 // length for length in lengths])
+    return TokenBatch(ids, segments if has_pairs else None, lengths)
+
+
+def _by_hugging_face(model: GeepForSequenceClassification, batch: TokenBatch) -> Tensor:
+    """Logits of every exit and, twice, of the full model: by its layers and by the encoder's own forward."""
+    place, lengths = model.device, torch.from_numpy(batch.lengths)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+
+    def rows(values: Any, fill: int) -> Tensor:
+        padded = torch.full(mask.shape, fill, dtype=torch.int64)
+        padded[mask] = torch.from_numpy(values)
+        return padded.to(place)
+
+    inputs = {
+        "input_ids": rows(batch.input_ids, model.encoder.config.pad_token_id or 0),
+        "attention_mask": mask.to(place, torch.int64),
+        "token_type_ids": None if batch.token_type_ids is None else rows(batch.token_type_ids, 0),
+    }
+    try:
+        exits, full = model(**inputs, output_exits=True).exit_logits, model(**inputs).logits
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The encoder does not run on made-up texts of at most {int(lengths.max())} tokens of its vocabulary "
+            f"({error}); its config and its weights do not belong together."
+        ) from error
+    return torch.cat([exits, full[None]])
+
+
+def _by_hand(model: GeepForSequenceClassification, backend: Backend[Any], batch: TokenBatch) -> Tensor:
+    live, logits, depths = backend.start(batch), [], model.config.depths
+    for layer in range(1, depths[-1] + 1):
+        live = backend.advance(live, layer, len(batch))
+        if layer in depths:
+            logits.append(backend.exit_logits(live, layer, 0, len(batch)))
+    return torch.stack([*logits, logits[-1]])

@@ -1,0 +1,121 @@
+"""What is refused before anything runs: models and tokenizers that do not belong together, or that are damaged.
+
+Read `check_model`, `longest_text`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from geep.modeling import GeepForSequenceClassification, family_of, longest_input
+
+_PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
+
+
+def label_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Names of a model's labels, by id.
+
+    Raises:
+        ValueError: If `id2label` does not name each of 0 … num_labels - 1, or two labels have one name, or a name is no
+            string; or if `problem_type` is none that is known here.
+    """
+    if config.problem_type not in _PROBLEM_TYPES:
+        raise ValueError(
+            f"problem_type of config.json is {config.problem_type!r}, expected one of {list(_PROBLEM_TYPES[1:])}; "
+            "train a classifier."
+        )
+    names: dict[Any, Any] = dict(config.id2label or {})
+    if sorted(names, key=str) != sorted(range(len(names)), key=str) or not names:
+        raise ValueError(
+            f"id2label of config.json has the ids {sorted(names, key=str)}, expected 0..{max(len(names) - 1, 0)}; "
+            "number the labels from 0."
+        )
+    found = tuple(names[label] for label in range(len(names)))
+    unnamed = [name for name in found if not isinstance(name, str)]
+    if unnamed:
+        raise ValueError(f"id2label of config.json names labels {unnamed}, expected strings; write them in quotes.")
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"id2label of config.json gives several labels the name {twice}; scores are told by name, so give each "
+            "label its own."
+        )
+    return found
+
+
+def check_model(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse weights, labels and token ids that do not belong together.
+
+    Raises:
+        ValueError: If weights hold NaN or infinity; or the classifiers have another number of labels than the config
+            names; or the tokenizer gives ids that the encoder has no embedding for.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"Weight {name!r} holds NaN or infinity, expected finite numbers; train or copy it again.")
+    num_labels = len(label_names_of(model.config))
+    for layer in model.config.depths:
+        found = len(cast(Any, model.head_at(layer)).out.weight)
+        if found != num_labels:
+            raise ValueError(
+                f"The classifier at layer {layer} gives {found} logits, and id2label of the config names {num_labels} "
+                "labels; name as many as there are logits."
+            )
+    _check_ids(model, tokenizer)
+
+
+def _check_ids(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = model.encoder.config
+    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    # The ids around texts come from a template, which need not agree with the vocabulary.
+    highest = max([*tokenizer.get_vocab().values(), *_ids_around(tokenizer)], default=-1)
+    if highest >= rows:
+        raise ValueError(
+            f"The tokenizer has token ids up to {highest}, the encoder has embeddings for 0..{rows - 1}. Use the "
+            "tokenizer that the model was trained with; added tokens need resize_token_embeddings before training."
+        )
+    pad = config.pad_token_id
+    if pad is not None and not 0 <= pad < rows:
+        raise ValueError(
+            f"pad_token_id of the encoder's config is {pad}, and there are embeddings for 0..{rows - 1}; set it to "
+            "that of the tokenizer."
+        )
+    if family_of(config).has_token_type_ids and config.model_type != "deberta-v2" and config.type_vocab_size < 1:
+        raise ValueError(
+            f"type_vocab_size of the encoder's config is {config.type_vocab_size}, expected 1 or more: a "
+            f"{config.model_type} encoder gives each token a segment."
+        )
+
+
+def _ids_around(tokenizer: Any) -> list[int]:
+    """The ids that texts and pairs get whatever is in them; the caller's tokenizer keeps its state."""
+    if tokenizer.is_fast:
+        rows = tokenizer.backend_tokenizer.encode(""), tokenizer.backend_tokenizer.encode("", "")
+        return [token for row in rows for token in row.ids]
+    found: list[int] = tokenizer("", verbose=False)["input_ids"] + tokenizer("", "", verbose=False)["input_ids"]
+    return found
+
+
+def longest_text(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest text in tokens: what the encoder has positions for and the tokenizer is set to, or less if asked for.
+
+    Raises:
+        ValueError: If more is asked for, or nothing is left of a text.
+    """
+    positions, known = longest_input(model.encoder.config), int(tokenizer.model_max_length)
+    limit = min(positions, known)
+    if asked is not None and asked > limit:
+        reason = "the encoder has no more positions" if positions <= known else "the tokenizer's model_max_length"
+        raise ValueError(
+            f"max_length={asked} is more than the {limit} tokens that the model reads ({reason}); ask for no more."
+        )
+    if limit < 3:
+        raise ValueError(
+            f"The model reads {limit} tokens ({positions} positions of the encoder, model_max_length of the tokenizer "
+            f"is {known}), expected at least 3: two special tokens, one of text. Mend the config."
+        )
+    return limit if asked is None else asked
