@@ -173,7 +173,7 @@ def time_file(engine: Any, texts: Sequence[str], count: int, folder: Path) -> di
             left = (told - begin) * (count - rows) / max(rows, 1)
             print(f"    {rows:,} of {count:,} rows, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    report = score_file(engine, source, folder / "answers.jsonl", progress=progress)
+    report = score_file(engine, source, folder / "answers.jsonl", overwrite=True, progress=progress)
     layers = sum(layer * number for layer, number in report.exit_layer_counts.items()) / max(report.rows, 1)
     return {
         "axis": "texts",

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from geep.backends import TokenBatch
 from geep.calibration import ProfileResult, profile
-from geep.data import Split
+from geep.data import Split, unseen
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import profile_exits
 from geep.modeling import FAMILIES, GeepForSequenceClassification
@@ -297,7 +297,9 @@ def unlabelled(part: Split) -> Split:
     return Split(part.texts)
 
 
-TRAIN, HELDOUT, FRESH = split(1500, seed=0), split(500, seed=1), split(700, seed=2)
+TRAIN, HELDOUT = split(1500, seed=0), split(500, seed=1)
+# Of so few words, some texts are drawn twice.
+FRESH = unseen(split(700, seed=2), TRAIN, HELDOUT)
 
 
 @pytest.fixture(scope="session")

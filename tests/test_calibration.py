@@ -17,11 +17,7 @@ from conftest import (
     TRAIN,
     make_engine,
     make_model,
-    make_tokenizer,
     random_texts,
-    split,
-    tiny_encoder,
-    toy_task,
     unlabelled,
 )
 from numpy.typing import NDArray
@@ -44,11 +40,9 @@ from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, ExitProfile, OnMiss, follow
 from geep.folder import CalibrationFile
-from geep.modeling import GeepForSequenceClassification
 from geep.predictor import PREDICTORS
 from geep.promise import ConstantModelError, Promise, TooFewTextsError, Walk, walk
 from geep.scheduler import CostModel
-from geep.training import TrainSettings, encode, run_recipe
 
 PROMISES = {"drop": Promise(max_accuracy_drop=0.02), "agreement": Promise(min_agreement=0.98)}
 
@@ -169,7 +163,10 @@ def test_the_engine_goes_where_the_profile_says(
     outcomes = Outcomes(engine, ExitRun(batch, engine.exit_logits(batch), None))
     columns, profiles = outcomes.planned(chosen), outcomes.profile(chosen)
     assert profiles.depths == (0, 1, 2, 3, 4)
-    assert np.array(profiles.depths)[columns].tolist() == engine.planner.plan(batch, engine.settings).predicted_layers.tolist()
+    assert (
+        np.array(profiles.depths)[columns].tolist()
+        == engine.planner.plan(batch, engine.settings).predicted_layers.tolist()
+    )
     assert lexical_exit or not (columns == 0).any()
     found = engine.run_tokens(batch)
     answered = outcomes.answered(chosen)
@@ -303,7 +300,7 @@ def test_agreement_needs_no_labels(profiled: ProfileResult) -> None:
     ("tuning", "fresh"), [(unlabelled(HELDOUT), FRESH), (HELDOUT, unlabelled(FRESH))], ids=["tuning", "fresh"]
 )
 def test_accuracy_needs_labels(profiled: ProfileResult, tuning: Split, fresh: Split) -> None:
-    with pytest.raises(ValueError, match="needs labelled texts"):
+    with pytest.raises(ValueError, match=r"texts to (choose settings|certify) on have no labels.*--max-drop"):
         calibrate(profiled.engine, tuning, fresh, PROMISES["drop"])
 
 
@@ -467,7 +464,7 @@ def test_a_model_that_answers_all_texts_alike_is_refused(multi_label: bool, kind
     labels = np.ones((700, 3), dtype=np.float32) if multi_label else np.ones(700, dtype=np.int64)
     tuning, fresh = (Split(random_texts(700, seed=seed), labels=labels) for seed in (5, 6))
     shown = r"\['LABEL_1', 'LABEL_2'\]" if multi_label else "'LABEL_1'"
-    with pytest.raises(ConstantModelError, match=rf"all 1,400 held-out texts the same answer, {shown}.*No speed"):
+    with pytest.raises(ConstantModelError, match=rf"all 1,3.. held-out texts the same answer, {shown}.*No speed"):
         calibrate(engine, tuning, fresh, PROMISES[kind])
 
 
@@ -475,18 +472,65 @@ def test_a_model_that_answers_one_text_otherwise_is_not_constant(trained: Engine
     run = ExitRun.of(trained, FRESH)
     logits = torch.zeros_like(run.exit_logits)
     logits[..., 1] = 5.0
-    one = replace(run, exit_logits=logits, texts="some")
-    fresh = replace(one, texts="others")
+    one = replace(run, exit_logits=logits).select(torch.arange(300))
+    fresh = replace(run, exit_logits=logits).select(torch.arange(300, len(run)))
     with pytest.raises(ConstantModelError):
         calibrate(trained, one, fresh, PROMISES["agreement"])
     logits = logits.clone()
     logits[:, 3] = torch.tensor([9.0, 0.0, 0.0])
-    calibrate(trained, one, replace(fresh, exit_logits=logits), PROMISES["agreement"])
+    calibrate(trained, one, replace(fresh, exit_logits=logits[:, : len(fresh)]), PROMISES["agreement"])
 
 
-def test_texts_that_settings_were_chosen_on_do_not_certify(trained: Engine) -> None:
-    with pytest.raises(ValueError, match="those that settings are chosen on; expected others"):
-        calibrate(trained, FRESH, FRESH, PROMISES["agreement"])
+def test_texts_that_were_learned_or_chosen_on_do_not_certify(trained: Engine, profiled: ProfileResult) -> None:
+    promise = PROMISES["agreement"]
+    with pytest.raises(TooFewTextsError, match=r"^0 calibration texts.*698 were left out, which something was learned"):
+        calibrate(trained, FRESH, FRESH, promise)
+    # In any order, in other letters' case, with other blanks: the tokens are the same.
+    again = Split([f" {text.upper()}  " for text in reversed(TRAIN.texts)])
+    with pytest.raises(TooFewTextsError, match="^0 calibration texts"):
+        calibrate(profiled.engine, HELDOUT, again, promise)
+    mixed = Split([*TRAIN.texts[:200], *FRESH.texts, *HELDOUT.texts[:50]])
+    found = calibrate(profiled.engine, HELDOUT, mixed, promise)
+    assert (found.num_texts, found.left_out) == (len(FRESH), 250)
+    assert found.walk == calibrate(profiled.engine, HELDOUT, FRESH, promise).walk
+    assert found.record()["left_out"] == 250
+    # A run is looked through as the texts are.
+    run = ExitRun.of(profiled.engine, mixed)
+    assert calibrate(profiled.engine, profiled.heldout, run, promise).walk == found.walk
+
+
+def test_copies_of_a_text_are_no_further_draws(profiled: ProfileResult, caplog: pytest.LogCaptureFixture) -> None:
+    promise = PROMISES["agreement"]
+    copies = Split(FRESH.texts[:30] * 20)
+    with pytest.raises(TooFewTextsError, match=r"Of 600 texts so many are different; the others are copies"):
+        calibrate(profiled.engine, HELDOUT, copies, promise)
+    calibrate(profiled.engine, HELDOUT, Split(FRESH.texts * 3), promise)
+    assert "only 69" in caplog.text
+    assert "are different" in caplog.text
+
+
+def test_a_run_of_another_engine_certifies_nothing(trained: Engine, profiled: ProfileResult) -> None:
+    run = ExitRun.of(profiled.engine, FRESH)
+    longest = replace(trained.config, max_length=9)
+    padded = replace(trained.config, backend="padded")
+    for config, what in ((longest, "max_length"), (padded, "backend")):
+        other = Engine(trained.model, trained.tokenizer, config=config)
+        with pytest.raises(ValueError, match=f"an engine with another {what}, expected one of this engine"):
+            calibrate(other, ExitRun.of(other, HELDOUT), run, PROMISES["agreement"])
+    stranger = make_engine()
+    with pytest.raises(ValueError, match="an engine with another .*model.*, expected one of this engine"):
+        Outcomes(stranger, run)
+    # Table and settings are no part of what a run depends on.
+    Outcomes(trained, run)
+
+
+def test_logits_that_are_not_finite_are_no_answers() -> None:
+    """Not a number agrees with itself at every exit: nothing would ever change."""
+    engine = make_engine(table=False)
+    with torch.no_grad():
+        engine.model.exits[0].out.weight.fill_(3e38)
+    with pytest.raises(FloatingPointError, match=r"of 30 texts have logits that are not finite at an exit.*text 0"):
+        ExitRun.of(engine, Split(random_texts(30)))
 
 
 # Files
@@ -500,7 +544,7 @@ def test_a_calibration_is_saved_beside_the_record_of_its_profile(profiled: Profi
     kept = CalibrationFile.read(tmp_path).record
     # As JSON has them: tuples have become lists.
     assert kept["profile"] == json.loads(json.dumps(profiled.record()))
-    assert kept["calibration"] == json.loads(json.dumps(found.record()))
+    assert kept["calibration"] == json.loads(json.dumps({**found.record(), "asked": None}))
     assert kept["calibration"]["speed"] == found.walk.speed
     assert kept["calibration"]["promise"]["min_agreement"] == 0.98
     assert len(kept["calibration"]["trials"]) == len(found.walk.trials)
@@ -518,7 +562,8 @@ def test_a_refusal_leaves_the_full_model_and_its_reason(profiled: ProfileResult,
     save_refusal(certified.engine, tmp_path, TooFewTextsError("too few of them"))
     kept = CalibrationFile.read(tmp_path)
     assert (kept.settings["speed"], kept.certificate) == (0.0, None)
-    assert kept.record["calibration"] == {"speed": 0.0, "refused": "too few of them"}
+    refused = {"speed": 0.0, "refused": "too few of them", "certificate": None, "asked": None}
+    assert kept.record["calibration"] == refused
     assert "profile" in kept.record
     assert certified.engine.settings.speed > 0  # the engine that was given is left as it was
 

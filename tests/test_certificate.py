@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,20 @@ from rich.console import Console
 from tokenizers.normalizers import BertNormalizer
 
 from geep.backends import int8
-from geep.calibration import Calibration, ExitRun, Outcomes, ProfileResult, calibrate, profile, quantise
+from geep.calibration import (
+    Calibration,
+    ExitRun,
+    Outcomes,
+    ProfileResult,
+    calibrate,
+    profile,
+    quantise,
+    save_refusal,
+)
 from geep.cli import show
 from geep.engine import Certificate, Engine, EngineConfig, ExitSettings
 from geep.folder import CalibrationFile, fingerprint
-from geep.promise import Promise
+from geep.promise import Promise, TooFewTextsError
 
 PROMISE = Promise(min_agreement=0.95)
 
@@ -60,7 +70,7 @@ def test_a_certificate_says_what_was_certified_of_what_and_on_what(certified: Ca
     assert engine.settings.speed > 0
     assert (found.promise, found.reference) == (PROMISE, "float32")
     assert found.num_texts == len(FRESH)
-    assert found.texts == FRESH.digest()
+    assert found.texts == ExitRun.of(engine, FRESH).digest != ExitRun.of(engine, unlabelled(FRESH)).digest
     assert found.texts_from == "the development split of a task"
     kept = certified.walk.kept
     assert kept is not None
@@ -145,6 +155,97 @@ def test_a_profile_leaves_no_certificate_of_the_table_before(
 ) -> None:
     certified.save(tmp_path)
     profiled.save(tmp_path)
+    assert CalibrationFile.read(tmp_path).certificate is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("encoder_config.hidden_act", "relu"),
+        ("encoder_config.num_attention_heads", 2),
+        ("encoder_config.layer_norm_eps", 0.5),
+        ("exit_head", "cls"),
+        ("id2label", {"0": "b", "1": "a", "2": "c"}),
+        ("problem_type", "multi_label_classification"),
+    ],
+)
+def test_exits_of_a_model_with_another_config_are_refused(
+    field: str, value: object, folder: Path, tmp_path: Path
+) -> None:
+    """The same weights answer otherwise under another switch."""
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    place = config
+    for part in field.split(".")[:-1]:
+        place = place[part]
+    place[field.split(".")[-1]] = value
+    if field == "id2label":
+        config["label2id"] = {name: int(label) for label, name in config["id2label"].items()}
+    (model / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ValueError, match="belongs to another model than the folder's"):
+        Engine.from_pretrained(model, device="cpu")
+    assert Engine.from_pretrained(model, device="cpu", exits=False).certificate is None
+
+
+@pytest.mark.parametrize("field", ["classifier_dropout", "initializer_range", "transformers_version", "dtype"])
+def test_what_no_answer_depends_on_changes_nothing(field: str, folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    config[field] = {"transformers_version": "5.0.0", "dtype": "bfloat16"}.get(field, 0.33)
+    (model / "config.json").write_text(json.dumps(config), "utf-8")
+    assert Engine.from_pretrained(model, device="cpu").certificate is not None
+
+
+def test_settings_without_a_table_belong_to_their_model_too(trained: Engine, tmp_path: Path) -> None:
+    other = make_model()
+    other.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    calibrate(trained, HELDOUT, FRESH, PROMISE).save(tmp_path)
+    with pytest.raises(ValueError, match="belongs to another model than the folder's"):
+        Engine.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_reader_between_two_publications_finds_the_later_one(
+    certified: Calibration, trained: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read before, its table is gone when it is looked for: then the file names another."""
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    new = profile(trained, HELDOUT, TRAIN, kind="counts").engine
+    read = CalibrationFile.read.__func__  # type: ignore[attr-defined]
+    published = []
+
+    def publish_after(cls: type[CalibrationFile], path: str | Path) -> CalibrationFile:
+        found: CalibrationFile = read(cls, path)
+        if not published:
+            published.append(found)
+            new.save_exits(model)
+        return found
+
+    monkeypatch.setattr(CalibrationFile, "read", classmethod(publish_after))
+    found = Engine.from_pretrained(model, device="cpu", max_batch_tokens=500)
+    assert found.made_with == new.made_with
+    (table,) = model.glob("exit_table-*")
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match="has no exit_table-.*copy all files of the folder"):
+        Engine.from_pretrained(model, device="cpu")
+
+
+def test_saving_the_same_exits_again_keeps_how_they_were_found(certified: Calibration, tmp_path: Path) -> None:
+    certified.save(tmp_path, profile={"quality": 1}, asked={"max_drop": 0.5})
+    before = CalibrationFile.read(tmp_path)
+    assert before.record["profile"] == {"quality": 1}
+    assert before.record["calibration"]["asked"] == {"max_drop": 0.5}
+    certified.engine.save_exits(tmp_path)
+    assert CalibrationFile.read(tmp_path) == before
+    certified.engine.replace(settings=replace(certified.engine.settings, speed=0.9)).save_exits(tmp_path)
+    assert CalibrationFile.read(tmp_path).record == {}
+
+
+def test_a_refusal_leaves_no_certificate(certified: Calibration, tmp_path: Path) -> None:
+    at_zero = certified.engine.replace(settings=replace(certified.engine.settings, speed=0.0))
+    sure = at_zero.replace(certificate=replace(certificate_of(certified.engine), made_with=at_zero.made_with))
+    assert sure.certificate is not None
+    save_refusal(sure, tmp_path, TooFewTextsError("too few"))
     assert CalibrationFile.read(tmp_path).certificate is None
 
 
@@ -295,7 +396,7 @@ def test_what_is_not_certified_is_neither_shown_nor_written_as_certified(
         shown.append(console.export_text())
     assert "Nothing is certified" in shown[0]
     assert "Certified:" not in shown[0]
-    assert "20.00% of float32" in shown[0]
+    assert f"{lossy.walk.trials[0].risk:.2%} of float32" in shown[0]
     assert "Certified: an agreement of at least 0.95" in shown[1]
     assert "the development split of a task" in shown[1]
     lossy.save(tmp_path)
@@ -330,7 +431,9 @@ def test_without_labels_scores_are_the_full_models_own(trained: Engine) -> None:
     assert found.record()["scores_calibrated"] is False
     temperatures = found.engine.settings.temperatures
     assert temperatures[trained.depths[-1]] == pytest.approx(1, abs=1e-3)
-    scores = found.engine.replace(settings=replace(found.engine.settings, speed=0.0)).predict_columns(FRESH.texts).scores
+    scores = (
+        found.engine.replace(settings=replace(found.engine.settings, speed=0.0)).predict_columns(FRESH.texts).scores
+    )
     plain = trained.predict_columns(FRESH.texts).scores
     assert np.allclose(scores, plain, atol=1e-3)
     assert (plain < 0.99).any()
@@ -356,6 +459,14 @@ def test_settings_come_back_with_their_digest(profiled: ProfileResult) -> None:
     again = ExitSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
     assert again == settings
     assert again.digest == settings.digest != replace(settings, speed=0.3).digest
+
+
+def test_numbers_of_numpy_are_settings_as_well(certified: Calibration) -> None:
+    settings = replace(certified.engine.settings, speed=np.float32(0.3), temperatures={np.int64(1): np.float64(1.5)})
+    assert certified.engine.replace(settings=settings).certificate is None
+    assert json.loads(json.dumps(settings.to_dict()))["temperatures"] == {"1": 1.5}
+    with pytest.raises(TypeError, match="speed must be a number, got '0.3'"):
+        replace(settings, speed="0.3")
 
 
 def test_an_engine_in_memory_may_be_given_its_certificate(certified: Calibration) -> None:

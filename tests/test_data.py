@@ -1,11 +1,13 @@
 """Files as streams of rows, splits and labels, fetching without a network."""
 
+import bz2
 import csv
 import gc
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import subprocess
 import tempfile
@@ -56,23 +58,42 @@ def as_parquet(path: Path, rows: list[dict[str, str]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("text", pa.string()), ("label", pa.string())])), path)
 
 
-def zipped(write: Callable[[Path, list[dict[str, str]]], None]) -> Callable[[Path, list[dict[str, str]]], None]:
-    def write_zipped(path: Path, rows: list[dict[str, str]]) -> None:
-        write(path, rows)
-        path.write_bytes(gzip.compress(path.read_bytes()))
+def as_array(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text(json.dumps(rows, indent=1), "utf-8")
 
-    return write_zipped
+
+def in_zip(*contents: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, content in enumerate(contents):
+            archive.writestr(f"file {number}", content)
+    return buffer.getvalue()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lambda content: lzma.compress(content, preset=0),
+    ".zst": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+    ".zip": in_zip,
+}
+Write = Callable[[Path, list[dict[str, str]]], None]
+
+
+def packed(write: Write, compress: Callable[[bytes], bytes]) -> Write:
+    def write_packed(path: Path, rows: list[dict[str, str]]) -> None:
+        write(path, rows)
+        path.write_bytes(compress(path.read_bytes()))
+
+    return write_packed
 
 
 WRITERS = {
-    ".jsonl": as_jsonl,
-    ".jsonl.gz": zipped(as_jsonl),
-    ".csv": as_csv,
-    ".csv.gz": zipped(as_csv),
-    ".tsv": as_csv,
-    ".tsv.gz": zipped(as_csv),
-    ".parquet": as_parquet,
-}
+    kind + suffix: packed(write, compress)
+    for kind, write in ((".jsonl", as_jsonl), (".json", as_array), (".csv", as_csv), (".tsv", as_csv))
+    for suffix, compress in COMPRESS.items()
+} | {".parquet": as_parquet}
 
 
 @pytest.mark.parametrize("suffix", data.FORMATS)
@@ -82,10 +103,10 @@ def test_every_format_gives_back_its_rows(suffix: str, tmp_path: Path) -> None:
     ]
     path = tmp_path / f"file{suffix}"
     WRITERS[suffix](path, rows)
-    read = good(path)
+    read = good(path, quoting=True)
     assert [row.fields for row in read] == rows
     assert [(row.text, row.label, row.text_pair) for row in read] == [(r["text"], r["label"], None) for r in rows]
-    assert data.read_header(path) == (None if "jsonl" in suffix else ("text", "label"))
+    assert data.read_header(path) == (None if "json" in suffix else ("text", "label"))
 
 
 # "\r" and "\n" are whatever they are; half characters cannot be written to a file.
@@ -105,7 +126,7 @@ def test_any_text_survives_the_round_trip(suffix: str, rows: list[tuple[str, str
                 # Before Python 3.13 the module leaves a lone "\r" unquoted, hence all quoted.
                 writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",", quoting=csv.QUOTE_ALL)
                 writer.writerows([("text", "label"), *rows])
-        assert [(row.text, row.label or "") for row in good(path)] == rows
+        assert [(row.text, row.label or "") for row in good(path, quoting=True)] == rows
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
@@ -185,7 +206,8 @@ def test_bad_csv_rows_are_reported_with_their_line(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_left_out_and_the_rest_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geep.data.formats._MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("geep.data.json_rows._MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("geep.data.delimited._MAX_LINE_CHARS", 100)
     for name, head, tail in (("a.jsonl", b'{"text": "', b'"}\n{"text": "b"}\n'), ("a.csv", b"text\n", b"\nb\n")):
         path = tmp_path / name
         path.write_bytes(head + b"x" * 1000 + tail)
@@ -425,12 +447,12 @@ def test_files_too_large_for_memory_are_read_as_others(
     rows = [{"text": f"text №{i}\n" * (i % 5), "label": "ab"[i % 2]} for i in range(300)]
     path = tmp_path / f"train{suffix}"
     WRITERS[suffix](path, rows)
-    small = data.load_dataset(path)
+    small = data.load_dataset(path, quoting=True)
     assert isinstance(small.train.texts, list)
     (tmp_path / "spool").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
     monkeypatch.setattr("geep.data.texts._MOST_IN_MEMORY", 1000)
-    large = data.load_dataset(path)
+    large = data.load_dataset(path, quoting=True)
     assert isinstance(large.train.texts, MappedTexts)
     assert large.train.texts == small.train.texts == [row["text"] for row in rows]
     assert large.train.labels is not None
@@ -784,7 +806,7 @@ def test_a_plan_finds_the_same_rows_again(tmp_path: Path) -> None:
     assert plan.divide(plan.load()).profile.texts == parts.profile.texts
 
 
-def test_a_plan_of_an_older_folder_has_no_seed() -> None:
+def test_a_plan_of_an_older_folder_lacks_what_came_later() -> None:
     words = {
         "name": "x",
         "data_dir": None,
@@ -795,7 +817,7 @@ def test_a_plan_of_an_older_folder_has_no_seed() -> None:
         "label_column": "label",
     }
     assert DataPlan(**words) == DataPlan("x")  # type: ignore[arg-type]
-    assert set(asdict(DataPlan("x"))) == {*words, "seed"}
+    assert set(asdict(DataPlan("x"))) == {*words, "seed", "quoting"}
 
 
 def test_parts_know_whether_rows_have_several_labels(tmp_path: Path) -> None:

@@ -64,12 +64,12 @@ def test_a_write_that_fails_leaves_the_old_file_alone(at: str, tmp_path: Path, m
 
 
 def test_every_file_of_a_folder_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Table, settings and record are flushed before they take their names."""
+    """Table, settings and record are flushed before they take their names, and so are the names."""
     flushed: list[int] = []
     monkeypatch.setattr("geep.folder.files.os.fsync", flushed.append)
     make_engine().save_exits(tmp_path)
     Provenance({}, {}, []).write(tmp_path)
-    assert len(flushed) == 3
+    assert len(flushed) == 2 * 3
     assert {each.name for each in tmp_path.iterdir()} == {table_of(tmp_path).name, SETTINGS_FILE, TRAINING_FILE}
 
 
@@ -100,12 +100,12 @@ def test_a_fingerprint_is_of_names_shapes_values_and_words() -> None:
 
 def test_a_calibration_file_comes_back(tmp_path: Path) -> None:
     files = {"table": "exit_table-0.safetensors", "ranges": None}
-    made = CalibrationFile({"speed": 0.5, "criterion": "Maß"}, files, {"bound": 0.1}, {"profile": {"quality": [1, 2]}})
+    made = CalibrationFile({"speed": 0.5, "criterion": "Maß"}, files, {"model": "m"}, {"bound": 0.1}, {"profile": {}})
     made.write(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / SETTINGS_FILE):
         assert CalibrationFile.read(place) == made
     CalibrationFile({}).write(tmp_path)
-    assert CalibrationFile.read(tmp_path) == CalibrationFile({}, {}, None, {})
+    assert CalibrationFile.read(tmp_path) == CalibrationFile({})
     with pytest.raises(FileNotFoundError):
         CalibrationFile.read(tmp_path / "elsewhere")
 
@@ -204,9 +204,11 @@ def test_a_table_of_another_model_or_tokenizer_is_refused(tiny_engine: Engine, t
 )
 def test_a_damaged_calibration_is_refused(content: str, folder: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(folder, tmp_path / "model"))
-    content = content.replace('{"settings"', '{"files": {}, "certificate": null, "settings"').replace(
-        '"temperatures": {}', '"temperatures": {}, "agreement": {}' if "agreement" not in content else '"temperatures": {}'
-    )
+    stored = CalibrationFile.read(model)
+    rest = json.dumps({"files": stored.files, "belongs_to": stored.belongs_to, "certificate": None})
+    content = content.replace('{"settings"', rest[:-1] + ', "settings"')
+    if "agreement" not in content:
+        content = content.replace('"temperatures": {}', '"temperatures": {}, "agreement": {}')
     (model / "calibration.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"calibration\.json (is|are) damaged .*run `geep (profile|calibrate)` "):
         Engine.from_pretrained(model, device="cpu")
@@ -333,7 +335,8 @@ def test_a_model_of_the_hub_is_asked_for_with_the_options_given(
     names = ("model", "tokenizer", table_of(folder).name, SETTINGS_FILE)
     expected = {name: str(value) if name == "cache_dir" else value for name, value in options.items()}
     # Whatever the options, no code of the checkpoint is run.
-    safe = {"model": {"trust_remote_code": False}, "tokenizer": {"trust_remote_code": False}}
+    safe: dict[str, dict[str, Any]] = {name: {"trust_remote_code": False} for name in ("model", "tokenizer")}
+    safe["model"]["ignore_mismatched_sizes"] = True
     assert asked == {f"{name} somebody/something": expected | safe.get(name, {}) for name in names}
 
 

@@ -77,6 +77,16 @@ def test_a_smaller_dev_split_certifies_alone(max_train: int | None, num_profile:
     assert parts.profile.origin == "training rows held out of t.jsonl"
 
 
+def test_a_dev_split_lends_rows_to_profile_where_training_rows_are_few() -> None:
+    parts = divide(dataset_of(60, 1200))
+    check(parts)
+    assert len(parts.train) == 48
+    assert (len(parts.profile), len(parts.calibration)) == (200, 1200 - 188)
+    assert kinds(parts.profile) == {"t", "d"}
+    assert kinds(parts.calibration) == {"d"}
+    assert parts.profile.origin == "training rows held out of t.jsonl and the development split of d.jsonl"
+
+
 def test_a_dev_split_too_small_to_certify_is_joined_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         parts = divide(dataset_of(5000, 60))

@@ -572,7 +572,7 @@ def save_signed(tensors: dict[str, Tensor], header: str, path: Path) -> None:
         ("[]", "cannot be read"),
         ("{}", "cannot be read"),
         ('{"format": "geep exit table 9", "fingerprint": {}, "config": {}}', "has format 'geep exit table 9'"),
-        ('{"format": "geep exit table 1", "fingerprint": {}, "config": {"more": 1}}', "holds no usable exit table"),
+        ('{"format": "geep exit table 2", "fingerprint": {}, "config": {"more": 1}}', "holds no usable exit table"),
     ],
 )
 def test_wrong_headers_are_refused(header: str, message: str, tmp_path: Path) -> None:

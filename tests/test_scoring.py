@@ -24,11 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import Result
 from conftest import make_engine, make_model, random_texts
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 import geep
-from geep.data import BadRow, Row, read_rows
+from geep.cli import app
+from geep.data import BadRow, Row, read_header, read_rows
 from geep.engine import Engine, Prediction
 from geep.scoring import Scorer, ScoreReport, score_file, sinks, stream as stream_file
 from geep.scoring.journal import Journal
@@ -174,8 +177,9 @@ def test_every_format_becomes_every_other(source_suffix: str, target_suffix: str
     added = ["label", "score", "exit_layer", "predicted_layer", "truncated", "scores"]
     for i, row in zip(good, rows, strict=True):
         assert list(row) == ["text", "id", *added]
-        assert row["text"] == f'text "{i}",\r\nmore{"!" * (i % 7)}'
-        made = FakeEngine().predict_columns([str(row["text"])])(0)
+        text = f'text "{i}",\r\nmore{"!" * (i % 7)}'
+        assert row["text"] == (text.replace("\r\n", r"\r\n") if target_suffix == ".tsv" else text)
+        made = FakeEngine().predict_columns([text])(0)
         expected = [made[name] for name in added]
         if "sv" in target_suffix:
             expected = [
@@ -346,10 +350,10 @@ def test_no_rows_make_an_empty_valid_file(source_suffix: str, target_suffix: str
 
 def test_the_first_hundred_bad_rows_are_reported(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text("broken\n" * 150 + '{"text": "a"}\n', "utf-8")
+    source.write_text('{"text": "a"}\n' + "broken\n" * 150, "utf-8")
     report = score_file(FakeEngine(), source, tmp_path / "out.jsonl", chunk_rows=40)
     assert (report.rows, report.num_bad) == (1, 150)
-    assert [row.line for row in report.bad_rows] == list(range(1, 101))
+    assert [row.line for row in report.bad_rows] == list(range(2, 102))
     assert (tmp_path / "out.jsonl.errors.jsonl").read_text("utf-8").count("\n") == 150
     source.write_text('{"text": "a"}\n', "utf-8")
     score_file(FakeEngine(), source, tmp_path / "out.jsonl", overwrite=True)
@@ -667,13 +671,17 @@ class Kill(BaseException):
     """Ends a run where it stands, as a kill would."""
 
 
+def raising(*_: object) -> None:
+    raise Kill
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv.gz", ".parquet"])
 @pytest.mark.parametrize("source_suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_while_names_are_given_scores_nothing_again(
     suffix: str, source_suffix: str, replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_source(tmp_path / f"in{source_suffix}", 25)
+    source = write_source(tmp_path / f"in{source_suffix}", 30)
     whole = tmp_path / f"whole{suffix}"
     expected = score_file(FakeEngine(), source, whole, chunk_rows=10)
     publish = Journal.publish
@@ -720,6 +728,28 @@ def test_a_kill_while_names_are_given_scores_nothing_again(
     raise AssertionError("there are more steps than were tried")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv.gz", ".parquet"])
+def test_a_finished_file_that_is_lost_is_made_again_of_what_is_whole(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, whole = write_source(tmp_path / "in.jsonl", 30), tmp_path / f"out{suffix}", tmp_path / f"w{suffix}"
+    score_file(FakeEngine(), source, whole, chunk_rows=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "publish", raising)
+        with pytest.raises(Kill):
+            score_file(FakeEngine(), source, target, chunk_rows=10)
+    if suffix == ".parquet":
+        (tmp_path / "out.parquet.partial.parquet").unlink()
+    else:
+        os.utime(tmp_path / f"out{suffix}.partial", (1, 1))
+    engine = FakeEngine()
+    score_file(engine, source, target, chunk_rows=10)
+    assert engine.calls == []
+    assert target.read_bytes() == whole.read_bytes()
+    errors = [path.with_name(path.name + ".errors.jsonl").read_bytes() for path in (target, whole)]
+    assert errors[0] == errors[1]
+
+
 def test_only_one_run_writes_a_result(tmp_path: Path) -> None:
     source, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / "out.jsonl"
 
@@ -752,6 +782,22 @@ def test_a_result_is_replaced_only_where_it_is_said(tmp_path: Path) -> None:
     score_file(engine, source, target, chunk_rows=10, overwrite=True)
     assert len(engine.calls) == 2
     assert target.read_bytes() == before
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.jsonl", 5)
+    with pytest.raises(OSError, match="Nothing can be written to the folder /proc .*write to another folder"):
+        score_file(FakeEngine(), source, "/proc/out.jsonl")
+
+
+def test_the_name_of_a_link_says_the_format_and_a_device_is_no_result(tmp_path: Path) -> None:
+    source, link = write_source(tmp_path / "in.jsonl", 5), tmp_path / "out.parquet"
+    link.symlink_to(tmp_path / "blob")
+    score_file(FakeEngine(), source, link)
+    assert pq.read_table(tmp_path / "blob").num_rows == 5
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="/dev/full is a device or a pipe; write to a file"):
+        score_file(FakeEngine(), source, tmp_path / "full.jsonl")
 
 
 def test_a_link_stays_one(tmp_path: Path) -> None:
@@ -981,7 +1027,7 @@ CARRIED: dict[str, tuple[pa.Array, object, str]] = {
         "1073741824 days since 1970-01-01",
     ),
     "no_zone": (
-        of_integers(pa.timestamp("s", "Nowhere/Here"), [60, None, 0]),
+        of_integers(pa.timestamp("ms", "Nowhere/Here"), [60_000, None, 0]),
         "1970-01-01T00:01:00+00:00",
         "1970-01-01T00:01:00+00:00",
     ),
@@ -1030,9 +1076,22 @@ CARRIED: dict[str, tuple[pa.Array, object, str]] = {
 }
 
 
+def is_kept(column: pa.Array) -> bool:
+    """Whether this pyarrow keeps a column in Parquet: old ones have no views, no lists of a fixed size, other maps."""
+    table, file = pa.table({"it": column}), pa.BufferOutputStream()
+    try:
+        pq.write_table(table, file)
+        found = pq.read_table(pa.BufferReader(file.getvalue())).column("it").type
+    except pa.ArrowException:
+        return False
+    return not pa.types.is_map(column.type) or found == column.type
+
+
 def carried_source(path: Path) -> pa.Table:
     """A Parquet file of every kind of column, with metadata of schema and fields; its middle row is a bad one."""
-    columns = {"text": pa.array(["a", None, "b"])} | {name: column for name, (column, _, _) in CARRIED.items()}
+    columns = {"text": pa.array(["a", None, "b"])} | {
+        name: column for name, (column, _, _) in CARRIED.items() if is_kept(column)
+    }
     fields = [pa.field(name, column.type, metadata={"unit": name}) for name, column in columns.items()]
     table = pa.table(list(columns.values()), schema=pa.schema(fields, metadata={"source": "a test"}))
     pq.write_table(table, path)
@@ -1047,8 +1106,9 @@ def test_parquet_columns_go_to_parquet_as_they_are(tmp_path: Path) -> None:
     found = pq.read_table(target).drop_columns(list(ADDED))
     assert found.schema.equals(table.schema, check_metadata=True)
     nan = ["nan"]
-    assert found.drop_columns(nan).equals(table.take([0, 2]).combine_chunks().drop_columns(nan))
-    np.testing.assert_array_equal(found["nan"], table["nan"].take([0, 2]))
+    good = pa.concat_tables([table.slice(0, 1), table.slice(2, 1)])
+    assert found.drop_columns(nan).equals(good.drop_columns(nan))
+    np.testing.assert_array_equal(found["nan"], good["nan"])
 
 
 @pytest.mark.parametrize("name", CARRIED)
@@ -1057,6 +1117,8 @@ def test_every_arrow_type_has_a_form_in_json_and_csv(name: str, tmp_path: Path) 
     source = tmp_path / "in.parquet"
     # Beside slices and several batches, of which values must be those of their rows.
     table = pa.table({"text": ["a", "b", "c"], "it": column})
+    if not is_kept(column):
+        pytest.skip(f"pyarrow {pa.__version__} does not keep {column.type} in Parquet")
     pq.write_table(pa.concat_tables([table] * 400), source)
     score_file(FakeEngine(), source, tmp_path / "out.jsonl", chunk_rows=1000)
     score_file(FakeEngine(), source, tmp_path / "out.csv", chunk_rows=1000)
@@ -1081,13 +1143,14 @@ def test_every_arrow_type_has_a_form_in_json_and_csv(name: str, tmp_path: Path) 
         pa.binary(),
         pa.large_binary(),
         pa.dictionary(pa.int8(), pa.string()),
-        pa.dictionary(pa.int32(), pa.large_string()),
     ],
     ids=str,
 )
 def test_texts_of_every_string_type_are_read(kind: pa.DataType, tmp_path: Path) -> None:
     source, texts = tmp_path / "in.parquet", ["größer", "", "b" * 20, "größer"]
     table = pa.table({"text": pa.array(texts).cast(kind), "text_pair": pa.array(texts[::-1]).cast(kind)})
+    if not is_kept(table.column("text")):
+        pytest.skip(f"pyarrow {pa.__version__} does not keep {kind} in Parquet")
     pq.write_table(table, source)
     engine = FakeEngine()
     score_file(engine, source, tmp_path / "out.jsonl")
@@ -1158,3 +1221,88 @@ def test_row_groups_of_a_result_are_bounded(tmp_path: Path, monkeypatch: pytest.
     assert groups(100) == [30, 30, 30, 10]
     monkeypatch.setattr(sinks, "_GROUP_BYTES", 400)
     assert max(groups(100)) < 10
+
+
+def test_tsv_is_quoted_only_where_it_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "in.tsv"
+    source.write_bytes(b'text\tid\n"a\tb"\tc"\n"d\te\n')
+    score_file(FakeEngine(), source, tmp_path / "out.tsv")
+    _, first = (tmp_path / "out.tsv").read_text("utf-8").splitlines()
+    assert first.startswith('"d\te\tshort\t')
+    assert json.loads((tmp_path / "out.tsv.errors.jsonl").read_text("utf-8"))["line"] == 2
+    source.write_bytes(b'text\tid\n"a\tb"\t"c\nd"\n')
+    score_file(FakeEngine(), source, tmp_path / "quoted.tsv", quoting=True)
+    (row,) = read_rows(tmp_path / "quoted.tsv", quoting=True)
+    assert isinstance(row, Row)
+    assert (row.text, row.fields["id"]) == ("a\tb", "c\nd")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.bz2", ".csv.xz", ".tsv.zst"])
+def test_every_compression_that_is_read_chunk_by_chunk_is_written(suffix: str, tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.csv", 45), tmp_path / f"out{suffix}"
+    whole = tmp_path / f"whole{suffix}"
+    with pytest.raises(RuntimeError, match="killed"):
+        score_file(FakeEngine(fail_at=2), source, target, chunk_rows=10)
+    score_file(FakeEngine(), source, target, chunk_rows=10)
+    score_file(FakeEngine(), source, whole, chunk_rows=10)
+    assert target.read_bytes() == whole.read_bytes()
+    assert [row["id"] for row in read_back(target)] == [str(i) for i in range(45) if i % 10 != 9]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv.zip"])
+def test_a_format_that_is_only_read_is_refused_as_a_target(suffix: str, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in.csv", 5)
+    with pytest.raises(ValueError, match=r"cannot be written chunk by chunk; write one of \.jsonl, .*\.parquet"):
+        score_file(FakeEngine(), source, tmp_path / f"out{suffix}")
+
+
+@pytest.mark.parametrize("pairs", [None, False])
+def test_rows_before_early_damage_are_kept(pairs: bool | None, tmp_path: Path) -> None:
+    class Learned(FakeEngine):
+        text_pairs = pairs
+
+    source, target = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    lines = [json.dumps({"text": f"{i} {i**9 % 10**7}"}).encode() + b"\n" for i in range(40)]
+    source.write_bytes(gzip.compress(b"".join(lines), mtime=0)[:-40])
+    with pytest.raises(ValueError, match="is damaged after line .* rows of the source are done"):
+        score_file(Learned(), source, target)
+    assert 10 < (tmp_path / "out.jsonl.partial").read_bytes().count(b"\n") < 40
+
+
+def test_a_source_that_cannot_be_read_at_all_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(b'{"text": "a"}\n')[:12])
+    with pytest.raises(ValueError, match="damaged"):
+        score_file(FakeEngine(), source, tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_pipe_of_a_header_alone_makes_an_empty_result_of_its_columns(suffix: str, tmp_path: Path) -> None:
+    writer = through_pipe(tmp_path / "pipe.csv", b"text,id\n")
+    score_file(FakeEngine(), tmp_path / "pipe.csv", tmp_path / f"out{suffix}")
+    writer.join()
+    assert read_header(tmp_path / f"out{suffix}") == ("text", "id", *ADDED)
+
+
+def test_the_command_line_reads_standard_input_and_replaces_only_where_it_is_said(
+    tiny_engine: Engine, tmp_path: Path
+) -> None:
+    model, target = tmp_path / "model", tmp_path / "out.jsonl"
+    tiny_engine.save_pretrained(model)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in random_texts(5, seed=6))
+
+    def predict(*words: object, code: int = 0) -> Result:
+        options = [str(word) for word in (*words, "--device", "cpu")]
+        found = CliRunner().invoke(app, ["predict", str(model), "-", *options], input=lines, catch_exceptions=False)
+        assert found.exit_code == code, found.output
+        return found
+
+    predict("-o", target)
+    written = target.read_text("utf-8")
+    assert [json.loads(line)["text"] for line in written.splitlines()] == random_texts(5, seed=6)
+    assert "exists" in predict("-o", target, code=2).stderr
+    predict("-o", target, "--overwrite")
+    assert predict("-o", "-").stdout == written
+    assert "--output" in predict(code=2).stderr
+    assert "both take standard output" in predict("-o", "-", "--json", code=2).stderr

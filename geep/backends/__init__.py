@@ -3,7 +3,7 @@
 The room knows encoders, layers and packed tokens; it refuses to know texts, tables and thresholds. Read `protocol.py`
 (what every backend offers), `padded.py` (Hugging Face's own layers), `packed_layer.py` and `packed.py` (no padding),
 `onednn.py` and `int8.py` (the same layer on a CPU's kernels), `tiles.py`, `graphs.py`, `staging.py` and `cuda.py` (the
-same layer on a GPU), `registry.py` (which there are).
+same layer on a GPU), `likeness.py` (whether layers answer as the encoder does), `registry.py` (which there are).
 """
 
 import lazy_loader

@@ -15,4 +15,4 @@ from .profiling import (
     profile as profile,
 )
 from .quantising import quantise as quantise
-from .runs import ExitRun as ExitRun, Outcomes as Outcomes, try_speed as try_speed
+from .runs import ExitRun as ExitRun, Outcomes as Outcomes, run_of as run_of, try_speed as try_speed

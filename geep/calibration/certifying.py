@@ -5,21 +5,27 @@ Read `calibrate`: settings are chosen on one part of the rows (`choosing`), the 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from geep.calibration.choosing import Choice, base_settings, choose, criteria
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
-from geep.engine import Certificate, Engine
+from geep.engine import Certificate, Engine, StoredExits
 from geep.exits import OnMiss
 from geep.folder import CalibrationFile
+from geep.predictor import text_hashes
 from geep.progress import Progress, no_progress
 from geep.promise import ConstantModelError, NothingCertifiedError, Promise, Walk, check_enough, walk
 from geep.scheduler import CostModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,14 @@ class Calibration:
         promise: What was asked for.
         walk: The trials of the better walk.
         num_texts: Texts that the speed was certified on.
+        left_out: Further ones that were given, but that something was learned or chosen on before.
     """
 
     engine: Engine
     promise: Promise
     walk: Walk
     num_texts: int
+    left_out: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return in plain words and numbers what is kept of it in `calibration.json`."""
@@ -51,27 +59,60 @@ class Calibration:
             "criterion": settings.criterion,
             "promise": asdict(self.promise),
             "num_texts": self.num_texts,
+            "left_out": self.left_out,
+            "certificate": None if self.engine.certificate is None else self.engine.certificate.to_dict(),
             "trials": [asdict(trial) for trial in self.walk.trials],
         }
 
-    def save(self, folder: str | Path) -> None:
-        """Write table, settings and certificate into a model folder, keeping what its record says of the profile."""
-        _save_record(self.engine, folder, self.record())
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        profile: Mapping[str, Any] | None = None,
+        asked: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write table, settings and certificate into a model folder.
+
+        Args:
+            folder: The model's folder.
+            profile: What is kept of the profile. None: what the folder's record says of it.
+            asked: What was asked for, in plain words.
+        """
+        found = {**self.record(), "asked": asked}
+        self.engine.save_exits(folder, record=_record(folder, found, profile))
 
 
-def save_refusal(engine: Engine, folder: str | Path, refusal: NothingCertifiedError) -> None:
-    """Write into a model folder that the full model answers, and why nothing was certified."""
-    at_full_depth = engine.replace(settings=replace(engine.settings, speed=0.0))
-    _save_record(at_full_depth, folder, {"speed": 0.0, "refused": str(refusal)})
+def save_refusal(
+    engine: Engine,
+    folder: str | Path,
+    refusal: NothingCertifiedError,
+    *,
+    profile: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
+) -> None:
+    """Write into a model folder that the full model answers, and why nothing was certified.
+
+    Args:
+        engine: The engine; its table is kept.
+        folder: The model's folder.
+        refusal: Why.
+        profile: What is kept of the profile. None: what the folder's record says of it.
+        asked: What was asked for, in plain words.
+    """
+    settings = replace(engine.settings, speed=0.0)
+    exits = StoredExits(engine.predictor, settings, engine.ranges, None)
+    found = {"speed": 0.0, "refused": str(refusal), "certificate": None, "asked": asked}
+    exits.save(folder, fingerprint=engine.identity, record=_record(folder, found, profile))
 
 
-def _save_record(engine: Engine, folder: str | Path, calibration: dict[str, Any]) -> None:
-    """Write an engine's settings, with what is known of their calibration, beside the record of its profile."""
-    try:
-        record = dict(CalibrationFile.read(folder).record)
-    except FileNotFoundError:
-        record = {}
-    engine.save_exits(folder, record={**record, "calibration": calibration})
+def _record(folder: str | Path, calibration: dict[str, Any], profile: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is known of a calibration beside the record of its profile."""
+    if profile is None:
+        try:
+            profile = CalibrationFile.read(folder).record.get("profile")
+        except FileNotFoundError:
+            profile = None
+    return {**({} if profile is None else {"profile": profile}), "calibration": calibration}
 
 
 def calibrate(
@@ -95,7 +136,8 @@ def calibrate(
     Args:
         engine: Engine with a table (see `profile`), or without: then every exit is asked.
         tuning: Texts to choose settings on, or their run.
-        fresh: Texts to certify on, or their run.
+        fresh: Texts to certify on, or their run. Those among them that the table was made from, or that settings are
+            chosen on, are left out.
         promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
             tuning texts, each at half of its error probability; the faster result is kept.
         on_miss: The rule to calibrate for.
@@ -107,10 +149,12 @@ def calibrate(
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
-        TooFewTextsError: If there are too few fresh texts for the promise; the message says how many are needed.
+        TooFewTextsError: If there are too few fresh texts for the promise, or too few different ones; the message says
+            how many are needed.
         ConstantModelError: If the full model gives all of the texts the same answer.
         ValueError: If the promise is about accuracy and labels are missing, or labels are not the model's, or the
-            criterion is unknown or was not learned, or both texts are the same.
+            criterion is unknown or was not learned, or a run is of another engine.
+        FloatingPointError: If logits are not finite.
     """
     base = base_settings(engine, on_miss)
     for judge in criteria(base, criterion):
@@ -124,9 +168,17 @@ def calibrate(
     # Two walks share the error probability, so that the better of their results still keeps the promise.
     each = promise.halved()
     check_enough(len(fresh), each)
-    for part in (tuning, fresh):
+    for part, what in ((tuning, "texts to choose settings on"), (fresh, "texts to certify on")):
         if isinstance(part, Split):
             check_labels(engine, part)
+        if promise.needs_labels and part.labels is None:
+            raise ValueError(
+                f"The {what} have no labels, which max_accuracy_drop (--max-drop) needs; give them, or promise "
+                "agreement with the full model: min_agreement (--min-agreement)."
+            )
+    given = len(fresh)
+    fresh = _unused(engine, tuning, fresh)
+    _check_distinct(engine, fresh, each, left_out=given - len(fresh))
     tuned, certified = (
         Outcomes(engine, part if isinstance(part, ExitRun) else ExitRun.of(engine, part, what=what, progress=progress))
         for part, what in (
@@ -134,18 +186,53 @@ def calibrate(
             (fresh, "all exits, texts to certify the promise on"),
         )
     )
-    if certified.run.texts and certified.run.texts == tuned.run.texts:
-        raise ValueError(
-            "The texts to certify on are those that settings are chosen on; expected others. What fits the texts that it "
-            "was chosen on proves nothing: hold other rows out (`geep.divide`)."
-        )
+    for outcomes in (tuned, certified):
+        if engine.deployment.dtype == "int8" and outcomes.run.reference is None:
+            raise ValueError(
+                "The run of a quantised engine lacks the float32 model's answers, which promises are about; make "
+                "it with ExitRun.of(engine, texts)."
+            )
     _check_not_constant(tuned, certified)
     choice = choose(
         tuned, each, on_miss=on_miss, criterion=criterion, lexical_exit=lexical_exit, cost=cost, progress=progress
     )
     result = _certify(certified, choice, each)
     kept = engine.replace(settings=replace(choice.settings, speed=result.speed))
-    return Calibration(_with_certificate(kept, promise, result, certified.run), promise, result, len(certified))
+    kept = _with_certificate(kept, promise, result, certified.run)
+    return Calibration(kept, promise, result, len(certified), given - len(certified))
+
+
+def _hashes(engine: Engine, part: Split | ExitRun) -> Tensor:
+    if isinstance(part, ExitRun):
+        return part.hashes
+    batch = engine.tokenize(part.inputs).batch
+    return text_hashes(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths))
+
+
+def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun) -> Split | ExitRun:
+    """The fresh texts that nothing was learned or chosen on, told by their token ids: case and blanks may differ."""
+    used = [_hashes(engine, tuning)]
+    if engine.predictor is not None:
+        used.append(engine.predictor.fitted.seen)
+    rows = (~torch.isin(_hashes(engine, fresh), torch.cat(used))).nonzero().flatten()
+    if len(rows) == len(fresh):
+        return fresh
+    return fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
+
+
+def _check_distinct(engine: Engine, fresh: Split | ExitRun, each: Promise, *, left_out: int) -> None:
+    """Refuse texts of which too few are fresh, or different: copies of a text are no further draws."""
+    why = f" {left_out:,} were left out, which something was learned or chosen on." if left_out else ""
+    check_enough(len(fresh), each, note=why)
+    distinct = len(_hashes(engine, fresh).unique())
+    check_enough(distinct, each, note=f"{why} Of {len(fresh):,} texts so many are different; the others are copies.")
+    if distinct < len(fresh) / 2:
+        logger.warning(
+            "Of %d texts to certify on, only %d are different. If texts to come do not repeat so often, the promise is "
+            "less sure than it says.",
+            len(fresh),
+            distinct,
+        )
 
 
 def _certify(fresh: Outcomes, choice: Choice, each: Promise) -> Walk:
@@ -174,7 +261,7 @@ def _with_certificate(engine: Engine, promise: Promise, result: Walk, fresh: Exi
             risk=0.0 if result.kept is None else result.kept.risk,
             bound=0.0 if result.kept is None else result.kept.bound,
             num_texts=len(fresh),
-            texts=fresh.texts,
+            texts=fresh.digest,
             texts_from=fresh.texts_from,
             made_with=engine.made_with,
         )

@@ -5,7 +5,8 @@ Read `ExitRun`, then `Outcomes`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,14 +18,21 @@ from geep.backends import TokenBatch
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, ExitProfile, OnMiss, answer_of, follow, profile_exits
-from geep.predictor import ExitPrediction
+from geep.folder import digest_tensors
+from geep.predictor import ExitPrediction, text_hashes
 from geep.progress import Progress, no_progress
 from geep.promise import PairedCounts, Promise, Trial
 
 Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+def run_of(engine: Engine) -> dict[str, object]:
+    """All that the logits of an engine's exits depend on; table and settings decide nothing about them."""
+    ranges = None if engine.ranges is None else engine.ranges.digest
+    return {**engine.identity, "ranges": ranges, **engine.deployment.made_with}
+
+
+@dataclass(frozen=True)
 class ExitRun:
     """All exits of some texts, run once; any setting's outcome can be read off without running the model again.
 
@@ -34,16 +42,16 @@ class ExitRun:
         labels: Label ids, or 0/1 for multi-label; None where unknown.
         reference: Logits of the float32 full model, (num_texts, num_labels); None where that is the last exit, or
             where nothing is compared with it.
-        texts: Digest of texts and labels (`Split.digest`); empty where it is not known.
         texts_from: Where they came from, in words; empty where it is not known.
+        made_by: What ran them: weights, tokenizer, ranges and how they were deployed; None where it is not known.
     """
 
     batch: TokenBatch
     exit_logits: Tensor
     labels: Tensor | None
     reference: Tensor | None = None
-    texts: str = ""
     texts_from: str = ""
+    made_by: Mapping[str, object] | None = None
 
     @classmethod
     def of(
@@ -61,6 +69,7 @@ class ExitRun:
 
         Raises:
             ValueError: If the labels are not the model's.
+            FloatingPointError: If logits of a text are not finite: answers that are none agree with one another.
         """
         check_labels(engine, split)
         batch = engine.tokenize(split.inputs).batch
@@ -69,10 +78,39 @@ class ExitRun:
         if engine.deployment.dtype == "int8" and with_reference:
             reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
         logits = engine.exit_logits(batch, what=what, progress=progress)
-        return cls(batch, logits, labels, reference, split.digest(), split.origin)
+        for found in (logits, *([] if reference is None else [reference[None]])):
+            broken = (~torch.isfinite(found).all(-1)).any(0).nonzero().flatten().tolist()
+            if broken:
+                raise FloatingPointError(
+                    f"{len(broken)} of {len(batch)} texts have logits that are not finite at an exit, the first is "
+                    f"text {broken[0]}; nothing can be learned or promised from them. Mend the model, or run it in "
+                    "float32."
+                )
+        return cls(batch, logits, labels, reference, split.origin, run_of(engine))
 
     def __len__(self) -> int:
         return len(self.batch)
+
+    @cached_property
+    def hashes(self) -> Tensor:
+        """Hash of each text's token ids (`text_hashes`), (num_texts,)."""
+        return text_hashes(*self.flat)
+
+    @property
+    def digest(self) -> str:
+        """Digest of all texts' token ids and labels, in order."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return digest_tensors({"texts": self.hashes, **labels}, "")
+
+    def select(self, rows: Tensor) -> ExitRun:
+        """Return the texts at `rows`, in that order."""
+        return replace(
+            self,
+            batch=self.batch.select(rows.numpy()),
+            exit_logits=self.exit_logits[:, rows],
+            labels=None if self.labels is None else self.labels[rows],
+            reference=None if self.reference is None else self.reference[rows],
+        )
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
@@ -112,6 +150,18 @@ class Outcomes:
     """
 
     def __init__(self, engine: Engine, run: ExitRun) -> None:
+        """Read a run of this very engine, whatever its table and settings.
+
+        Raises:
+            ValueError: If the run is known to be of another engine.
+        """
+        mine = run_of(engine)
+        if run.made_by is not None and run.made_by != mine:
+            other = sorted(name for name in mine if run.made_by.get(name) != mine[name])
+            raise ValueError(
+                f"The run is of an engine with another {' and '.join(other)}, expected one of this engine; run the "
+                "texts on it (`ExitRun.of`)."
+            )
         self.engine, self.run = engine, run
         self._foretold: dict[tuple[int, float], ExitPrediction] = {}
         self._profiles: dict[object, ExitProfile] = {}

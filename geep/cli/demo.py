@@ -59,7 +59,7 @@ def demo_command(
         if calibration_of(output) is None:
             engine = geep.Engine.from_pretrained(output, exits=False)
             console.rule("3. profile: exit table, temperatures, criterion")
-            found = run_profile(console, engine, parts, output)
+            found = run_profile(console, engine, parts)
             console.rule("4. calibrate: lose at most 1 point, 95 % sure")
             run_calibration(console, found, parts.calibration, output, geep.Promise(max_accuracy_drop=0.01))
         engine = geep.Engine.from_pretrained(output)
@@ -74,7 +74,8 @@ def demo_command(
         answers = answer_texts(engine, list(text) if text else _TEXTS)
         show.predictions(console, answers, multi_label=False)
         console.print(
-            escape(f"Done in {time.perf_counter() - begin:.0f} s. Next: geep predict {output} --text 'your own'")
+            escape(f"Done in {time.perf_counter() - begin:.0f} s. Next: geep predict {output} --text 'your own'"),
+            soft_wrap=True,
         )
         while sys.stdin.isatty() and not text and not as_json:
             typed = console.input("Type a text (Enter to leave): ").strip()

@@ -90,6 +90,7 @@ def train_command(
     text_column: opt.TextColumn = "text",
     text_pair_column: opt.TextPairColumn = "text_pair",
     label_column: opt.LabelColumn = "label",
+    quoting: opt.Quoting = None,
     seed: opt.Seed = None,
     device: opt.Device = None,
     revision: opt.Revision = None,
@@ -126,7 +127,7 @@ def train_command(
         )
         is_in_data_dir = data_dir is not None and (data_dir / data).exists()
         if data in opt.NAMES["DATASETS"] and not is_in_data_dir and calibration is None:
-            columns = ("text_column", "text_pair_column", "label_column")
+            columns = ("text_column", "text_pair_column", "label_column", "quoting")
             opt.refuse_ignored(context, columns, f"with {data}, which has columns of its own")
         plan = geep.DataPlan(
             # Where it is, whatever folder later commands are started in.
@@ -137,6 +138,7 @@ def train_command(
             text_column,
             text_pair_column,
             label_column,
+            quoting=quoting,
         )
         if seed is not None:
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
@@ -146,6 +148,10 @@ def train_command(
         parts = plan.divide(dataset)
         certifying = rows_to_certify(console, calibration, parts, plan)
         show.rows(console, dataset, parts)
+        words = {**asdict(asked), "rows": certifying.digest()}
+        if calibrate and asked.needs_labels and (parts.profile.labels is None or certifying.labels is None):
+            asked = geep.Promise(min_agreement=1 - asked.allowed, confidence=asked.confidence)
+            console.print("[yellow]Held-out rows have no labels: the promise is agreement with the full model.[/]")
         with show.bars(console) as progress:
             result = geep.train(
                 parts,
@@ -174,13 +180,13 @@ def train_command(
             before = calibration_of(output) if result.was_finished else None
             if before is None:
                 engine = geep.Engine.from_pretrained(output, device=device, exits=False)
-                found = run_profile(console, engine, parts, output)
+                found = run_profile(console, engine, parts)
                 summary["profile"] = found.record()
-                summary["calibration"] = run_calibration(console, found, certifying, output, asked)
+                summary["calibration"] = run_calibration(console, found, certifying, output, asked, words)
             else:
-                is_asked = (max_drop, min_agreement, confidence) != (None, None, 0.95)
-                rows = None if calibration is None else certifying
-                keep_calibration(console, output, before, asked if is_asked else None, rows)
+                is_named = (max_drop, min_agreement, confidence) != (None, None, 0.95)
+                named = dict.fromkeys(words, is_named) | {"rows": calibration is not None}
+                keep_calibration(console, output, before, {name: words[name] for name in words if named[name]})
                 summary["calibration"] = before
         show.document(summary, as_json)
 
@@ -227,7 +233,8 @@ def profile_command(
             engine = geep.quantise(plain, parts.train)
         else:
             engine = geep.Engine.from_pretrained(model, exits=False, device=device, dtype=dtype, backend=backend)
-        found = run_profile(console, engine, parts, model, kind=predictor, criterion=criterion)
+        found = run_profile(console, engine, parts, kind=predictor, criterion=criterion)
+        found.save(model)
         show.document(found.record(), as_json)
 
 
@@ -289,7 +296,7 @@ def calibrate_command(
                 cost=engine.measure_cost() if by_time else None,
                 progress=progress,
             )
-        result.save(model)
+        result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
         show.calibrated(console, result)
         show.document(result.record(), as_json)
 
@@ -307,17 +314,16 @@ def is_enough_to_hold_out(dev: geep.Split | None) -> bool:
 
 
 def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:
-    """The rows of a file that was named, less those that were learned or chosen on; else those that were held out."""
-    if calibration is None:
-        return parts.calibration
-    kind: dict[str, Any] = {"label_names": parts.label_names, "multi_label": parts.multi_label}
-    rows = geep.load_split(calibration, **kind, **plan.columns)
+    """The rows of a file that was named, or those that were held out, less those that were learned or chosen on."""
+    rows, where = parts.calibration, "the held-out rows"
+    if calibration is not None:
+        kind: dict[str, Any] = {"label_names": parts.label_names, "multi_label": parts.multi_label}
+        rows, where = geep.load_split(calibration, **kind, **plan.columns), f"the rows of {calibration}"
     fresh = geep.unseen(rows, parts.train, parts.profile)
     if len(fresh) < len(rows):
-        learned = len(rows) - len(fresh)
-        where = escape(str(calibration))
         console.print(
-            f"[yellow]{learned:,} rows of {where} were trained or profiled on and are left out.[/]", soft_wrap=True
+            f"[yellow]{len(rows) - len(fresh):,} of {escape(where)} were trained or profiled on and are left out.[/]",
+            soft_wrap=True,
         )
     return fresh
 
@@ -326,64 +332,59 @@ def run_profile(
     console: Console,
     engine: geep.Engine,
     parts: geep.Parts,
-    folder: Path,
     *,
     kind: str | None = None,
     criterion: str = "agreement",
 ) -> geep.ProfileResult:
-    """Profile, write what was learned into the folder, show it."""
+    """Profile and show what was learned; it is not written yet."""
     with show.bars(console) as progress:
         found = geep.profile(engine, parts.train, parts.profile, kind=kind, criterion=criterion, progress=progress)
-    found.save(folder)
     show.profiled(console, found, len(parts.profile))
     return found
 
 
 def calibration_of(folder: Path) -> dict[str, Any] | None:
-    """What a folder's record says of its calibration, a speed or a refusal; None where there was none yet."""
+    """What a folder says of its calibration; nothing where its exits were made otherwise, None where there are none."""
     try:
-        return geep.CalibrationFile.read(folder).record.get("calibration")
+        return dict(geep.CalibrationFile.read(folder).record.get("calibration") or {})
     except FileNotFoundError:
         return None
 
 
-def keep_calibration(
-    console: Console, folder: Path, before: Mapping[str, Any], asked: geep.Promise | None, rows: geep.Split | None
-) -> None:
-    """Say that a finished folder stays as it is; refuse a promise or rows, if named, that it was not calibrated for."""
-    certificate = geep.CalibrationFile.read(folder).certificate
-    other = []
-    if certificate is not None:
-        if asked is not None and geep.Promise(**before["promise"]) != asked:
-            other.append("for another promise")
-        if rows is not None and certificate["texts"] != rows.digest():
-            other.append("on other rows")
-    if other:
+def keep_calibration(console: Console, folder: Path, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Say that a finished folder stays as it is; refuse what was asked for by name and is not what it was made for."""
+    known = before.get("asked") or {}
+    if any(known.get(name) != value for name, value in asked.items()):
         raise ValueError(
-            f"{folder} is trained and calibrated, {' and '.join(other)} than what was asked for. Nothing was changed; "
-            f"run `geep calibrate {folder}` with the same options."
+            f"{folder} is trained already, and its exits were made for another promise or on other rows than those "
+            f"asked for. Nothing was changed; run `geep calibrate {folder}` with the same options."
         )
-    what = f"speed {before['speed']:g}" if "refused" not in before else "the full model answers"
+    speed = geep.CalibrationFile.read(folder).settings["speed"]
     console.print(
-        f"Trained and calibrated already ({what}); nothing was changed. `geep calibrate` finds another speed.",
+        f"Trained already, with exits at speed {speed:g}; nothing was changed. `geep calibrate` finds another speed.",
         soft_wrap=True,
     )
 
 
 def run_calibration(
-    console: Console, found: geep.ProfileResult, fresh: geep.Split, folder: Path, promise: geep.Promise
+    console: Console,
+    found: geep.ProfileResult,
+    fresh: geep.Split,
+    folder: Path,
+    promise: geep.Promise,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Calibrate as the last step of training; that nothing can be certified is a message here, not the end."""
-    if promise.needs_labels and fresh.labels is None:
-        promise = geep.Promise(min_agreement=1 - promise.allowed, confidence=promise.confidence)
-        console.print("[yellow]The held-out rows have no labels: the promise is agreement with the full model.[/]")
+    """Calibrate as the last step of training and write profile and calibration at once.
+
+    That nothing can be certified is a message here, not the end.
+    """
     try:
         with show.bars(console) as progress:
             result = geep.calibrate(found.engine, found.heldout, fresh, promise, progress=progress)
     except geep.NothingCertifiedError as refusal:
-        console.print(f"[yellow]Not calibrated:[/] {escape(str(refusal))}")
-        geep.save_refusal(found.engine, folder, refusal)
-        return {"speed": 0.0, "refused": str(refusal)}
-    result.save(folder)
+        console.print(f"[yellow]Not calibrated:[/] {escape(str(refusal))}", soft_wrap=True)
+        geep.save_refusal(found.engine, folder, refusal, profile=found.record(), asked=asked)
+        return {"speed": 0.0, "refused": str(refusal), "certificate": None}
+    result.save(folder, profile=found.record(), asked=asked)
     show.calibrated(console, result)
     return result.record()

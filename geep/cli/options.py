@@ -53,6 +53,15 @@ TextColumn = Annotated[str, typer.Option(help="Column of the text.", rich_help_p
 TextPairColumn = Annotated[
     str, typer.Option(help="Column of the second text, where there is one.", rich_help_panel=DATA)
 ]
+Quoting = Annotated[
+    bool | None,
+    typer.Option(
+        "--quoting/--no-quoting",
+        help="Whether quotes enclose fields of CSV and TSV. Default: in CSV, not in TSV.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
 OtherColumn = Annotated[
     str | None, typer.Option(help="Of the file named. Default: as trained.", rich_help_panel=DATA, show_default=False)
@@ -155,6 +164,15 @@ def layers(text: str | None) -> Sequence[int] | None:
     if not all(part.isdigit() for part in parts):
         raise ValueError(f"--exit-layers takes layer numbers by commas, as 1,2,4; got {text!r}.")
     return [int(part) for part in parts]
+
+
+def inputs(texts: Sequence[str], second: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+    """The texts of --text, with those of --text-pair where there are some."""
+    if not second:
+        return list(texts)
+    if len(second) != len(texts):
+        raise ValueError(f"Every --text needs one --text-pair; got {len(texts)} and {len(second)}.")
+    return list(zip(texts, second, strict=True))
 
 
 def promise(max_drop: float | None, min_agreement: float | None, confidence: float) -> geep.Promise:

@@ -23,8 +23,11 @@ Report = Callable[[str, int, int | None], None]
 
 
 def console_for(as_json: bool) -> Console:
-    """People read standard output; with --json it belongs to the document, and people read standard error."""
-    return Console(stderr=as_json)
+    """People read standard output; with --json it belongs to the document, and people read standard error.
+
+    Names and texts are shown as they are: ":tada:" in one of them is no picture. Brackets are escaped where they stand.
+    """
+    return Console(stderr=as_json, emoji=False)
 
 
 def document(value: object, as_json: bool) -> None:
@@ -55,7 +58,7 @@ def errors(as_json: bool) -> Iterator[None]:
         if as_json:
             document({"error": str(error), "error_type": type(error).__name__}, as_json)
         # Neither wrapped nor coloured: paths and commands in it can be copied.
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console_for(True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped; the same command goes on.")
@@ -70,7 +73,7 @@ def bars(console: Console) -> Iterator[Report]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -96,7 +99,7 @@ def _lines(console: Console) -> Report:
         step = min(4 * done // total, 4) if total else done.bit_length()
         if said.get(what, -1) < step:
             said[what] = step
-            console.print(f"{what}: {25 * step} %" if total else f"{what}: {done:,}")
+            console.print(escape(f"{what}: {25 * step} %" if total else f"{what}: {done:,}"), soft_wrap=True)
 
     return report
 
@@ -111,7 +114,8 @@ def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
     test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
     console.print(
         f"{escape(dataset.name)}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
-        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}."
+        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}.",
+        soft_wrap=True,
     )
 
 
@@ -131,7 +135,7 @@ def trained(console: Console, result: geep.TrainResult) -> None:
         f"Weights of epoch {dev.best_epoch:g}."
     )
     if result.learned_nothing is not None:
-        console.print(f"[bold yellow]{escape(result.learned_nothing)}[/]")
+        console.print(f"[bold yellow]{escape(result.learned_nothing)}[/]", soft_wrap=True)
 
 
 def profiled(console: Console, found: geep.ProfileResult, num_texts: int) -> None:
@@ -165,7 +169,8 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     table = Table(title=f"Certifying {what} of at most {result.promise.allowed:.2%} on {result.num_texts:,} texts")
     for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
         table.add_column(name, justify="right")
-    shown = trials if len(trials) <= 12 else trials[:: max(len(trials) // 10, 1)] + trials[-1:]
+    step = 1 if len(trials) <= 12 else len(trials) // 10
+    shown = [*trials[:-1:step], trials[-1]]
     for trial in shown:
         table.add_row(
             f"{trial.speed:g}",
@@ -175,6 +180,8 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
             "[green]kept[/]" if trial.passed else "[red]stop[/]",
         )
     console.print(table)
+    if result.left_out:
+        console.print(f"{result.left_out:,} texts were left out, which something was learned or chosen on.")
     settings, certificate = result.engine.settings, result.engine.certificate
     if certificate is None:
         full = trials[0]
@@ -225,8 +232,8 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
     for row in report.rows:
         if row.verified < 0.99:
             console.print(
-                f"[yellow]{row.name}: the timed run gave {1 - row.verified:.1%} of its texts another answer than its "
-                "accuracy was taken from.[/]"
+                f"[yellow]{escape(row.name)}: the timed run gave {1 - row.verified:.1%} of its texts another answer "
+                "than its accuracy was taken from.[/]"
             )
     for quality in report.quality:
         console.print(
@@ -256,12 +263,13 @@ def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers:
             soft_wrap=True,
         )
         for bad in result.bad_rows[:3]:
-            console.print(f"  line {bad.line}: {escape(bad.reason)}")
+            console.print(f"  line {bad.line}: {escape(bad.reason)}", soft_wrap=True)
     mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
     console.print(
         f"{result.rows:,} rows in {result.seconds:.1f} s "
         f"({result.rows / max(result.seconds, 1e-9):,.0f} a second), "
-        f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {escape(str(goal))}"
+        f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {escape(str(goal))}",
+        soft_wrap=True,
     )
 
 
@@ -272,11 +280,12 @@ def predictions(console: Console, answers: Sequence[Mapping[str, Any]], *, multi
         table.add_column(name, justify="left" if name in ("label", "labels", "text") else "right")
     for answer in answers:
         predicted = answer["predicted_layer"]
+        text = " / ".join(answer[part] for part in ("text", "text_pair") if part in answer)
         table.add_row(
             escape((", ".join(answer["labels"]) or "none") if multi_label else answer["label"]),
             f"{answer['score']:.3f}",
             str(answer["exit_layer"]),
             "-" if predicted is None else str(predicted),
-            escape(answer["text"][:70] + ("…" if len(answer["text"]) > 70 else "")),
+            escape(text[:70] + ("…" if len(text) > 70 else "")),
         )
     console.print(table)

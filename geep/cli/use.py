@@ -17,7 +17,7 @@ from geep.cli import options as opt, show
 Option = typer.Option
 
 # Options of `geep predict` that are about the file that is read or written.
-_OF_FILES = ("target", "overwrite", "scores", "chunk_rows", "text_column", "text_pair_column")
+_OF_FILES = ("target", "overwrite", "scores", "chunk_rows", "text_column", "text_pair_column", "quoting")
 
 
 def evaluate_command(
@@ -35,6 +35,7 @@ def evaluate_command(
     text_column: opt.OtherColumn = None,
     text_pair_column: opt.OtherColumn = None,
     label_column: opt.OtherColumn = None,
+    quoting: opt.Quoting = None,
     seed: opt.Seed = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
@@ -59,7 +60,9 @@ def evaluate_command(
     with show.errors(as_json):
         console = show.console_for(as_json)
         if data is None:
-            opt.refuse_ignored(context, ("text_column", "text_pair_column", "label_column"), "without a file")
+            opt.refuse_ignored(
+                context, ("text_column", "text_pair_column", "label_column", "quoting"), "without a file"
+            )
         _refuse_revision(context, model)
         engine = geep.Engine.from_pretrained(
             model,
@@ -77,7 +80,13 @@ def evaluate_command(
             model,
             engine,
             data,
-            {"text_column": text_column, "text_pair_column": text_pair_column, "label_column": label_column},
+            {
+                "text_column": text_column,
+                "text_pair_column": text_pair_column,
+                "label_column": label_column,
+                "quoting": quoting,
+            },
+            {"cache_dir": cache_dir, "local_files_only": local_files_only},
         )
         if output is None and not Path(model).is_dir():
             raise ValueError(f"{model} is no folder that a report could be written to; name one with --output.")
@@ -94,20 +103,21 @@ def _refuse_revision(context: typer.Context, model: str) -> None:
 
 
 def _rows_to_judge(
-    model: str, engine: geep.Engine, data: str | None, columns: Mapping[str, str | None]
+    model: str,
+    engine: geep.Engine,
+    data: str | None,
+    columns: Mapping[str, str | bool | None],
+    network: Mapping[str, Any],
 ) -> tuple[geep.Split, str]:
     """The rows of the file named, else of the test split trained with; and what to call them."""
-    try:
-        plan = geep.DataPlan(**geep.Provenance.read(model).data)
-    except FileNotFoundError:
-        if data is None:
-            raise
-        plan = geep.DataPlan(data)  # a model without the record of its training: the usual columns
     if data is not None:
-        given = {name: column for name, column in columns.items() if column is not None}
         kind: dict[str, Any] = {"label_names": engine.label_names, "multi_label": engine.multi_label}
-        return geep.load_split(data, **kind, **(plan.columns | given)), data
-    test = plan.load().test
+        return geep.load_split(data, **kind, **_columns_to_read(model, **columns)), data
+    record = geep.Provenance.read(model)
+    plan = geep.DataPlan(**record.data)
+    dataset = plan.load(**network)
+    record.check_labels(dataset.label_names)
+    test = dataset.test
     if test is None:
         raise ValueError(f"{plan.name} has no test split; name a labelled file: geep evaluate {model} FILE.")
     return test, plan.name
@@ -165,13 +175,17 @@ def predict_command(
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file to write if it exists.")] = False,
     text: Annotated[list[str] | None, Option("--text", "-t", help="Classify this text; may be repeated.")] = None,
+    text_pair: Annotated[
+        list[str] | None, Option(help="Second text of each --text, for a model of pairs; as often as --text.")
+    ] = None,
     speed: opt.Speed = None,
     scores: Annotated[bool, Option("--scores", help="Also write the score of every label.")] = False,
     top_k: Annotated[int | None, Option(help="Scores of the k most likely labels only. Default: of all.")] = None,
     threshold: Annotated[float, Option(help="Score from which a label holds, where a text may have several.")] = 0.5,
     chunk_rows: Annotated[int, Option(help="Rows held in memory at a time.")] = 4096,
-    text_column: opt.TextColumn = "text",
-    text_pair_column: opt.TextPairColumn = "text_pair",
+    text_column: opt.OtherColumn = None,
+    text_pair_column: opt.OtherColumn = None,
+    quoting: opt.Quoting = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     backend: opt.Backend = None,
@@ -193,6 +207,8 @@ def predict_command(
         zcat news.jsonl.gz | geep predict models/r8 - -o - | head
 
         geep predict models/r8 --text "oil prices rose again" --text "wheat exports fell"
+
+        geep predict models/rte --text "Oil prices rose." --text-pair "Oil became cheaper."
     """
     with show.errors(as_json):
         to_output = str(target) == "-"
@@ -202,9 +218,12 @@ def predict_command(
             raise ValueError("Give a file, or texts with --text; got " + ("neither." if source is None else "both."))
         if text:
             opt.refuse_ignored(context, _OF_FILES, "with --text")
+        texts = opt.inputs(text or [], text_pair or [])
         _refuse_revision(context, model)
         if as_json and to_output:
             raise ValueError("--json and --output - both take standard output; write the rows to a file.")
+        if str(source) == "-" and target is None:
+            raise ValueError("What comes from standard input has no name: say with --output where the answers go.")
         engine = geep.Engine.from_pretrained(
             model,
             speed=speed,
@@ -222,18 +241,17 @@ def predict_command(
         if len(engine.depths) == 1:
             opt.refuse_ignored(context, ["speed"], "with a model that has no exits")
         if source is None:
-            answers = answer_texts(engine, text or [], top_k=top_k, threshold=threshold)
+            answers = answer_texts(engine, texts, top_k=top_k, threshold=threshold)
             show.predictions(console, answers, multi_label=engine.multi_label)
             show.document(answers, as_json)
             return
+        goal = result_file(source) if target is None else target
         with show.bars(console) as progress:
-            goal = result_file(source) if target is None else target
             result = geep.score_file(
                 engine,
                 source,
                 goal,
-                text_column=text_column,
-                text_pair_column=text_pair_column,
+                **_columns_to_read(model, text_column=text_column, text_pair_column=text_pair_column, quoting=quoting),
                 chunk_rows=chunk_rows,
                 scores=scores or top_k is not None,
                 top_k=top_k,
@@ -245,19 +263,28 @@ def predict_command(
         show.document({**asdict(result), "output": str(goal)}, as_json)
 
 
+def _columns_to_read(model: str, **given: str | bool | None) -> dict[str, Any]:
+    """How columns are found, as it was said, else as trained; nothing where there is no record of that."""
+    chosen = {name: column for name, column in given.items() if column is not None}
+    try:
+        data = geep.Provenance.read(model).about.get("data")
+    except FileNotFoundError:
+        return chosen
+    trained = {} if data is None else geep.DataPlan(**data).columns
+    return {name: column for name, column in trained.items() if name in given} | chosen
+
+
 def result_file(source: Path) -> Path:
     """Where the answers to a file go unless it is said."""
     from geep.data import file_format
-
-    if str(source) == "-":
-        raise ValueError("What comes from standard input has no name: say with --output where the answers go.")
 
     return source.with_name(f"{source.name.removesuffix(file_format(source))}.predictions.jsonl")
 
 
 def answer_texts(
-    engine: geep.Engine, texts: Sequence[str], *, top_k: int | None = None, threshold: float = 0.5
+    engine: geep.Engine, texts: Sequence[str | tuple[str, str]], *, top_k: int | None = None, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Texts with their answers, as plain records."""
+    """Texts, or pairs of them, with their answers, as plain records."""
     found = engine.predict(texts, top_k=top_k, threshold=threshold)
-    return [{"text": text, **asdict(answer)} for text, answer in zip(texts, found, strict=True)]
+    said = [{"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
+    return [{**text, **asdict(answer)} for text, answer in zip(said, found, strict=True)]

@@ -1,5 +1,13 @@
+from .compression import is_stream as is_stream
 from .datasets import DATASETS as DATASETS, DatasetSource as DatasetSource, load_dataset as load_dataset
-from .formats import FORMATS as FORMATS, file_format as file_format, read_header as read_header, read_rows as read_rows
+from .formats import (
+    FORMATS as FORMATS,
+    RowStream as RowStream,
+    file_format as file_format,
+    open_rows as open_rows,
+    read_header as read_header,
+    read_rows as read_rows,
+)
 from .parts import (
     DataPlan as DataPlan,
     Halves as Halves,

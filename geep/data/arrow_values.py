@@ -53,6 +53,8 @@ def python_values(array: pa.Array | pa.ChunkedArray) -> list[object]:
         return _lists(array)
     if pa.types.is_temporal(kind):
         return _times(array)
+    if pa.types.is_float16(kind):
+        array = array.cast(pa.float32())  # pyarrow before 22 has NumPy's numbers for these
     try:
         return cast(list[object], array.to_pylist())
     except UnicodeDecodeError:
@@ -103,7 +105,7 @@ def _times(array: pa.Array) -> list[object]:
         return _nanoseconds(array)
     try:
         return cast(list[object], array.to_pylist())
-    except (ValueError, OverflowError, pa.ArrowException):
+    except (ValueError, KeyError, OverflowError, pa.ArrowException):  # a zone that is not known is a KeyError
         if pa.types.is_timestamp(kind) and kind.tz is not None and not _is_zone(kind.tz):
             return _times(array.cast(pa.timestamp(kind.unit, "UTC")))  # the same moments
         unit = "days" if pa.types.is_date32(kind) else getattr(kind, "unit", "ms")
@@ -120,7 +122,7 @@ def _time_or_number(one: pa.Array, unit: str) -> object:
 def _is_zone(name: str) -> bool:
     try:
         pa.scalar(0, pa.timestamp("s", name)).as_py()
-    except (ValueError, pa.ArrowException):
+    except (ValueError, KeyError, pa.ArrowException):
         return False
     return True
 

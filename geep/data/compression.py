@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import errno
 import gzip
 import io
 import lzma
@@ -153,9 +154,10 @@ def _zip_member(path: Path, file: BinaryIO, stack: ExitStack) -> Callable[[int],
                 f"{path} is a zip archive of {len(names)} files ({shown or 'none'}), expected one; unpack it and name "
                 "the file that is meant."
             )
-        return cast(Callable[[int], bytes], stack.enter_context(archive.open(names[0])).read1)
+        return cast(zipfile.ZipExtFile, stack.enter_context(archive.open(names[0]))).read1
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, OSError) as err:
-        if isinstance(err, OSError) and err.errno is not None:
+        # Where an archive is damaged, places are sought in it that no file has.
+        if isinstance(err, OSError) and err.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path} is no readable zip archive ({err}); unpack it, or fetch it again.") from err
 

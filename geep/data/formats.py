@@ -16,7 +16,7 @@ from geep.data.delimited import Delimited, warn_once
 from geep.data.json_rows import read_json
 from geep.data.kinds import foreign_kind, is_json
 from geep.data.parquet import open_parquet, read_parquet
-from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, unique_names
+from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row
 
 _TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 
@@ -73,7 +73,7 @@ def open_rows(
     the delimiter that gives its header the text column. Arguments and errors are those of `read_rows`.
     """
     path = _existing(path)
-    columns = Columns(text_column, text_pair_column, label_column, require_label)
+    columns = Columns(text_column, text_pair_column, label_column, require_label, quoting)
     named = _named_format(path)
     if named == ".parquet" and is_stream(path):
         raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
@@ -81,12 +81,12 @@ def open_rows(
         declared = _check_kind(path, named, opened)
         if declared == ".parquet":
             with open_parquet(path) as file:
-                header = unique_names(path, file.schema_arrow.names)
+                header = tuple(file.schema_arrow.names)
             yield RowStream(declared, header, read_parquet(path, columns))
         elif declared == ".jsonl":
             yield RowStream(declared, None, read_json(path, opened, columns))
         else:
-            table = Delimited(path, opened, "\t" if declared == ".tsv" else ",", columns, quoting)
+            table = Delimited(path, opened, "\t" if declared == ".tsv" else ",", columns)
             yield RowStream(declared, table.header, table.rows())
 
 
@@ -102,8 +102,9 @@ def read_rows(
     """Stream the rows of a file, good and bad, in the file's order.
 
     Every row of the file comes out exactly once, as a `Row` or as a `BadRow`: a bad row never ends the stream. Memory
-    stays bounded whatever the file's size. Blank lines are no rows; byte order marks are accepted. If the file is
-    damaged, all rows before the damage come out before that is raised.
+    stays bounded whatever the file's size: a line of more than 64 MiB, or a field of CSV of more than 16 Mi characters,
+    is a bad row. Blank lines are no rows; byte order marks are accepted. If the file is damaged, all rows before the
+    damage come out before that is raised.
 
     Compression, UTF-16 (with its byte order mark), a JSON array in place of lines and another delimiter than the
     name's are seen in the file itself, and said in a warning where the name says otherwise.
@@ -189,24 +190,27 @@ def _check_kind(path: Path, named: str | None, opened: Opened) -> str:
     if named == ".parquet":
         if not packed and head.startswith(b"PAR1"):
             return named
-        found = packed and f"compressed ({packed})" or is_json(head) and "JSON; name it .jsonl" or foreign_kind(head)
-        raise ValueError(
-            f"{path} is no readable Parquet file; " + (f"it seems to be {found}." if found else "fetch it again.")
-        )
-    if kind := foreign_kind(head):
-        raise ValueError(f"{path} seems to be {kind}.")
+        if packed:
+            found = f"it is compressed ({packed}), which Parquet is within itself: unpack it."
+        elif is_json(head):
+            found = "it seems to be JSON: name it .jsonl."
+        else:
+            found = "it does not begin as one: write or fetch it again."
+        raise ValueError(f"{path} is no readable Parquet file; {found}")
+    if foreign := foreign_kind(head):
+        raise ValueError(f"{path} seems to be {foreign}.")
     if named is None:
         return ".jsonl" if is_json(head) else ".csv"
-    suffix = next(suffix for suffix in _TEXT_FORMATS if named.startswith(suffix) and named[len(suffix) :] in ("", *COMPRESSIONS))
-    told = named[len(suffix) :]
+    told = next((suffix for suffix in COMPRESSIONS if named.endswith(suffix)), "")
+    kind = named.removesuffix(told)
     if head and told != packed:
         warn_once(
             f"{path} is compressed ({packed}), which its name does not say; it is read so."
             if packed
             else f"{path} is not compressed, although its name ends with {told}; it is read as it is."
         )
-    if suffix in (".csv", ".tsv"):
-        if is_json(head):
-            raise ValueError(f"{path} seems to be JSON; name it .jsonl.")
-        return suffix
-    return ".jsonl"
+    if kind in (".json", ".jsonl"):
+        return ".jsonl"
+    if is_json(head):
+        raise ValueError(f"{path} seems to be JSON; name it .jsonl.")
+    return kind

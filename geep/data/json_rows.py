@@ -80,8 +80,8 @@ def read_json(path: Path, opened: Opened, columns: Columns) -> Iterator[Row | Ba
 def _no_object(path: Path, head: bytes, held: list[Row | BadRow]) -> ValueError:
     first = cast(BadRow, held[0])
     return ValueError(
-        f"{path} holds no JSON object in its first {len(held)} rows (line {first.line}: {first.reason}). It seems to be "
-        f"{instead_of_json_lines(head)}."
+        f"{path} holds no JSON object in its first {len(held)} rows (line {first.line}: {first.reason}). It seems to "
+        f"be {instead_of_json_lines(head)}."
     )
 
 

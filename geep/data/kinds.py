@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 # Kinds of file that come under a name of ours and are none of ours, by how they begin.
@@ -19,7 +20,7 @@ _FOREIGN = (
 )
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
 _JSON_ROWS = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
-_JSON_ARRAY = re.compile(r"\s*\[\s*(?:[{\]]|$)".encode())
+_JSON_ARRAY = re.compile(rb"\s*\[\s*(?:[{\]]|$)")
 
 
 def foreign_kind(head: bytes) -> str | None:
@@ -46,6 +47,10 @@ def instead_of_json_lines(head: bytes) -> str:
     if b"\x00" in start:
         wide = start[1::2].count(0) * 2 > len(start) * 0.7 or start[::2].count(0) * 2 > len(start) * 0.7
         return "UTF-16 without a byte order mark; write it as UTF-8" if wide else "binary data; name another file"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return "text in an encoding other than UTF-8; write it as UTF-8"
     if b"\r" in start and b"\n" not in start:
         return "a file whose lines end in carriage returns alone; write it with newlines"
     if start.lstrip().startswith((b"{", b"[")):

@@ -100,14 +100,18 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-        ValueError: If it is none, or a pipe.
+        ValueError: If it is none, names a column twice, or is a pipe.
     """
     if is_stream(path):
         raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
     try:
-        return pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
-    except pa.ArrowException as err:
+        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        unique_names(path, file.schema_arrow.names)  # names that are no UTF-8 raise when they are asked for
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+        if isinstance(err, OSError) and err.errno is not None:  # the disk's word, not the format's
+            raise
         raise ValueError(f"{path} is no readable Parquet file ({err}); write or fetch it again.") from err
+    return file
 
 
 def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
@@ -117,7 +121,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
     """
     line = 0
     with open_parquet(path) as file:
-        columns.check(path, unique_names(path, file.schema_arrow.names))
+        columns.check(path, file.schema_arrow.names)
         batches = _batches(file)
         while True:
             try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 ROWS_TO_CERTIFY = 1000
 """Held-out rows that can certify the usual promise, half a point of accuracy at 95 %: `Promise` needs 933."""
+
+
+# Rows without which temperatures and settings are mostly luck.
+_ROWS_TO_PROFILE = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +135,19 @@ class Parts:
 
 
 def unseen(rows: Split, *used: Split) -> Split:
-    """Return the rows whose texts are in none of the other splits, in order.
+    """Return the rows whose texts are in none of the other splits, in order, whatever their case and blanks.
 
     What was learned or chosen on a text proves nothing on that text.
     """
     # Hashes are smaller than texts. A text that shares one by chance is left out, too: one in 2**60 or so.
-    learned = {hash(text) for part in used for text in part.inputs}
-    kept = [number for number, text in enumerate(rows.inputs) if hash(text) not in learned]
+    learned = {_hash(text) for part in used for text in part.inputs}
+    kept = [number for number, text in enumerate(rows.inputs) if _hash(text) not in learned]
     return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def _hash(text: Sequence[str]) -> int:
+    parts = (text,) if isinstance(text, str) else text
+    return hash(tuple(" ".join(part.split()).casefold() for part in parts))
 
 
 def divide(
@@ -149,7 +159,7 @@ def divide(
 
     - One of at least twice `ROWS_TO_CERTIFY` is profiled and calibrated on, by halves.
     - A smaller one of at least `ROWS_TO_CERTIFY` certifies alone. Rows to profile are those that `max_train` leaves
-      out, else a share of the training rows.
+      out, else a share of the training rows; where these are few, it lends some.
     - One that is too small to certify anything is joined by such training rows; a warning says how many.
     - Without one, a share of the training rows is held out, and those that `max_train` leaves out join them.
 
@@ -176,6 +186,10 @@ def divide(
             left_out = cut.held
         profile = _from(left_out.select(range(min(len(left_out), max_heldout))), "training rows held out")
         calibration = _from(dev, "the development split")
+        lacking = _ROWS_TO_PROFILE - len(profile)
+        if lacking > 0 and (dev.labels is None) == (profile.labels is None):
+            lent = holdout(calibration, lacking / len(dev), seed=seed)
+            profile, calibration = profile.join(lent.held), lent.rest
     else:
         cut = holdout(dataset.train, fraction, seed=seed, max_rows=max_heldout)
         train, left_out = _limited(cut.rest, max_train, seed)
@@ -246,6 +260,7 @@ class DataPlan:
         text_pair_column: Column of the second text.
         label_column: Column of the label.
         seed: Seed of the cuts.
+        quoting: Whether fields of CSV and TSV may be quoted; see `geep.data.read_rows`.
     """
 
     name: str
@@ -256,14 +271,16 @@ class DataPlan:
     text_pair_column: str = PAIR_COLUMN
     label_column: str = "label"
     seed: int = 0  # folders made before it was noted have 0
+    quoting: bool | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns by the names of `load_dataset`'s and `load_split`'s arguments."""
+        """How columns are found, by the names of `load_dataset`'s and `load_split`'s arguments."""
         return {
             "text_column": self.text_column,
             "text_pair_column": self.text_pair_column,
             "label_column": self.label_column,
+            "quoting": self.quoting,
         }
 
     def load(self, *, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False) -> Dataset:

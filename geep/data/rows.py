@@ -12,6 +12,8 @@ from pathlib import Path
 
 PAIR_COLUMN = "text_pair"
 
+_SHOWN_COLUMNS = 30
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -46,14 +48,15 @@ class BadRow:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns hold what, and which of them must exist."""
+    """Which columns hold what, which of them must exist, and whether fields between delimiters may be quoted."""
 
     text: str
     pair: str
     label: str
     require_label: bool
+    quoting: bool | None = None
 
     def check(self, path: Path, found: Iterable[str]) -> None:
         """Raise if a column that is asked for is not among those of the file."""
@@ -65,9 +68,10 @@ class Columns:
             wanted.append((self.label, "label", "--label-column"))
         for column, meaning, flag in wanted:
             if column not in names:
-                shown = ", ".join(repr(name) for name in names) or "none"
+                listed = ", ".join(repr(name[:60]) for name in names[:_SHOWN_COLUMNS]) or "none"
+                more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
                 raise ValueError(
-                    f"{path} has no {meaning} column {column!r}; its columns are: {shown}. "
+                    f"{path} has no {meaning} column {column!r}; its columns are: {listed}{more}. "
                     f"Name the right one with {flag}."
                 )
 

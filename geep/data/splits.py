@@ -6,9 +6,11 @@ Read `Split` and `Dataset`, then `load_split`. Where files come from and where t
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,11 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from geep.data.formats import file_format, read_rows
+from geep.data.formats import open_rows
 from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, shown
 from geep.data.texts import MappedTexts, PairedTexts, TextCollector, join_texts, select_texts
+
+logger = logging.getLogger(__name__)
 
 _SHOWN_ERRORS = 5
 _SHOWN_LABELS = 20
@@ -157,6 +161,27 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names), key=order))
 
 
+def warn_of_similar(path: Path, labels: Iterable[str]) -> None:
+    """Log a warning if labels, one or more a row, differ by blanks or case alone: few mean two by them."""
+    counts = Counter(labels)
+    groups: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    similar = [names for names in groups.values() if len(names) > 1]
+    if similar:
+        shown = "; ".join(
+            ", ".join(f"{name!r} ({counts[name]} rows)" for name in names[:_SHOWN_LABELS])
+            for names in similar[:_SHOWN_ERRORS]
+        )
+        logger.warning(
+            "%s has labels that differ by blanks or case alone, %d groups of them: %s. Each is learned as a label of "
+            "its own; write them alike if they are one.",
+            path,
+            len(similar),
+            shown,
+        )
+
+
 def _row_label(row: Row) -> str | tuple[str, ...] | None:
     if row.label is None:
         return None
@@ -179,38 +204,40 @@ def read_table(path: str | os.PathLike[str], columns: Columns, *, with_labels: b
     has_pair, has_label = _Presence("second text", columns.pair), _Presence("label", columns.label)
     bad: list[BadRow] = []
     num_bad = 0
-    is_csv = not file_format(path).startswith((".jsonl", ".parquet"))
-    for row in read_rows(
+    with open_rows(
         path,
         text_column=columns.text,
         text_pair_column=columns.pair,
         label_column=columns.label,
         require_label=columns.require_label,
-    ):
-        label = None
-        if isinstance(row, Row) and with_labels:
-            try:
-                label = _row_label(row)
-            except ValueError as err:
-                row = BadRow(row.line, str(err))
-        if isinstance(row, BadRow):
-            num_bad += 1
-            if len(bad) < _SHOWN_ERRORS:
-                bad.append(row)
-            continue
-        if is_csv and isinstance(label, str) and re.fullmatch(r"\[.*\]", label, re.DOTALL):
-            raise ValueError(
-                f"{path}, line {row.line}: the label {label!r} looks like a list. CSV and TSV hold one label a row; "
-                "for several labels a row use .jsonl with a JSON list, or .parquet."
-            )
-        lines.append(row.line)
-        texts.append(row.text)
-        has_pair.note(row.line, row.text_pair is not None)
-        if row.text_pair is not None:
-            pairs.append(row.text_pair)
-        has_label.note(row.line, label is not None)
-        if label is not None:
-            labels.append(known.setdefault(label, label))
+        quoting=columns.quoting,
+    ) as stream:
+        is_csv = stream.format in (".csv", ".tsv")
+        for row in stream:
+            label = None
+            if isinstance(row, Row) and with_labels:
+                try:
+                    label = _row_label(row)
+                except ValueError as err:
+                    row = BadRow(row.line, str(err))
+            if isinstance(row, BadRow):
+                num_bad += 1
+                if len(bad) < _SHOWN_ERRORS:
+                    bad.append(row)
+                continue
+            if is_csv and isinstance(label, str) and re.fullmatch(r"\[.*\]", label, re.DOTALL):
+                raise ValueError(
+                    f"{path}, line {row.line}: the label {label!r} looks like a list. CSV and TSV hold one label a "
+                    "row; for several labels a row use .jsonl with a JSON list, or .parquet."
+                )
+            lines.append(row.line)
+            texts.append(row.text)
+            has_pair.note(row.line, row.text_pair is not None)
+            if row.text_pair is not None:
+                pairs.append(row.text_pair)
+            has_label.note(row.line, label is not None)
+            if label is not None:
+                labels.append(known.setdefault(label, label))
     if num_bad:
         listed = "".join(f"\n  line {row.line}: {row.reason}" for row in bad)
         more = f"\n  and {num_bad - len(bad)} more" if num_bad > len(bad) else ""
@@ -299,6 +326,7 @@ def load_split(
     text_column: str = "text",
     text_pair_column: str = PAIR_COLUMN,
     label_column: str = "label",
+    quoting: bool | None = None,
     require_label: bool = False,
     multi_label: bool | None = None,
 ) -> Split:
@@ -307,12 +335,13 @@ def load_split(
     Every row of the file is in the split, in the file's order; a file with a bad row is refused.
 
     Args:
-        path: A file whose name ends with one of `FORMATS`.
+        path: A file whose name ends with one of `FORMATS`; or a pipe, or ``-`` for standard input.
         label_names: The known labels, by id. None: labels are not read, whatever the file holds, since ids without
             names would mean something else in each file.
         text_column: Column of the text.
         text_pair_column: Column of the second text; absent means single texts.
         label_column: Column of the label: integers or strings, or lists of them for a multi-label task.
+        quoting: Whether fields of CSV and TSV may be quoted; see `geep.data.read_rows`.
         require_label: Whether a file without labels is refused.
         multi_label: Whether the labels known are those of a multi-label task; a file of the other kind is refused.
             None: either kind is read.
@@ -325,7 +354,7 @@ def load_split(
         ValueError: If rows are bad (the first are listed with their lines), only some rows have a label or a second
             text, or a label is not among the known ones or of the other kind.
     """
-    columns = Columns(text_column, text_pair_column, label_column, require_label)
+    columns = Columns(text_column, text_pair_column, label_column, require_label, quoting)
     table = read_table(path, columns, with_labels=label_names is not None)
     return encode_table(table, label_names, multi_label=table.is_multi_label if multi_label is None else multi_label)
 

@@ -121,14 +121,17 @@ def fetch_wheel(
 
     Raises:
         ValueError: If the cache has another file of that name.
-        FetchError: If it is not there and no network may be asked, or pip fails, or is served another file; the message has its last lines and says what to do.
+        FetchError: If it is not there and no network may be asked, or pip fails or is served another file; the message
+            has its last lines and says what to do.
     """
     folder = _cache_folder(cache_dir)
     cached = _find_wheel(folder, wheel)
     if cached is not None:
         return cached
     if local_files_only:
-        raise FetchError(f"{wheel.requirement} is not in {folder}, and no network may be asked; fetch it once with one.")
+        raise FetchError(
+            f"{wheel.requirement} is not in {folder}, and no network may be asked; fetch it once with one."
+        )
     logger.info("Fetching %s into %s", wheel.requirement, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temp:
         pinned = Path(temp) / "requirements.txt"

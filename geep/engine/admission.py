@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from geep.modeling import GeepForSequenceClassification, family_of, longest_input
+from geep.modeling import GeepForSequenceClassification, check_tokenizer, longest_input
 
 _PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification")
 
@@ -52,7 +51,7 @@ def check_model(model: GeepForSequenceClassification, tokenizer: PreTrainedToken
 
     Raises:
         ValueError: If weights hold NaN or infinity; or the classifiers have another number of labels than the config
-            names; or the tokenizer gives ids that the encoder has no embedding for.
+            names; or as `check_tokenizer`.
     """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -65,39 +64,7 @@ def check_model(model: GeepForSequenceClassification, tokenizer: PreTrainedToken
                 f"The classifier at layer {layer} gives {found} logits, and id2label of the config names {num_labels} "
                 "labels; name as many as there are logits."
             )
-    _check_ids(model, tokenizer)
-
-
-def _check_ids(model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = model.encoder.config
-    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
-    # The ids around texts come from a template, which need not agree with the vocabulary.
-    highest = max([*tokenizer.get_vocab().values(), *_ids_around(tokenizer)], default=-1)
-    if highest >= rows:
-        raise ValueError(
-            f"The tokenizer has token ids up to {highest}, the encoder has embeddings for 0..{rows - 1}. Use the "
-            "tokenizer that the model was trained with; added tokens need resize_token_embeddings before training."
-        )
-    pad = config.pad_token_id
-    if pad is not None and not 0 <= pad < rows:
-        raise ValueError(
-            f"pad_token_id of the encoder's config is {pad}, and there are embeddings for 0..{rows - 1}; set it to "
-            "that of the tokenizer."
-        )
-    if family_of(config).has_token_type_ids and config.model_type != "deberta-v2" and config.type_vocab_size < 1:
-        raise ValueError(
-            f"type_vocab_size of the encoder's config is {config.type_vocab_size}, expected 1 or more: a "
-            f"{config.model_type} encoder gives each token a segment."
-        )
-
-
-def _ids_around(tokenizer: Any) -> list[int]:
-    """The ids that texts and pairs get whatever is in them; the caller's tokenizer keeps its state."""
-    if tokenizer.is_fast:
-        rows = tokenizer.backend_tokenizer.encode(""), tokenizer.backend_tokenizer.encode("", "")
-        return [token for row in rows for token in row.ids]
-    found: list[int] = tokenizer("", verbose=False)["input_ids"] + tokenizer("", "", verbose=False)["input_ids"]
-    return found
+    check_tokenizer(model.encoder, tokenizer, pairs=model.config.text_pairs)
 
 
 def longest_text(asked: int | None, model: GeepForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,7 +73,7 @@ def longest_text(asked: int | None, model: GeepForSequenceClassification, tokeni
     Raises:
         ValueError: If more is asked for, or nothing is left of a text.
     """
-    positions, known = longest_input(model.encoder.config), int(tokenizer.model_max_length)
+    positions, known = longest_input(model.encoder), int(tokenizer.model_max_length)
     limit = min(positions, known)
     if asked is not None and asked > limit:
         reason = "the encoder has no more positions" if positions <= known else "the tokenizer's model_max_length"

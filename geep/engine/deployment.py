@@ -6,13 +6,13 @@ Read `EngineConfig` (asked for), `Deployment` (what it became), `load_model`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -174,14 +174,6 @@ def _weight_bits(dtype: str) -> int:
     return torch.finfo(DTYPES[dtype]).bits
 
 
-def is_cached(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a model of the hub was fetched before."""
-    found = try_to_load_from_cache(
-        name, "config.json", cache_dir=options.get("cache_dir"), revision=options.get("revision")
-    )
-    return isinstance(found, str)
-
-
 def load_model(
     path: str | Path, hub: HubOptions | None = None
 ) -> tuple[GeepForSequenceClassification, PreTrainedTokenizerBase]:
@@ -192,17 +184,18 @@ def load_model(
         hub: How a model of the hub is had; None: its defaults.
 
     Raises:
-        FileNotFoundError: If `path` is no folder and cannot be a name on the hub.
+        OSError: If there is no such model.
         ValueError: If the weights are damaged or do not cover the model.
     """
     name, options = str(path), {} if hub is None else hub.keywords()
-    if not Path(path).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"There is no model folder {name}; make one with `geep train`.")
-    if not Path(path).exists() and not is_cached(name, options):
-        logger.warning("There is no folder %s; asking the Hugging Face hub for a model of that name.", name)
     try:
         model, info = GeepForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, in one message
+            **options,
         )
     except OSError as error:
         if Path(path).exists():
@@ -210,6 +203,15 @@ def load_model(
         raise OSError(f"There is no folder {name}, and as a model of the hub it cannot be had: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} are damaged ({error}); copy or train the model again.") from error
+    except StrictDataclassError as error:  # old versions check a config's fields themselves
+        raise ValueError(f"config.json of {path} is damaged: {error}. Copy or train the model again.") from error
+    except KeyError as error:
+        raise ValueError(
+            f"config.json of {path} names {error}, which this version of transformers does not know; mend it, or "
+            "install the version that wrote it."
+        ) from error
+    if info["mismatched_keys"]:
+        raise ValueError(_other_shapes(str(path), model, info["mismatched_keys"]))
     if info["missing_keys"]:
         raise ValueError(
             f"The weights of {path} lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])!r}; "
@@ -221,6 +223,20 @@ def load_model(
             f"as {min(info['unexpected_keys'])!r}; config.json belongs to another model. Copy or train the model again."
         )
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def _other_shapes(path: str, model: GeepForSequenceClassification, found: Iterable[tuple[str, Any, Any]]) -> str:
+    """Say of weights that have other shapes than the config gives them."""
+    name, stored, made = min(found, key=lambda row: row[0])
+    if ".out." in name:
+        return (
+            f"The weights of {path} have {stored[0]} labels, and config.json names {made[0]} "
+            f"({model.config.id2label}); id2label has to name each label, from 0 on."
+        )
+    return (
+        f"The weights of {path} have other shapes than config.json says: {name!r} has {tuple(stored)}, expected "
+        f"{tuple(made)}; config.json belongs to another model. Copy or train the model again."
+    )
 
 
 def default_backend(config: PreTrainedConfig, device: torch.device) -> str:

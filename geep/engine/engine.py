@@ -32,7 +32,7 @@ from geep.engine.settings import ExitSettings
 from geep.engine.stored import StoredExits
 from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
 from geep.exits import AGREEMENT
-from geep.folder import HubOptions, UploadOptions, fingerprint, upload
+from geep.folder import HubOptions, UploadOptions, fingerprint, reachable, upload
 from geep.modeling import GeepForSequenceClassification, family_of
 from geep.predictor import ExitPredictor
 from geep.progress import Progress, no_progress
@@ -182,7 +182,7 @@ class Engine:
             TypeError: If a keyword is no field of `EngineConfig`.
         """
         engine_config = EngineConfig(**config)
-        hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
+        hub = reachable(path, HubOptions(revision, token, str(cache_dir) if cache_dir else None, local_files_only))
         model, tokenizer = load_model(path, hub)
         identity = fingerprint(model, tokenizer)
         is_int8 = engine_config.dtype == "int8"
@@ -241,7 +241,7 @@ class Engine:
         An older table does not stay.
         """
         exits = StoredExits(self.predictor, self.settings, self.ranges, self.certificate)
-        exits.save(folder, fingerprint=self.identity, record=record or {})
+        exits.save(folder, fingerprint=self.identity, record=record)
 
     def push_to_hub(self, repo_id: str, **options: Unpack[UploadOptions]) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face hub and return the address of the commit.

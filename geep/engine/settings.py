@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,15 @@ class ExitSettings:
     lexical_exit: bool = False
 
     def __post_init__(self) -> None:
+        # NumPy's numbers, as they come out of a sweep, become Python's: settings are written down.
+        for name in ("speed", "quantile"):
+            value = getattr(self, name)
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}.")
+            object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "temperatures", {int(k): float(v) for k, v in self.temperatures.items()})
+        if self.check_layers is not None:
+            object.__setattr__(self, "check_layers", tuple(int(layer) for layer in self.check_layers))
         if not 0 <= self.speed <= 1:
             raise ValueError(f"speed must lie in [0, 1], got {self.speed}.")
         if not isinstance(self.lexical_exit, bool):

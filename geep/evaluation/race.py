@@ -1,8 +1,9 @@
 """Compare the engine with its honest rivals, in one run, interleaved, each at its best setting.
 
 Quality (accuracy, agreement, layers) is taken on all texts of a split, from one pass over all exits of the engine as
-deployed, and one in float32 for rivals that know no quantisation. Time is taken on a random part of them, from raw text to predictions, every rival once a round in a new
-order, so that a slow minute of the machine hits all alike; the median of the rounds is reported.
+deployed, and one in float32 for rivals that know no quantisation. Time is taken on a random part of them, from raw text
+to predictions, every rival once a round in a new order, so that a slow minute of the machine hits all alike; the median
+of the rounds is reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from geep.backends import TokenBatch
-from geep.calibration import ExitRun, Outcomes, PredictorQuality, layer_quality, predictor_quality
+from geep.calibration import ExitRun, Outcomes, PredictorQuality, layer_quality, predictor_quality, run_of
 from geep.data import Split
 from geep.engine import Engine
 from geep.evaluation.report import EvaluationReport, EvaluationRow
@@ -127,7 +128,7 @@ def _outcomes(engine: Engine, split: Split, progress: Progress) -> tuple[Outcome
         return outcomes, outcomes
     unquantised = engine.in_float32().replace(predictor=engine.predictor, settings=engine.settings)
     logits = unquantised.exit_logits(run.batch, what="all exits in float32", progress=progress)
-    plain = replace(run, exit_logits=logits)
+    plain = replace(run, exit_logits=logits, made_by=run_of(unquantised))
     return Outcomes(engine, replace(run, reference=logits[-1])), Outcomes(unquantised, plain)
 
 

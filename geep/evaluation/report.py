@@ -194,7 +194,7 @@ def draw(report: EvaluationReport, path: str | Path, *, title: str) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("texts per second, raw text to prediction (log scale)")
     axes.set_ylabel("accuracy, %" if by_accuracy else "agreement with the full model, %")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a name may hold dollars
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

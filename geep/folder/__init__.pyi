@@ -11,5 +11,6 @@ from .files import (
     named_by as named_by,
     publish as publish,
 )
+from .hub import reachable as reachable
 from .provenance import Provenance as Provenance
 from .upload import UploadOptions as UploadOptions, upload as upload

@@ -21,12 +21,14 @@ class CalibrationFile:
     Attributes:
         settings: Fields of an `ExitSettings`.
         files: Names of files beside this one: "table" and "ranges", each None where there is none.
+        belongs_to: Digests of model and tokenizer that all of it was made for (`fingerprint`).
         certificate: Fields of a `Certificate`; None where nothing was certified.
         record: How they were found: "profile" and "calibration", each absent until it was done.
     """
 
     settings: Mapping[str, Any]
     files: Mapping[str, str | None] = field(default_factory=dict)
+    belongs_to: Mapping[str, str] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,13 +49,14 @@ class CalibrationFile:
             return cls(
                 dict(found["settings"]),
                 {name: _checked(file) for name, file in found["files"].items()},
+                dict(found["belongs_to"]),
                 None if certificate is None else dict(certificate),
                 dict(found.get("record") or {}),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is damaged or of an older version ({error!r}), expected settings, files and certificate; run "
-                "`geep profile` and `geep calibrate` again, or delete it."
+                f"{path} is damaged or of an older version ({error!r}), expected settings, files, belongs_to and "
+                "certificate; run `geep profile` and `geep calibrate` again, or delete it."
             ) from error
 
     def write(self, folder: str | Path) -> None:
@@ -61,6 +64,7 @@ class CalibrationFile:
         about = {
             "settings": self.settings,
             "files": self.files,
+            "belongs_to": self.belongs_to,
             "certificate": self.certificate,
             "record": self.record,
         }

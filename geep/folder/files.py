@@ -98,9 +98,22 @@ def publish(path: str | Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until names in a folder are on the disk, too, where the system can say so."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class HasParameters(Protocol):
@@ -114,14 +127,39 @@ def fingerprint(model: HasParameters, tokenizer: Any) -> dict[str, str]:
     """Digest model and tokenizer, so that a table made with others is refused.
 
     The model's digest covers every parameter's name, shape and float32 bytes, so it does not depend on how the weights
-    were stored. The tokenizer's covers all that turns a text into ids: normaliser, cutting into words, vocabulary,
+    were stored, and of its config all that is not as usual, but for what only training and bookkeeping read. The
+    tokenizer's covers all that turns a text into ids: normaliser, cutting into words, vocabulary,
     added tokens, special tokens and the side on which it truncates; not the length at which it does.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(json.dumps(_switches(getattr(model, "config", None)), sort_keys=True, default=str).encode())
     return {"model": digest.hexdigest(), "tokenizer": _digest_tokenizer(tokenizer)}
+
+
+# Fields of a config that no answer depends on.
+_BOOKKEEPING = frozenset(
+    {
+        "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict",
+        "output_attentions", "output_hidden_states", "attn_implementation", "initializer_range", "model_type",
+        "classifier_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
+        "bos_token_id", "eos_token_id",
+    }
+)  # fmt: skip
+
+
+def _switches(config: Any) -> dict[str, Any]:
+    """Fields of a Hugging Face config, and of those in it, that differ from the defaults of its class.
+
+    Differences alone, so that a field that a later version of the library adds changes nothing.
+    """
+    if config is None:
+        return {}
+    inner = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
+    own = {name: value for name, value in config.to_diff_dict().items() if name not in _BOOKKEEPING | inner.keys()}
+    return {"kind": config.model_type, **own, **{name: _switches(value) for name, value in inner.items()}}
 
 
 # Case, accents, width, digits, ideographs, blanks, control characters, emoji, punctuation, an unknown word.
@@ -138,6 +176,7 @@ def _digest_tokenizer(tokenizer: Any) -> str:
     digest = hashlib.sha256(f"{tokenizer.truncation_side} {tokenizer.model_input_names}".encode())
     if tokenizer.is_fast:
         own = tokenizer.backend_tokenizer
+        digest.update(repr(bool(getattr(tokenizer, "split_special_tokens", False))).encode())
         for part in (own.normalizer, own.pre_tokenizer, own.model, own.post_processor):
             digest.update(b"none;" if part is None else part.__getstate__() + b";")
         digest.update(repr(sorted(own.get_added_tokens_decoder().items())).encode())

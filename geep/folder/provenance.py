@@ -6,15 +6,12 @@ Plain words and numbers; what they mean is known to those who train and to those
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from geep.folder.files import TRAINING_FILE, publish
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +71,20 @@ class Provenance:
             )
         return dict(data)
 
+    def check_labels(self, label_names: Sequence[str]) -> None:
+        """Check that labels have the names that the model was made with: another name is another number.
+
+        Raises:
+            ValueError: If they have not.
+        """
+        known = self.about.get("label_names")
+        if known is not None and list(known) != list(label_names):
+            other = sorted({*known} ^ {*label_names})[:10]
+            raise ValueError(
+                f"The rows have the labels {list(label_names)[:10]}, the model was made with {list(known)[:10]}; found "
+                f"otherwise: {other}. Give the labels their old names, or train again."
+            )
+
     def check_rows(self, digests: Mapping[str, str]) -> None:
         """Check that rows are those that the model was made with: else rows it has learned could certify a promise.
 
@@ -81,12 +92,14 @@ class Provenance:
             digests: Digest of each part, as they are found now.
 
         Raises:
-            ValueError: If a part has changed; the message names it.
+            ValueError: If a part has changed; the message names it. If the record does not say.
         """
         known = self.about.get("digests")
         if known is None:
-            logger.warning("The model was made before rows were noted: whether they are still the same is not known.")
-            return
+            raise ValueError(
+                "The record of the training has no digests of its rows, so whether they are still the same is not "
+                "known, and rows that the model has learned must not certify a promise. Train it again."
+            )
         changed = sorted(name for name in {*known, *digests} if known.get(name) != digests.get(name))
         if changed:
             raise ValueError(

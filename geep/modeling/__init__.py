@@ -1,7 +1,8 @@
 """The model: any BERT-class encoder of Hugging Face, with an exit classifier at inner layers and a teacher at the end.
 
 The room refuses to know texts, thresholds, tables and batches. Read `families.py` (encoders, taken apart into layers),
-`heads.py` (classifiers), `model.py`, which tells Hugging Face's auto classes the model's name.
+`inputs.py` (what they can be given), `heads.py` (classifiers), `model.py`, which tells Hugging Face's auto classes
+the model's name.
 """
 
 from geep.modeling.families import (
@@ -12,9 +13,9 @@ from geep.modeling.families import (
     ProblemType,
     family_of,
     layer_calls,
-    longest_input,
 )
 from geep.modeling.heads import HEADS, AttentionHead, ClsHead, MeanHead, first_linear, standardise_input
+from geep.modeling.inputs import check_tokenizer, longest_input
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LayerCalls",
     "MeanHead",
     "ProblemType",
+    "check_tokenizer",
     "family_of",
     "first_linear",
     "label_loss",

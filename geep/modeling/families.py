@@ -84,23 +84,6 @@ def family_of(encoder_config: PreTrainedConfig) -> Family:
     return FAMILIES[model_type]
 
 
-def longest_input(encoder_config: PreTrainedConfig) -> int:
-    """Tokens of the longest text that an encoder has positions for.
-
-    Raises:
-        ValueError: If the encoder counts positions from its pad token and has none.
-    """
-    positions = int(encoder_config.max_position_embeddings)
-    if not family_of(encoder_config).positions_after_pad:
-        return positions
-    if encoder_config.pad_token_id is None:
-        raise ValueError(
-            f"Encoder {encoder_config.model_type!r} counts positions from its pad token, and its config.json has none; "
-            "set pad_token_id to that of the tokenizer."
-        )
-    return positions - int(encoder_config.pad_token_id) - 1
-
-
 @dataclass(frozen=True, slots=True)
 class LayerCall:
     """One step of an encoder's layer loop: the module and the arguments Hugging Face gives it beside the hidden state.

@@ -71,10 +71,9 @@ class GeepConfig(PreTrainedConfig):
         self.exit_layers = layers
         if self.exit_head not in HEADS:
             raise ValueError(f"Unknown exit_head {self.exit_head!r}; known: {sorted(HEADS)}.")
-        num_labels, names = kwargs.get("num_labels"), self.id2label
-        if num_labels is not None and names is not None and num_labels != len(names):
-            # Hugging Face would give the labels other names.
-            raise ValueError(f"num_labels={num_labels}, but id2label names {len(names)} labels; leave num_labels out.")
+        if self.text_pairs not in (None, True, False):
+            raise ValueError(f"text_pairs is {self.text_pairs!r}, expected true, false or null.")
+        _check_labels(self.id2label, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
@@ -95,6 +94,16 @@ class GeepConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the encoder's config, where Hugging Face looks for vocabulary and position limits."""
         return self.encoder_config  # type: ignore[return-value]
+
+
+def _check_labels(names: Any, num_labels: int | None) -> None:
+    """Refuse names of labels of which Hugging Face would make others, or none."""
+    if names is None:
+        return  # LABEL_0, LABEL_1, …
+    if not isinstance(names, dict) or not names or not all(str(label).isdigit() for label in names):
+        raise ValueError(f"id2label is {names!r}, expected names by number: 0, 1, …; number the labels from 0.")
+    if num_labels is not None and num_labels != len(names):
+        raise ValueError(f"num_labels={num_labels}, but id2label names {len(names)} labels; leave num_labels out.")
 
 
 @dataclass
@@ -186,8 +195,19 @@ class GeepForSequenceClassification(PreTrainedModel):
             hub["trust_remote_code"] = False  # nothing of a checkpoint is run
             family = family_of(AutoConfig.from_pretrained(encoder, **hub))
             pretrained, info = AutoModel.from_pretrained(
-                encoder, dtype=torch.float32, output_loading_info=True, **hub, **(family.init_kwargs or {})
+                encoder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, in one message
+                **hub,
+                **(family.init_kwargs or {}),
             )
+            if info["mismatched_keys"]:
+                name, stored, made = min(info["mismatched_keys"], key=lambda row: str(row[0]))
+                raise ValueError(
+                    f"The weights of {encoder} have other shapes than its config.json says: {name!r} has "
+                    f"{tuple(stored)}, expected {tuple(made)}; the two belong to different models."
+                )
             # Heads of other tasks may be left over; a weight that is missing would be random.
             missing = sorted(info["missing_keys"])
             if missing:

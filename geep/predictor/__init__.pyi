@@ -9,7 +9,7 @@ from .fitting import (
     score_by_counts as score_by_counts,
     score_by_ridge as score_by_ridge,
 )
-from .keys import Keys as Keys
+from .keys import Keys as Keys, text_hashes as text_hashes
 from .predictor import ExitPrediction as ExitPrediction, ExitPredictor as ExitPredictor
 from .table import (
     ExitTable as ExitTable,

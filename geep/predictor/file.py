@@ -17,7 +17,7 @@ from geep.hash_table import EMPTY_KEY, HashTable
 from geep.predictor.keys import Keys
 from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows
 
-_FORMAT = "geep exit table 1"
+_FORMAT = "geep exit table 2"
 _METADATA = "exit_table"
 
 
@@ -70,6 +70,7 @@ def _contents(fitted: FittedTable) -> tuple[dict[str, Tensor], _Header]:
         "level_shares": fitted.levels.cumulative,
         "ngram_keys": slots["keys"],
         "ngram_values": slots["values"],
+        "seen": fitted.seen,
     }
     if fitted.lexical is not None:
         tensors["label_rows"] = fitted.lexical.rows.cpu()[seen]
@@ -156,6 +157,7 @@ def _from_tensors(fields: dict[str, Any], tensors: dict[str, Tensor]) -> FittedT
         Levels(tensors["level_edges"], tensors["level_shares"]),
         lexical,
         multi_label=config.multi_label,
+        seen=tensors["seen"],
     )
 
 

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.predictor.keys import Keys, text_of, with_key_weight
+from geep.predictor.keys import Keys, text_hashes, text_of, with_key_weight
 from geep.predictor.predictor import ExitPredictor
 from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows, check_exits
 
@@ -297,7 +297,9 @@ def fit_predictor(
     sums = F.embedding_bag(rows, with_key_weight(table.keys, score_rows.rows), offsets, mode="sum")
     scores = sums[:, 1:] / sums[:, :1].clamp(min=1) + score_rows.prior
     levels = fit_levels(scores, heldout.exit_indices, num_depths=len(depths), num_bins=num_bins)
-    return ExitPredictor(FittedTable(kind, table, score_rows, levels, lexical, multi_label))
+    hashes = [text_hashes(part.input_ids, part.lengths) for part in (seen, heldout)]
+    known = torch.cat(hashes).unique()
+    return ExitPredictor(FittedTable(kind, table, score_rows, levels, lexical, multi_label, known))
 
 
 @dataclass(frozen=True, eq=False)

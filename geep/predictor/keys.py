@@ -95,6 +95,20 @@ class Keys:
         return rows.flatten(), (lengths.cumsum(0) - lengths) * self.ngram_order
 
 
+def text_hashes(input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """64-bit hash of each text's token ids, in their order, int64, (num_texts,): texts are told apart by it alone.
+
+    Texts that differ share one by chance with a probability of about 2**-64 for each two.
+    """
+    text = text_of(lengths, input_ids.numel())
+    place = torch.arange(input_ids.numel(), device=input_ids.device) - (lengths.cumsum(0) - lengths)[text]
+    # Multiplications wrap around; the constants are odd, those of SplitMix64 (Steele et al. 2014) in two's complement.
+    mixed = (input_ids + 1) * -7046029254386353131 + (place + 1) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 30)) * -7723592293110705685
+    mixed = mixed ^ (mixed >> 27)
+    return torch.zeros_like(lengths).index_add_(0, text, mixed) ^ (lengths * -4265267296055464877)
+
+
 def is_usable(input_ids: Tensor, special_ids: tuple[int, ...]) -> Tensor:
     """Which token ids may be part of a key, (num_tokens,)."""
     return torch.isin(input_ids, torch.tensor(special_ids, dtype=torch.int64, device=input_ids.device), invert=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -196,6 +196,8 @@ class FittedTable:
         levels: What a score means.
         lexical: Exit 0, or `None`.
         multi_label: Whether the lexical logits are to be read by sigmoids instead of a softmax.
+        seen: Hashes of the texts that all of it was learned from (`text_hashes`), int64, increasing: what was learned
+            or chosen on a text proves nothing on it.
 
     Raises:
         ValueError: If a part does not fit the table, or holds a number that is not finite.
@@ -207,6 +209,7 @@ class FittedTable:
     levels: Levels
     lexical: Lexical | None = None
     multi_label: bool = False
+    seen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
         table, levels, lexical = self.table, self.levels, self.lexical
@@ -228,6 +231,8 @@ class FittedTable:
                     f"Found {name} of {tensor.dtype}, shape {tuple(tensor.shape)}, expected finite torch.float32 of "
                     f"shape {shape}; fit the predictor anew."
                 )
+        if self.seen.dtype != torch.int64 or self.seen.ndim != 1 or bool((self.seen.diff() <= 0).any()):
+            raise ValueError("Found hashes of seen texts that do not rise, expected int64 ones; fit them anew.")
         shares = levels.cumulative
         if (
             bool((levels.edges.diff(dim=1) < 0).any())

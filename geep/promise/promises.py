@@ -92,7 +92,7 @@ class ConstantModelError(NothingCertifiedError):
     """The full model gives every text the same answer: agreeing with it, or being as accurate, proves nothing."""
 
 
-def check_enough(num_texts: int, promise: Promise) -> None:
+def check_enough(num_texts: int, promise: Promise, *, note: str = "") -> None:
     """Refuse to certify a promise on too few texts, before any work is done.
 
     Raises:
@@ -101,5 +101,5 @@ def check_enough(num_texts: int, promise: Promise) -> None:
     if num_texts < promise.texts_needed:
         raise TooFewTextsError(
             f"{num_texts} calibration texts cannot certify {promise}: at least {promise.texts_needed} "
-            "are needed. Give more held-out texts, or ask for less. No speed was set."
+            f"are needed.{note} Give more held-out texts, or ask for less. No speed was set."
         )

@@ -1,8 +1,9 @@
 """Files scored as streams, killed and continued.
 
 The room refuses to know how a prediction is made, and how files are read (`geep.data` does that). Read `stream.py`,
-then `answers.py` (what an engine is asked, and what its answers add), `columns.py` (names of the result), `sinks.py`
-(bytes that can be continued, gzip, Parquet) and `journal.py` (what a later run needs to go on).
+then `chunks.py` (rows that are done together, and how they are known again), `answers.py` (what an engine is asked, and
+what its answers add), `columns.py` and `values.py` (names, types and spelling in the result), `sinks.py` (the bytes of
+a chunk), `result.py` (a result while it grows) and `journal.py` (what a later run needs to go on).
 """
 
 import lazy_loader

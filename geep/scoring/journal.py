@@ -39,7 +39,7 @@ class ResultFiles:
     lock: Path
 
     @classmethod
-    def of(cls, target: Path) -> ResultFiles:
+    def of(cls, target: Path, target_format: str) -> ResultFiles:
         """The files that lie beside a result."""
 
         def beside(suffix: str) -> Path:
@@ -49,7 +49,7 @@ class ResultFiles:
         return cls(
             target=target,
             partial=partial,
-            whole=beside(".partial.parquet") if target.name.lower().endswith(".parquet") else partial,
+            whole=beside(".partial.parquet") if target_format == ".parquet" else partial,
             journal=beside(".partial.json"),
             errors=beside(".errors.jsonl"),
             errors_partial=beside(".errors.jsonl.partial"),
@@ -74,20 +74,25 @@ class ResultFiles:
         try:
             lock.acquire()
         except Timeout:
+            if not self.lock.exists():  # nor can it be made, which the library takes for a passing state
+                raise self._no_place("it takes no new files", None) from None
             raise BlockingIOError(
                 f"Another run is writing {self.target}; wait until it has ended, or write to a file of another name."
             ) from None
         except OSError as err:
-            raise OSError(
-                err.errno,
-                f"Nothing can be written to the folder {self.target.parent} ({err.strerror or err}); see to its "
-                "permissions, or write to another folder.",
-            ) from err
+            raise self._no_place(str(err.strerror or err), err.errno) from err
         try:
             yield
         finally:
             self.lock.unlink(missing_ok=True)
             lock.release()
+
+    def _no_place(self, reason: str, number: int | None) -> OSError:
+        said = (
+            f"Nothing can be written to the folder {self.target.parent} ({reason}); see to its permissions, or write "
+            "to another folder."
+        )
+        return OSError(said) if number is None else OSError(number, said)
 
 
 @dataclass

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-_RUN_AGAIN = "run the same command again: it goes on after them"
 _PIPE = "run again from the beginning: what came through a pipe cannot be continued"
 
 
@@ -57,7 +56,7 @@ class FileResult:
     ) -> None:
         self.journal = journal
         self._files, self._sink, self._made_from = files, sink, made_from
-        self._how = _RUN_AGAIN if can_continue else _PIPE
+        self._can_continue = can_continue
         self._rows_whole = journal.rows_read
         self._open = contextlib.ExitStack()
 
@@ -84,15 +83,19 @@ class FileResult:
 
     def commit(self) -> None:
         """Note what is whole, in the journal on disk."""
-        self.journal.num_bytes, self.journal.error_bytes = self._rows.num_bytes, self._errors.num_bytes
+        self._measure()
         with self._disk():
             self.journal.write(self._files, self._made_from)
         self._rows_whole = self.journal.rows_read
+
+    def _measure(self) -> None:
+        self.journal.num_bytes, self.journal.error_bytes = self._rows.num_bytes, self._errors.num_bytes
 
     def finish(self) -> None:
         """Complete the file, note that only names are to be given, and give them."""
         with self._disk():
             if self.journal.finished is None:
+                self._measure()
                 self._rows.write(self._sink.ending(is_empty=self._rows.num_bytes == 0))
                 self._rows.sync()
                 self._open.close()
@@ -108,6 +111,12 @@ class FileResult:
             f"What comes before is scored: {num_rows} rows of the source are done, in {self._files.partial}. "
             f"Mend the source and {self._how}.",
         )
+
+    @property
+    def _how(self) -> str:
+        # A chunk that is not complete is scored again: the rows of one are run together, and may be others.
+        again = f"run the same command again: it goes on after {self._rows_whole} rows"
+        return again if self._can_continue else _PIPE
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import gzip
 import io
 import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +36,13 @@ _COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+RESULT_FORMATS = (*(kind + packed for kind in (".jsonl", ".csv", ".tsv") for packed in ("", *_COMPRESS)), ".parquet")
+"""Endings of the names of results."""
+
+# What no field can hold that is not quoted.
+_TSV_ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
 class Sink(Protocol):
     """Makes a chunk of a result into the bytes that are appended for it."""
 
@@ -52,8 +59,9 @@ class Sink(Protocol):
 class LineSink:
     """Rows as JSON lines, CSV or TSV, plain or compressed."""
 
-    def __init__(self, target_format: str, columns: ResultColumns | None) -> None:
+    def __init__(self, target_format: str, columns: ResultColumns | None, *, quoted_tabs: bool = False) -> None:
         self._columns = columns
+        self._is_plain_tsv = target_format.startswith(".tsv") and not quoted_tabs
         self._delimiter = "\t" if target_format.startswith(".tsv") else ","
         self._compress = _COMPRESS.get(Path(target_format).suffix, bytes)
 
@@ -76,14 +84,15 @@ class LineSink:
         return self._compress(text.encode("utf-8"))
 
     def _csv(self, columns: ResultColumns, rows: Sequence[Row], answers: Answers | None, *, with_header: bool) -> str:
-        buffer = io.StringIO(newline="")
-        # With "\r\n" between rows, as RFC 4180 has it, the module quotes both characters inside of a field.
-        writer = csv.writer(buffer, delimiter=self._delimiter, lineterminator="\r\n")
-        if with_header:
-            writer.writerow(columns.names)
+        lines: list[Iterable[str]] = [columns.names] if with_header else []
         if answers is not None:
             values = columns.values(rows) | answers.values()
-            writer.writerows(zip(*(map(csv_cell, values[name]) for name in columns.names), strict=True))
+            lines += zip(*(map(csv_cell, values[name]) for name in columns.names), strict=True)
+        if self._is_plain_tsv:
+            return "".join("\t".join(cell.translate(_TSV_ESCAPES) for cell in line) + "\n" for line in lines)
+        buffer = io.StringIO(newline="")
+        # With "\r\n" between rows, as RFC 4180 has it, the module quotes both characters inside of a field.
+        csv.writer(buffer, delimiter=self._delimiter, lineterminator="\r\n").writerows(lines)
         return buffer.getvalue()
 
 
@@ -118,8 +127,7 @@ class ParquetSink:
     def chunk(self, rows: Sequence[Row], answers: Answers, *, is_first: bool) -> bytes:
         """Return an Arrow stream of the rows."""
         buffer = pa.BufferOutputStream()
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_stream(buffer, self._schema, options=options) as writer:
+        with pa.ipc.new_stream(buffer, self._schema) as writer:
             if rows:
                 arrays = self._columns.arrays(rows) | answers.arrays()
                 writer.write_table(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))

@@ -6,6 +6,7 @@ made is not known here. Read `score_file`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -18,16 +19,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geep.data.compression import is_stream
-from geep.data.formats import file_format, read_header, read_rows
+from geep.data.compression import is_stream, open_bytes
+from geep.data.formats import RowStream, file_format, open_rows
+from geep.data.parquet import open_parquet
 from geep.data.rows import BadRow, Row
 from geep.progress import Progress, no_progress
 from geep.scoring.answers import Answers, Question, Scorer
 from geep.scoring.chunks import Chunk, chained, in_chunks
 from geep.scoring.columns import ResultColumns
 from geep.scoring.journal import JOURNAL_VERSION, Journal, ResultFiles
+from geep.scoring.kinds import of_one_kind
 from geep.scoring.result import FileResult, OutputResult, Result
-from geep.scoring.sinks import LineSink, ParquetSink, Sink
+from geep.scoring.sinks import RESULT_FORMATS, LineSink, ParquetSink, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +76,11 @@ def score_file(
     scores: bool = False,
     top_k: int | None = None,
     threshold: float | None = None,
+    quoting: bool | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> ScoreReport:
-    """Score every row of a file into another file, and go on where a killed run stopped.
+    r"""Score every row of a file into another file, and go on where a killed run stopped.
 
     The result holds the good rows of the source in order: their columns, then ``label``, ``score``, ``exit_layer``,
     ``predicted_layer``, ``truncated`` and, if asked for, ``scores``. Of a multi-label model it also has ``labels``,
@@ -101,16 +105,20 @@ def score_file(
     Args:
         engine: What predicts.
         source: File to read, or ``-``.
-        target: File to write; its name ends with one of `geep.data.FORMATS`. A link stays one: the file it leads to is
-            written. ``-`` is standard output, as JSON lines; rows left out are logged there.
+        target: File to write: .jsonl, .csv or .tsv, each also with .gz, .bz2, .xz or .zst behind it, or .parquet. A
+            link stays one: the file it leads to is written. ``-`` is standard output, as JSON lines; rows left out are
+            logged then.
         text_column: Column of the text.
-        text_pair_column: Column of the second text; absent means single texts.
+        text_pair_column: Column of the second text; absent means single texts. Where `engine.text_pairs` says which of
+            the two the model has learned, rows of the other kind are bad ones.
         chunk_rows: Rows read, predicted and written at a time; the bound on memory.
         scores: Whether to write the score of every label: an object in JSON lines, JSON text in CSV, a struct in
             Parquet. ``labels`` is a list, in CSV JSON text.
         top_k: With `scores`, how many labels of a row to write, most likely first; Parquet has fields for all labels,
             of which the others are null. None: all, in the model's order.
         threshold: Probability from which a label of a multi-label model holds; None: the engine's default.
+        quoting: Whether fields of CSV and TSV are quoted, see `geep.data.read_rows`; a TSV result is quoted where it is
+            True. Where it is not, tabs and line breaks within a value are written as ``\t``, ``\n`` and ``\r``.
         overwrite: Whether to replace a target that exists.
         progress: Told after each chunk how many rows of the source are done, good and bad, those of earlier runs too.
             How many there are in all is None for compressed lines, for line files above 256 MiB and for pipes; for
@@ -125,7 +133,8 @@ def score_file(
         FileNotFoundError: If the source, or the folder of the target, does not exist.
         BlockingIOError: If another run is writing the same target.
         ValueError: If a format is unknown, source and target are one file, the text column is missing, a number
-            is out of range, or `top_k` is given without `scores`; or if the source is damaged: what was read until
+            is out of range, or `top_k` is given without `scores`; or if not one of the first rows is of the kind that
+            the model has learned; or if the source is damaged: what was read until
             then is scored and stays, to be continued.
         OSError: If the source or the disk refuses; the message says what is whole and how to go on.
     """
@@ -134,16 +143,23 @@ def score_file(
     if top_k is not None and not scores:
         raise ValueError(f"top_k={top_k} says how many labels `scores` holds, which is not asked for; add scores=True.")
     source, is_output = Path(source), str(target) == "-"
-    target = Path(target) if is_output else _file_to_write(Path(target), source)
+    target_format = ".jsonl" if is_output else _result_format(Path(target))
+    files = None if is_output else ResultFiles.of(_file_to_write(Path(target)), target_format)
+    if files is not None and source.exists():
+        for file in files.all():
+            if file.exists() and file.samefile(source):
+                raise ValueError(f"The source {source} would be overwritten; write to a file of another name.")
     run = _Run(
         Question(engine, scores, top_k, threshold),
         source,
-        ".jsonl" if is_output else file_format(target),
+        target_format,
         chunk_rows,
-        lambda: read_rows(source, text_column=text_column, text_pair_column=text_pair_column),
+        lambda: open_rows(source, text_column=text_column, text_pair_column=text_pair_column, quoting=quoting),
+        text_pair_column,
+        quoting is True,
         progress,
     )
-    if is_output:
+    if files is None:
         return run.to_output()
     made_from = {
         "version": JOURNAL_VERSION,
@@ -153,26 +169,27 @@ def score_file(
         "scores": scores,
         "top_k": top_k,
         "threshold": threshold,
+        "quoting": quoting,
         "answered_by": dict(engine.answered_by),
     }
-    files = ResultFiles.of(target)
     with files.held():
         return run.to_file(files, made_from, overwrite=overwrite)
 
 
-def _file_to_write(target: Path, source: Path) -> Path:
+def _result_format(target: Path) -> str:
+    found = file_format(target)
+    if found not in RESULT_FORMATS:
+        raise ValueError(f"{target} cannot be written chunk by chunk; write one of {', '.join(RESULT_FORMATS)}.")
+    return found
+
+
+def _file_to_write(target: Path) -> Path:
     """The place of a result, links followed; raise where there can be none."""
     target = target.resolve()
-    if file_format(target).endswith(".zip"):
-        raise ValueError(f"{target} cannot be written a part at a time; write .gz, .bz2, .xz or .zst.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to; make it.")
     if target.exists() and not target.is_file():
         raise ValueError(f"{target} is a {'folder' if target.is_dir() else 'device or a pipe'}; write to a file.")
-    if source.exists():
-        for file in ResultFiles.of(target).all():
-            if file.exists() and file.samefile(source):
-                raise ValueError(f"The source {source} would be overwritten; write to a file of another name.")
     return target
 
 
@@ -184,8 +201,20 @@ class _Run:
     source: Path
     target_format: str
     chunk_rows: int
-    read: Callable[[], Iterator[Row | BadRow]]
+    open: Callable[[], contextlib.AbstractContextManager[RowStream]]
+    pair_column: str
+    quoted_tabs: bool
     progress: Progress
+
+    def read(self) -> Iterator[Row | BadRow]:
+        """Read the rows of the source from its start; a pipe is opened at the first step."""
+        with self.open() as stream:
+            yield from self.rows_of(stream)
+
+    def rows_of(self, stream: RowStream) -> Iterator[Row | BadRow]:
+        """The rows of an open source, of which those that the model has not learned are bad ones."""
+        pairs: bool | None = getattr(self.question.engine, "text_pairs", None)
+        return of_one_kind(stream, self.source, self.pair_column, pairs=pairs)
 
     def to_output(self) -> ScoreReport:
         """Score into standard output."""
@@ -199,21 +228,31 @@ class _Run:
         nothing = self.question.about([])
         added = pa.schema([(name, column.type) for name, column in nothing.arrays().items()])
         if is_stream(self.source):
-            logger.warning("%s is read once: a run that is stopped starts over and does not go on.", self.source)
-            _check_free(files, None, overwrite=overwrite)
-            chunks = _begun(in_chunks(self.read(), self.chunk_rows))
-            columns = None
-            if not self.target_format.startswith(".jsonl"):
-                first = next(chunks, Chunk([]))
-                columns = ResultColumns.of_rows(first.rows, added)
-                chunks = (_fitted(chunk, columns, self.target_format) for chunk in chain([first], chunks))
-            result = FileResult(files, self._sink(columns), Journal(), made_from, can_continue=False)
-            return _report(self._over(chunks, result.journal, result), files)
+            return self._once(files, made_from, added, overwrite=overwrite)
         columns = self._columns(added)
         made_from["columns"] = None if columns is None else columns.digest
         journal, chunks = self._continued(files, made_from, overwrite=overwrite)
         result = FileResult(files, self._sink(columns), journal, made_from, can_continue=True)
         return _report(self._over(chunks, journal, result), files)
+
+    def _once(
+        self, files: ResultFiles, made_from: dict[str, object], added: pa.Schema, *, overwrite: bool
+    ) -> ScoreReport:
+        """Score what comes through a pipe, which cannot be looked through for its columns first."""
+        _check_free(files, None, overwrite=overwrite)
+        logger.warning("%s is read once: a run that is stopped starts over and does not go on.", self.source)
+        with self.open() as stream:
+            chunks = _begun(in_chunks(self.rows_of(stream), self.chunk_rows))
+            columns = None
+            if not self.target_format.startswith(".jsonl"):
+                if stream.header is not None:
+                    columns = ResultColumns.of_header(stream.header, added)
+                else:
+                    first = next(chunks, Chunk([]))
+                    columns = ResultColumns.of_rows(first.rows, added)
+                    chunks = (_fitted(chunk, columns, self.target_format) for chunk in chain([first], chunks))
+            result = FileResult(files, self._sink(columns), Journal(), made_from, can_continue=False)
+            return _report(self._over(chunks, result.journal, result), files)
 
     def _continued(
         self, files: ResultFiles, made_from: dict[str, object], *, overwrite: bool
@@ -236,17 +275,18 @@ class _Run:
         if self.target_format == ".parquet":
             assert columns is not None, "Parquet has columns"
             return ParquetSink(columns)
-        return LineSink(self.target_format, columns)
+        return LineSink(self.target_format, columns, quoted_tabs=self.quoted_tabs)
 
     def _columns(self, added: pa.Schema) -> ResultColumns | None:
         """The columns of a result that declares them: as the source does, or gathered by reading it once."""
         if self.target_format.startswith(".jsonl"):
             return None
-        if file_format(self.source) == ".parquet":
-            return ResultColumns.of_schema(pq.read_schema(self.source), added)
-        header = read_header(self.source)
-        if header is not None:
-            return ResultColumns.of_header(header, added)
+        with self.open() as stream:
+            if stream.format == ".parquet":
+                with open_parquet(self.source) as file:
+                    return ResultColumns.of_schema(file.schema_arrow, added)
+            if stream.header is not None:
+                return ResultColumns.of_header(stream.header, added)
         # Where the source is damaged, the rows before have columns too.
         chunks = _begun(in_chunks(self.read(), self.chunk_rows))
         return ResultColumns.of_rows(chain.from_iterable(chunk.rows for chunk in chunks), added)
@@ -356,8 +396,10 @@ def _count_rows(source: Path) -> int | None:
     if source_format not in (".jsonl", ".csv", ".tsv") or source.stat().st_size > _MAX_COUNTED_BYTES:
         return None
     lines, last = 0, b"\n"
-    with source.open("rb") as file:
-        while block := file.read(2**20):
+    with open_bytes(source) as opened:
+        if opened.compression:  # whatever the name says
+            return None
+        while block := opened.file.read(2**20):
             lines += block.count(b"\n")
             last = block
     lines += not last.endswith(b"\n")

@@ -16,7 +16,9 @@ from geep.data.parts import DataPlan, Parts
 from geep.data.splits import Split, subset
 from geep.data.wheels import fetch_encoder
 from geep.folder.files import TRAINING_FILE, HubOptions
+from geep.folder.hub import reachable
 from geep.folder.provenance import Provenance
+from geep.modeling.inputs import check_tokenizer, longest_input
 from geep.modeling.model import GeepForSequenceClassification
 from geep.progress import Progress, no_progress
 from geep.training.checkpoints import discard_checkpoints
@@ -93,6 +95,7 @@ def train(
         "data": None if plan is None else asdict(plan),
         "digests": parts.digests(),
         "origins": parts.origins(),
+        "label_names": list(parts.label_names),
         "rows": len(parts.train),
     }
     if (folder / TRAINING_FILE).exists():
@@ -104,10 +107,9 @@ def train(
             f"{folder} holds a model trained with other settings or data; choose another --output, or delete it."
         )
     torch.manual_seed(settings.seed)
-    hub = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only).keywords()
+    options = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
+    hub = reachable(source, options).keywords()
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
-    # Kept in the tokenizer's files: the model is used, profiled and calibrated at the length it was trained at.
-    tokenizer.model_max_length = min(settings.max_length, tokenizer.model_max_length)
     recipe = RECIPES[settings.recipe]
     model = GeepForSequenceClassification.from_encoder(
         source,
@@ -117,9 +119,18 @@ def train(
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
         **hub,
     )
+    model.config.text_pairs = parts.train.text_pairs is not None
+    check_tokenizer(model.encoder, tokenizer, pairs=model.config.text_pairs)
+    max_length = min(settings.max_length, tokenizer.model_max_length, longest_input(model.encoder))
+    if max_length < settings.max_length:
+        logger.warning(
+            "Texts are cut at %d tokens, not at %d: %s reads no more.", max_length, settings.max_length, source
+        )
+    # Kept in the tokenizer's files: the model is used, profiled and calibrated at the length it was trained at.
+    tokenizer.model_max_length = max_length
 
     def rows(split: Split) -> EncodedRows:
-        return encode(tokenizer, split.inputs, split.labels, max_length=settings.max_length, progress=progress)
+        return encode(tokenizer, split.inputs, split.labels, max_length=max_length, progress=progress)
 
     checkpoints = folder / "checkpoints"
     dev = subset(parts.profile, _MOST_DEV_ROWS, settings.seed)
@@ -156,6 +167,7 @@ def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, 
         "revision": None,
         "digests": asked["digests"],  # a folder from before rows were identified
         "origins": asked["origins"],
+        "label_names": asked["label_names"],
         **about,
         "exit_layers": None if layers is None else layers.replace(" ", ""),
         "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},
@@ -191,5 +203,6 @@ def parts_of(folder: str | Path) -> tuple[DataPlan, Parts]:
     record = Provenance.read(folder)
     plan = DataPlan(**record.data)
     parts = plan.parts()
+    record.check_labels(parts.label_names)
     record.check_rows(parts.digests())
     return plan, parts

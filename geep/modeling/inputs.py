@@ -1,0 +1,81 @@
+"""What an encoder can be given: positions, token ids and segments that it has rows for."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from geep.modeling.families import family_of
+
+
+def longest_input(encoder: PreTrainedModel) -> int:
+    """Tokens of the longest text that an encoder has positions for.
+
+    Raises:
+        ValueError: If the encoder counts positions from its pad token and has none.
+    """
+    positions = int(encoder.config.max_position_embeddings)
+    if not family_of(encoder.config).positions_after_pad:
+        return positions
+    embeddings: Any = encoder.embeddings
+    pad: int | None = embeddings.padding_idx  # of MPNet always 1, whatever its config says
+    if pad is None:
+        raise ValueError(
+            f"Encoder {encoder.config.model_type!r} counts positions from its pad token, and its config.json has none; "
+            "set pad_token_id to that of the tokenizer."
+        )
+    return positions - pad - 1
+
+
+def check_tokenizer(encoder: PreTrainedModel, tokenizer: Any, *, pairs: bool | None) -> None:
+    """Refuse a tokenizer whose ids the encoder has no rows for; the tokenizer keeps its state.
+
+    Args:
+        encoder: An encoder of one of `FAMILIES`.
+        tokenizer: A tokenizer of Hugging Face.
+        pairs: Whether pairs of texts are to be read; None: not known, and not checked.
+
+    Raises:
+        ValueError: If a token, the padding or, of pairs, a segment has no row.
+    """
+    config = encoder.config
+    rows = len(cast(nn.Embedding, encoder.get_input_embeddings()).weight)
+    single, pair = (_read(tokenizer, *texts) for texts in (("",), ("", "")))
+    # The ids around texts come from a template, which need not agree with the vocabulary.
+    highest = max([*tokenizer.get_vocab().values(), *single[0], *pair[0]], default=-1)
+    if highest >= rows:
+        raise ValueError(
+            f"The tokenizer has token ids up to {highest}, the encoder has embeddings for 0..{rows - 1}. Use the "
+            "tokenizer that the model was trained with; added tokens need resize_token_embeddings before training."
+        )
+    pad = config.pad_token_id
+    if pad is not None and not 0 <= pad < rows:
+        raise ValueError(
+            f"pad_token_id of the encoder's config is {pad}, and there are embeddings for 0..{rows - 1}; set it to "
+            "that of the tokenizer."
+        )
+    if not family_of(config).has_token_type_ids or config.model_type == "deberta-v2":
+        return  # DeBERTa gives tokens no segment where it has no rows
+    segments = config.type_vocab_size
+    if segments < 1:
+        raise ValueError(
+            f"type_vocab_size of the encoder's config is {segments}, expected 1 or more: a {config.model_type} encoder "
+            "gives each token a segment."
+        )
+    if pairs and "token_type_ids" in tokenizer.model_input_names and max(pair[1], default=0) >= segments:
+        raise ValueError(
+            f"The tokenizer gives pairs segment ids up to {max(pair[1])}, the encoder has rows for 0..{segments - 1}; "
+            "take 'token_type_ids' out of the tokenizer's model_input_names."
+        )
+
+
+def _read(tokenizer: Any, *texts: str) -> tuple[list[int], list[int]]:
+    """Token ids and segment ids of a text or pair."""
+    if tokenizer.is_fast:
+        row = tokenizer.backend_tokenizer.encode(*texts)
+        return row.ids, row.type_ids
+    # In lists, for a single empty second text would count as none.
+    found = tokenizer(*([text] for text in texts), return_token_type_ids=True, verbose=False)
+    return found["input_ids"][0], found["token_type_ids"][0]
