@@ -249,7 +249,9 @@ def test_a_refusal_leaves_no_certificate(certified: Calibration, tmp_path: Path)
     assert CalibrationFile.read(tmp_path).certificate is None
 
 
-@pytest.mark.parametrize("damage", [{"promise": {}}, {"promise": {"min_agreement": 2}}, {"texts": None, "more": 1}])
+@pytest.mark.parametrize(
+    "damage", [{"promise": {}}, {"promise": {"min_agreement": 2}}, {"more": 1}, {"bound": None}, {"num_texts": "many"}]
+)
 def test_a_damaged_certificate_is_refused(damage: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     stored = CalibrationFile.read(folder)
     assert stored.certificate is not None

@@ -107,9 +107,27 @@ def test_fit_finds_the_temperature_of_several_labels_at_once(temperature: float)
     assert fit_temperature(logits, labels, multi_label=True) == pytest.approx(temperature, rel=0.05)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_scores_are_no_surer_than_as_many_right_answers_allow(multi_label: bool) -> None:
+    """Where all answers are right the loss alone has no minimum: every score would end at 1."""
+    for count in (2, 200, 20_000):
+        logits = torch.tensor([[3.0, -3.0], [-3.0, 3.0]]).repeat(count // 2, 1)
+        labels = torch.eye(2).repeat(count // 2, 1) if multi_label else torch.tensor([0, 1]).repeat(count // 2)
+        scaled = logits / fit_temperature(logits, labels, multi_label=multi_label)
+        score = (scaled.sigmoid() if multi_label else scaled.softmax(-1)).amax(-1)
+        # The rule of succession.
+        assert score.tolist() == pytest.approx([(count + 1) / (count + 2)] * count, abs=1e-3)
+
+
+def test_a_student_fitted_to_its_teacher_is_as_sure_as_that() -> None:
+    random = torch.Generator().manual_seed(0)
+    teacher = torch.randn(500, 4, generator=random)
+    assert fit_temperature(3 * teacher, teacher.softmax(-1)) == pytest.approx(3, rel=1e-3)
+    assert fit_temperature(3 * teacher, teacher.sigmoid(), multi_label=True) == pytest.approx(3, rel=1e-3)
+
+
 def test_temperatures_stay_finite_where_the_loss_has_no_minimum() -> None:
     logits = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
-    assert 1 / 20 <= fit_temperature(logits, torch.tensor([0, 1])) < 1
     assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(20, rel=0.01)
     assert 1 / 20 <= fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 0])) <= 20
 

@@ -67,7 +67,7 @@ def choose(
         promise: What must be kept, at the confidence of each of the two walks.
         on_miss: The rule to choose for.
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else
-            the profile's.
+            the engine's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time. None: for the fewest layers.
         progress: Told what is being done.

@@ -1,8 +1,9 @@
 """Texts and labels from files: rows, splits, the data sets and encoders that geep can fetch by name.
 
 The room knows rows of files and which row is for what; it refuses to know tokens, models and predictions. Read
-`rows.py`, `formats.py` (one file as a stream; it leads to a reader for each format, and `compression.py`), `texts.py` (in memory, or in the mapped file of `spool.py`), `splits.py`
-(one whole file), `wheels.py`, `datasets.py` (train, dev and test together), `parts.py` (which row is for what).
+`rows.py`, `formats.py` (one file as a stream; it leads to `compression.py` and to the reader of each format),
+`texts.py` (in memory, or in the mapped file of `spool.py`), `splits.py` (one whole file), `wheels.py`, `datasets.py`
+(train, dev and test together), `parts.py` (which row is for what).
 """
 
 import lazy_loader

@@ -14,7 +14,9 @@ class Certificate:
     """A promise that an engine keeps, and everything that it is bound to.
 
     Invariant: it speaks of one engine: one with other weights, another tokenizer, table, speed or setting, in another
-    dtype, on another backend or with longer texts answers otherwise, and nothing is promised of it.
+    dtype, on another backend or with longer texts answers otherwise, and nothing is promised of it. It speaks of answers:
+    the most likely label, or where a text may have several, the labels from 0.5 on; a call with another speed or threshold
+    is not covered. Its weights and table may not be changed in place.
 
     Attributes:
         promise: What is kept, at which confidence.
@@ -44,7 +46,7 @@ class Certificate:
             then, now = mine.get(name), made_with.get(name)
             if then != now:
                 is_digest = name in ("model", "tokenizer", "table", "ranges", "settings")
-                found.append(f"another {name}" if is_digest else f"{name} {now} in place of {then}")
+                found.append(f"other {name}" if is_digest else f"{name} {now} in place of {then}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +61,11 @@ class Certificate:
             ValueError: If it is no such thing.
         """
         try:
-            return cls(**{**fields, "promise": Promise(**fields["promise"]), "made_with": dict(fields["made_with"])})
+            found = cls(**{**fields, "promise": Promise(**fields["promise"]), "made_with": dict(fields["made_with"])})
+            for name in ("risk", "bound", "num_texts"):
+                if not isinstance(getattr(found, name), int | float):
+                    raise TypeError(f"{name} is {getattr(found, name)!r}, expected a number")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The certificate in calibration.json is damaged ({error}); run `geep calibrate` again."

@@ -23,7 +23,7 @@ from geep.calibration import ExitRun, Outcomes, PredictorQuality, layer_quality,
 from geep.data import Split
 from geep.engine import Engine
 from geep.evaluation.report import EvaluationReport, EvaluationRow
-from geep.evaluation.rivals import FULL_MODEL, Rival, line_up
+from geep.evaluation.rivals import Rival, line_up
 from geep.exits import ExitProfile
 from geep.progress import Progress, no_progress
 
@@ -50,7 +50,7 @@ def evaluate(
         split: Texts to evaluate on, with labels or without.
         max_texts: Bound on the texts of the timed part.
         rounds: Rounds of timing.
-        sweep: Further speeds at which the engine is run ("continue"), for the trade-off curve.
+        sweep: Further speeds at which the engine is run, by its own rule on a miss, for the trade-off curve.
         seed: Draws the timed texts, the random depths and the order within rounds.
         progress: Told what is being done, how much is done and how much there is.
 
@@ -76,7 +76,7 @@ def evaluate(
     timed = np.sort(generator.permutation(len(split))[:max_texts])
     texts = split.select(timed).inputs
     progress("best batch sizes of the rivals", 0, 1)
-    rivals = line_up(outcomes, plain, texts, timed, tuple(sweep), generator)
+    rivals = line_up(outcomes, plain, texts, timed, tuple(dict.fromkeys(sweep)), generator)
 
     progress("best batch sizes of the rivals", 1, 1)
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
@@ -97,7 +97,8 @@ def evaluate(
                 verified[rival.name] = float((answers == expected).mean())
             done += 1
             progress(f"timing {len(rivals)} rivals, {rounds} rounds and a warm-up", done, steps)
-    full_rate = float(np.median(len(texts) / np.asarray(seconds[FULL_MODEL])))
+    full = next(rival.name for rival in rivals if rival.group == "full")
+    full_rate = float(np.median(len(texts) / np.asarray(seconds[full])))
     rows = tuple(
         _row(
             rival,

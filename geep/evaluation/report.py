@@ -32,8 +32,8 @@ class EvaluationRow:
         throughput_high: Fastest round.
         ratio: Throughput over that of the packed full model.
         lexical_share: Share of texts answered without the encoder, on all texts.
-        verified: Share of the timed texts to which the timed run gave the answer that its quality was taken from; below
-            1 by rounding.
+        verified: Share of the timed texts to which the timed run gave the most likely label that its quality was taken
+            from; below 1 by rounding.
     """
 
     name: str

@@ -52,9 +52,6 @@ class Rival:
         return self.outcomes.engine.deployment.dtype
 
 
-FULL_MODEL = "full model, packed"
-
-
 def line_up(
     outcomes: Outcomes,
     plain: Outcomes,
@@ -102,7 +99,8 @@ def _full_models(
     name = f"HF pipeline, length-sorted, batch {by_length}"
     rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone))
     run = _bind(_run_predict, outcomes.engine, texts, speed=0.0)
-    rivals.append(Rival(FULL_MODEL, "full", "speed 0", run, outcomes, everyone))
+    name = f"full model, {outcomes.engine.deployment.backend_name}"
+    rivals.append(Rival(name, "full", "speed 0", run, outcomes, everyone))
     return rivals
 
 
