@@ -199,7 +199,8 @@ def predict_command(
     """Classify a file, or texts given with --text: label, score and exit layer for each.
 
     Streams in bounded memory and keeps the order. Bad rows are reported with their line and left out. Killed, the
-    same command goes on where it stopped; what comes through a pipe starts over.
+    same command goes on where it stopped; what comes through a pipe starts over. Where no row could be classified,
+    the exit code is 2.
 
     Examples:
         geep predict models/r8 news.jsonl -o labelled.jsonl
@@ -261,6 +262,8 @@ def predict_command(
             )
         show.scored(console, result, goal, engine.depths[-1])
         show.document({**asdict(result), "output": str(goal)}, as_json)
+        if not result.rows and result.num_bad:
+            raise typer.Exit(2)  # scripts that look at nothing else should not go on with an empty file
 
 
 def _columns_to_read(model: str, **given: str | bool | None) -> dict[str, Any]:
