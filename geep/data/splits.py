@@ -284,7 +284,7 @@ def encode_table(table: Table, label_names: Sequence[str] | None, *, multi_label
     """Turn a table's label names into ids."""
     labels = table.labels
     if labels is None or label_names is None:
-        return Split(table.texts, table.text_pairs, None, str(table.path))
+        return Split(table.texts, table.text_pairs, None, table.path.name)
     if table.is_multi_label != multi_label:
         kinds = ("one label a row", "lists of labels")
         raise ValueError(
@@ -307,9 +307,9 @@ def encode_table(table: Table, label_names: Sequence[str] | None, *, multi_label
         for row, (names, line) in enumerate(zip(labels, table.lines, strict=True)):
             for name in names:
                 hot[row, lookup(name, line)] = 1.0
-        return Split(table.texts, table.text_pairs, hot, str(table.path))
+        return Split(table.texts, table.text_pairs, hot, table.path.name)
     single = (lookup(cast(str, name), line) for name, line in zip(labels, table.lines, strict=True))
-    return Split(table.texts, table.text_pairs, np.fromiter(single, np.int64, count=len(labels)), str(table.path))
+    return Split(table.texts, table.text_pairs, np.fromiter(single, np.int64, count=len(labels)), table.path.name)
 
 
 def load_split(

@@ -168,9 +168,9 @@ def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, 
     return {
         "revision": None,
         "digests": asked["digests"],  # a folder from before rows were identified
-        "origins": asked["origins"],
         "label_names": asked["label_names"],
         **about,
+        "origins": asked["origins"],  # in words: the digests tell rows apart
         "exit_layers": None if layers is None else layers.replace(" ", ""),
         "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},
         "data": None if data is None else asdict(DataPlan(**data)),
