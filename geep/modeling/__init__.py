@@ -14,7 +14,17 @@ from geep.modeling.families import (
     family_of,
     layer_calls,
 )
-from geep.modeling.heads import HEADS, AttentionHead, ClsHead, MeanHead, first_linear, standardise_input
+from geep.modeling.heads import (
+    HEADS,
+    AttentionHead,
+    ClsHead,
+    Features,
+    MeanHead,
+    MeanMaxHead,
+    PooledHead,
+    first_linear,
+    standardise_input,
+)
 from geep.modeling.inputs import check_tokenizer, longest_input
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
@@ -24,12 +34,15 @@ __all__ = [
     "ExitOutput",
     "FAMILIES",
     "Family",
+    "Features",
     "GeepConfig",
     "GeepForSequenceClassification",
     "HEADS",
     "LayerCall",
     "LayerCalls",
     "MeanHead",
+    "MeanMaxHead",
+    "PooledHead",
     "ProblemType",
     "check_tokenizer",
     "family_of",

@@ -34,7 +34,8 @@ class GeepConfig(PreTrainedConfig):
         encoder_config: The encoder's Hugging Face config.
         exit_layers: Layers after which an exit classifier sits, ascending, each in 1 … num_hidden_layers - 1.
             None: 1 … num_hidden_layers - 2 (method of the paper; the last but one saves too little).
-        exit_head: Row of `HEADS`, used by exits and teacher alike.
+        exit_head: Row of `HEADS`, used by the exits.
+        teacher_head: Row of `HEADS`, used by the teacher. None: that of the exits.
         exit_hidden_size: Width of the `attention` head (FastBERT's 128).
         classifier_dropout: Dropout inside the heads while training.
         initializer_range: Standard deviation of the heads' initial weights.
@@ -48,6 +49,7 @@ class GeepConfig(PreTrainedConfig):
     encoder_config: dict[str, Any] | PreTrainedConfig | None = None
     exit_layers: list[int] | tuple[int, ...] | None = None
     exit_head: str = "mean"
+    teacher_head: str | None = None
     exit_hidden_size: int = 128
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
@@ -69,8 +71,10 @@ class GeepConfig(PreTrainedConfig):
                 f"exit_layers must ascend within 1..{num_layers - 1} (the teacher sits at {num_layers}), got {layers}."
             )
         self.exit_layers = layers
-        if self.exit_head not in HEADS:
-            raise ValueError(f"Unknown exit_head {self.exit_head!r}; known: {sorted(HEADS)}.")
+        for name in ("exit_head", "teacher_head"):
+            kind = getattr(self, name)
+            if kind not in HEADS and not (kind is None and name == "teacher_head"):
+                raise ValueError(f"Unknown {name} {kind!r}; known: {sorted(HEADS)}.")
         if self.text_pairs not in (None, True, False):
             raise ValueError(f"text_pairs is {self.text_pairs!r}, expected true, false or null.")
         _check_labels(self.id2label, kwargs.get("num_labels"))
@@ -145,7 +149,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         self.encoder = AutoModel.from_config(config.encoder_config, **(family.init_kwargs or {}))
         head = HEADS[config.exit_head]
         self.exits = nn.ModuleList(head(config) for _ in config.exit_layers)  # type: ignore[union-attr]
-        self.teacher = head(config)
+        self.teacher = HEADS[config.teacher_head or config.exit_head](config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
