@@ -100,11 +100,11 @@ class FeatureCache:
             name: _mapped(folder / f"{name}.bin", dtypes[name], shape, fresh=done == 0)
             for name, shape in shapes.items()
         }
-        reader = Features(head).to(engine.model.device)
+        reader = Features(head)
         for start in range(done, len(texts), _TEXTS_AT_A_TIME):
             rows = np.arange(start, min(start + _TEXTS_AT_A_TIME, len(texts)))
             found = _read(engine, texts.select(rows), reader, width)
-            broken = (~np.isfinite(found[1]).all(1)).nonzero()[0]
+            broken = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
             if len(broken):
                 raise FloatingPointError(
                     f"Text {start + broken[0]} has logits that are not finite; heads cannot be taught by such answers. "
@@ -122,7 +122,7 @@ class FeatureCache:
         return len(self.logits)
 
     def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (num_exits, num_rows, width) and logits of all rows, a batch at a time; shuffled with a generator."""
+        """Features (num_exits, num_rows, width) and logits, a batch at a time; with a generator, shuffled."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for rows in order.split(size):
             index = rows.numpy() if generator is None else np.sort(rows.numpy())

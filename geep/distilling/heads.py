@@ -121,7 +121,7 @@ def fit_heads(
             found = stack((features - mean) / spread, dropout=settings.dropout, generator=torch_generator)
             loss = _losses(found, logits, multi_label=multi_label).sum()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
         epoch += 1
