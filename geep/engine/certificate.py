@@ -14,9 +14,9 @@ class Certificate:
     """A promise that an engine keeps, and everything that it is bound to.
 
     Invariant: it speaks of one engine: one with other weights, another tokenizer, table, speed or setting, in another
-    dtype, on another backend or with longer texts answers otherwise, and nothing is promised of it. Weights and table may
-    not be changed in place. What is promised is the most likely label, or where a text may have several, the labels from
-    0.5 on: a call with another speed or threshold is not covered.
+    dtype, on another backend or with longer texts answers otherwise, and nothing is promised of it. Weights and table
+    may not be changed in place. What is promised is the most likely label, or where a text may have several, the labels
+    from 0.5 on: a call with another speed or threshold is not covered.
 
     Attributes:
         promise: What is kept, at which confidence.
