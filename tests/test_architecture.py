@@ -32,6 +32,7 @@ FLOORS = {
     "scoring": 2,
     "engine": 3,
     "calibration": 4,
+    "distilling": 4,
     "serving": 4,
     "export": 4,
     "evaluation": 5,

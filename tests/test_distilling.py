@@ -99,22 +99,16 @@ def test_a_journal_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "features.json").read_text("utf-8"))["rows"] == 5
 
 
-def test_fitted_exits_come_nearer_to_the_full_model_than_trained_ones(
+def test_fitted_exits_answer_as_the_full_model_which_does_not_move(
     trained: Engine, fitted: FittedHeads, caches: tuple[FeatureCache, FeatureCache]
 ) -> None:
     batch = trained.tokenize(FRESH.texts).batch
     before = trained.exit_logits(batch)
-    model = with_exits(trained.model, fitted)
-    after = Engine(model, trained.tokenizer, config=trained.config).exit_logits(batch)
-    assert torch.equal(after[-1], before[-1])  # the full model answers as it did, bit for bit
-    target = before[-1].softmax(-1)
-
-    def loss(logits: torch.Tensor) -> float:
-        return float(F.cross_entropy(logits, target))
-
-    assert all(loss(new) < loss(old) for new, old in zip(after[:-1], before[:-1], strict=True))
+    after = Engine(with_exits(trained.model, fitted), trained.tokenizer, config=trained.config).exit_logits(batch)
+    assert torch.equal(after[-1], before[-1])  # bit for bit
+    agreement = [float((each.argmax(-1) == before[-1].argmax(-1)).float().mean()) for each in after[:-1]]
+    assert min(agreement) > 0.95
     assert fitted.epochs <= 6
-    assert list(fitted.losses) == sorted(fitted.losses, reverse=True)  # deeper exits know more
 
 
 def test_a_head_of_its_own_answers_as_it_was_fitted(fitted: FittedHeads, caches: tuple[FeatureCache, Any]) -> None:
@@ -142,6 +136,19 @@ def test_fitted_exits_are_kept_with_their_model(trained: Engine, fitted: FittedH
     assert twice.config.teacher_head == "mean"
 
 
+@pytest.mark.parametrize("layers", [None, [1], [2, 3]])
+def test_a_model_without_exits_gets_some(layers: list[int] | None, tmp_path: Path) -> None:
+    model = make_model(exit_layers=[])
+    engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
+    texts = Split(random_texts(40))
+    cache = FeatureCache.of(engine, texts, tmp_path, exit_layers=layers)
+    made = with_exits(model, fit_heads(cache, cache, model.config, settings=FitSettings(epochs=1, batch_size=8)))
+    assert made.config.depths == (*(layers or [1, 2]), 4)
+    batch = engine.tokenize(texts.texts).batch
+    after = Engine(made, make_tokenizer(), config=EngineConfig(device="cpu")).exit_logits(batch)
+    assert torch.equal(after[-1], engine.exit_logits(batch)[-1])
+
+
 def test_the_same_features_give_the_same_heads(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
     settings = FitSettings(batch_size=256, epochs=1)
     one, other = (fit_heads(*caches, trained.model.config, settings=settings) for _ in range(2))
@@ -164,18 +171,18 @@ def test_several_labels_are_taught_each_by_itself(caches: tuple[FeatureCache, Fe
 
 def test_what_cannot_be_fitted_is_refused(caches: tuple[FeatureCache, FeatureCache], tmp_path: Path) -> None:
     texts = Split(random_texts(4))
-    with pytest.raises(ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max'\]"):
+    with pytest.raises(
+        ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max'\]"
+    ):
         FeatureCache.of(make_engine(), texts, tmp_path, kind="attention")
     with pytest.raises(ValueError, match="no texts to learn from"):
         FeatureCache.of(make_engine(), Split([]), tmp_path)
-    plain = Engine(make_model(exit_layers=[]), make_tokenizer(), config=EngineConfig(device="cpu"))
-    with pytest.raises(ValueError, match="no exits to fit"):
-        FeatureCache.of(plain, texts, tmp_path)
+    for layers in ([2, 1], [0, 1], [4], [1, 1]):
+        with pytest.raises(ValueError, match=r"exit_layers must ascend within 1\.\.3"):
+            FeatureCache.of(make_engine(), texts, tmp_path, exit_layers=layers)
     other = FeatureCache.of(make_engine(), texts, tmp_path, kind="mean")
     with pytest.raises(ValueError, match="'mean.max' heads at .* and of 'mean' heads"):
         fit_heads(caches[0], other, make_model().config)
-    with pytest.raises(ValueError, match="Found 2 heads, the model has"):
-        with_exits(make_model(), FittedHeads("mean", tuple(make_model().exits[:2]), (0.0, 0.0), 1))  # type: ignore[arg-type]
     for change in ({"epochs": 0}, {"dropout": 1.0}, {"learning_rate": 0.0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             FitSettings(**change)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Read `FeatureCache`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +57,7 @@ class FeatureCache:
         folder: str | Path,
         *,
         kind: str = "mean+max",
+        exit_layers: Sequence[int] | None = None,
         what: str = "features of all depths",
         progress: Progress = no_progress,
     ) -> FeatureCache:
@@ -68,17 +69,20 @@ class FeatureCache:
             folder: Where the cache is kept: `features.bin`, `logits.bin` and a journal. A cache of other texts, of
                 another model or for another kind of head is written anew.
             kind: Row of `HEADS` whose features do not depend on what is learned (`PooledHead`).
+            exit_layers: Layers that are to have an exit, ascending. None: those that have one, or where none has, all
+                but the last two.
             what: Name of the work for `progress`.
             progress: Told how many texts are done.
 
         Raises:
-            ValueError: If the kind is unknown or reads tokens, there are no exit layers to fit or no texts.
+            ValueError: If the kind is unknown or reads tokens, there is no such exit layer, or there are no texts.
             FloatingPointError: If the full model gives a text logits that are not finite.
         """
         head = _head(engine, kind)
-        depths = engine.depths[:-1]
-        if not depths:
-            raise ValueError("The model has no exits to fit; give it some: GeepConfig.exit_layers.")
+        last = engine.depths[-1]
+        depths = tuple(exit_layers or engine.depths[:-1] or range(1, last - 1))
+        if not depths or list(depths) != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] < last:
+            raise ValueError(f"exit_layers must ascend within 1..{last - 1}, got {list(depths)}.")
         if not len(texts):
             raise ValueError("There are no texts to learn from; expected some thousands.")
         folder = Path(folder)
@@ -103,7 +107,7 @@ class FeatureCache:
         reader = Features(head)
         for start in range(done, len(texts), _TEXTS_AT_A_TIME):
             rows = np.arange(start, min(start + _TEXTS_AT_A_TIME, len(texts)))
-            found = _read(engine, texts.select(rows), reader, width)
+            found = _read(engine, texts.select(rows), reader, width, depths)
             broken = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
             if len(broken):
                 raise FloatingPointError(
@@ -116,7 +120,7 @@ class FeatureCache:
             done = int(rows[-1]) + 1
             publish(journal, json.dumps({"made_of": made_of, "rows": done}).encode())
             progress(what, done, len(texts))
-        return cls(kind, tuple(depths), maps["features"], maps["logits"])
+        return cls(kind, depths, maps["features"], maps["logits"])
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -152,20 +156,20 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...], *, fresh: bool) -> N
 
 
 def _read(
-    engine: Engine, texts: Split, reader: Features, width: int
+    engine: Engine, texts: Split, reader: Features, width: int, depths: tuple[int, ...]
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Features and the full model's logits of some texts."""
-    batch, depths = engine.tokenize(texts.inputs).batch, engine.depths
-    features = np.empty((len(batch), len(depths) - 1, width), dtype=np.float16)
+    batch, last = engine.tokenize(texts.inputs).batch, engine.depths[-1]
+    features = np.empty((len(batch), len(depths), width), dtype=np.float16)
     logits = np.empty((len(batch), len(engine.label_names)), dtype=np.float32)
     backend = engine.deployment.backend
 
     def note(live: Any, layer: int, rows: Integers) -> None:
-        if layer == depths[-1]:
+        if layer == last:
             logits[rows] = backend.exit_logits(live, layer, 0, len(rows)).float().cpu().numpy()
         else:
             found = backend.exit_logits(live, layer, 0, len(rows), head=reader)
             features[rows, depths.index(layer)] = found.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
 
-    engine.course.visit(batch, note, what="")
+    engine.course.visit(batch, note, (*depths, last), what="")
     return features, logits

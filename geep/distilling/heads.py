@@ -60,12 +60,14 @@ class FittedHeads:
 
     Attributes:
         kind: Row of `HEADS`.
-        heads: One for each exit layer, in the layers' order.
+        depths: Layers after which they sit.
+        heads: One for each of these.
         losses: Cross-entropy with the full model's probabilities on held-out texts, by exit.
         epochs: Passes that were made.
     """
 
     kind: str
+    depths: tuple[int, ...]
     heads: tuple[PooledHead, ...]
     losses: tuple[float, ...]
     epochs: int
@@ -136,18 +138,18 @@ def fit_heads(
         _head(seen.kind, config, [keep[number] for keep in kept], mean[number, 0], spread[number, 0])
         for number in range(len(best))
     )
-    return FittedHeads(seen.kind, heads, tuple(best.tolist()), epoch)
+    return FittedHeads(seen.kind, seen.depths, heads, tuple(best.tolist()), epoch)
 
 
 def with_exits(model: GeepForSequenceClassification, fitted: FittedHeads) -> GeepForSequenceClassification:
-    """Return a model with fitted exits on the same encoder and teacher, which are shared and not copied.
+    """Return a model with fitted exits, in the place of those it has, on the same encoder and teacher.
+
+    Encoder and teacher are shared and not copied.
 
     Raises:
-        ValueError: If there is not one head for each exit layer.
+        ValueError: If the model has no such layers.
     """
-    if len(fitted.heads) != len(model.exits):
-        raise ValueError(f"Found {len(fitted.heads)} heads, the model has {len(model.exits)} exits; fit them for it.")
-    fields = {**model.config.to_dict(), "exit_head": fitted.kind}
+    fields = {**model.config.to_dict(), "exit_head": fitted.kind, "exit_layers": list(fitted.depths)}
     fields["teacher_head"] = model.config.teacher_head or model.config.exit_head
     config = GeepConfig(**{name: value for name, value in fields.items() if name not in ("model_type", "num_labels")})
     with torch.device("meta"):  # its weights are those of others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,22 +79,24 @@ class Course:
             logits = self.backend.exit_logits(live, layer, 0, len(texts))
             out[self.depths.index(layer), torch.from_numpy(texts)] = logits.float().cpu()
 
-        self.visit(batch, note, what=what, progress=progress)
+        self.visit(batch, note, self.depths, what=what, progress=progress)
         return out
 
     def visit(
         self,
         batch: TokenBatch,
         note: Callable[[Any, int, Integers], None],
+        layers: Collection[int],
         *,
         what: str,
         progress: Progress = no_progress,
     ) -> None:
-        """Run texts through all layers and stop at each depth.
+        """Run texts through all layers and look at them after some.
 
         Args:
             batch: The texts.
-            note: Told at each depth, in inference mode: the live texts, the layer, and which texts they are.
+            note: Told after each of `layers`, in inference mode: the live texts, the layer, and which texts they are.
+            layers: Where to look.
             what: Name of the work for `progress`.
             progress: Told how many tokens are done.
         """
@@ -105,7 +107,7 @@ class Course:
                 live = self.backend.start(batch.select(staircase.indices))
                 for layer in range(1, self.depths[-1] + 1):
                     live = self.backend.advance(live, layer, len(staircase.indices))
-                    if layer in self.depths:
+                    if layer in layers:
                         note(live, layer, staircase.indices)
                 done += int(staircase.lengths.sum())
                 progress(what, done, total)
