@@ -1,4 +1,4 @@
-"""Exits taught by the full model: features are what heads read, heads come near to their teacher, and it does not move."""
+"""Exits taught by the full model: features are what heads read, heads come near to it, and it does not move."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from geep.backends import TokenBatch
 from geep.backends.int8 import ActivationRanges
-from geep.engine.admission import label_names_of
 from geep.engine.certificate import Certificate
 from geep.engine.cost import measure_cost
 from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, load_model
@@ -33,7 +32,7 @@ from geep.engine.stored import StoredExits
 from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
 from geep.exits import AGREEMENT
 from geep.folder import HubOptions, UploadOptions, fingerprint, reachable, upload
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, family_of, label_names_of
 from geep.predictor import ExitPredictor
 from geep.progress import Progress, no_progress
 from geep.scheduler import CostModel

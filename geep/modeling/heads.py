@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 
 class HeadConfig(Protocol):
@@ -41,10 +42,19 @@ class PooledHead(nn.Module):
     # Features of a text, in widths of the encoder's hidden states.
     widths: ClassVar[int] = 1
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: HeadConfig, *, activation: str = "tanh", norm_eps: float | None = None) -> None:
+        """Make a head with fresh weights.
+
+        Args:
+            config: Widths and labels.
+            activation: Hugging Face's name of what stands between the two linear layers.
+            norm_eps: Epsilon of a norm behind it, as ModernBERT's classifier has. None: no norm.
+        """
         super().__init__()
         hidden = config.hidden_size
         self.dense = nn.Linear(self.widths * hidden, hidden)
+        self.activation = ACT2FN[activation]
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(hidden, config.num_labels or 0)
 
@@ -58,7 +68,7 @@ class PooledHead(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (num_texts, num_labels) of features."""
-        return self.out(self.dropout(torch.tanh(self.dense(features))))
+        return self.out(self.dropout(self.norm(self.activation(self.dense(features)))))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
