@@ -1,4 +1,5 @@
 from ._version import __version__ as __version__
+from .acceleration import Acceleration as Acceleration, accelerate as accelerate
 from .backends import TokenBatch as TokenBatch
 from .calibration import (
     Calibration as Calibration,

@@ -36,7 +36,7 @@ FLOORS = {
     "serving": 4,
     "export": 4,
     "evaluation": 5,
-    "accelerate": 5,
+    "acceleration": 5,
     "cli": 6,
 }
 NO_ROOMS = {"utils", "helpers", "common", "config"}
