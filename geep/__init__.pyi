@@ -21,6 +21,7 @@ from .data import (
     load_split as load_split,
     unseen as unseen,
 )
+from .distilling import FitSettings as FitSettings
 from .engine import (
     Certificate as Certificate,
     Engine as Engine,

@@ -34,7 +34,11 @@ def toy_split(count: int, *, seed: int, labelled: bool = False) -> Split:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hugging Face's own BERT classifier, fine-tuned on the toy task by a plain loop."""
-    folder = tmp_path_factory.mktemp("classifier")
+    return make_toy_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+def make_toy_classifier(folder: Path) -> Path:
+    """Write it, tokenizer included."""
     torch.manual_seed(0)
     names = dict(enumerate(("red", "green", "blue")))
     config = BertConfig(
@@ -249,6 +253,7 @@ def test_where_no_speed_passes_the_full_model_stays(
     found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
     assert found.speed == 0
     assert (found.after.layers, found.after.agreement) == (4.0, 1.0)
+    assert found.calibration["refused"].startswith("No speed that keeps the promise answers any of 260 texts")
     assert found.before.texts_per_second == found.after.texts_per_second
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert set(engine.predict_columns(TEXTS.texts[:50]).exit_layers.tolist()) == {4}

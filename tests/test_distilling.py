@@ -149,6 +149,13 @@ def test_a_model_without_exits_gets_some(layers: list[int] | None, tmp_path: Pat
     assert torch.equal(after[-1], engine.exit_logits(batch)[-1])
 
 
+def test_of_two_layers_the_first_gets_an_exit(tmp_path: Path) -> None:
+    engine = Engine(
+        make_model(exit_layers=[], num_hidden_layers=2), make_tokenizer(), config=EngineConfig(device="cpu")
+    )
+    assert FeatureCache.of(engine, Split(random_texts(4)), tmp_path).depths == (1,)
+
+
 def test_the_same_features_give_the_same_heads(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
     settings = FitSettings(batch_size=256, epochs=1)
     one, other = (fit_heads(*caches, trained.model.config, settings=settings) for _ in range(2))

@@ -200,53 +200,80 @@ def accelerate(
             check_labels(full, rows)
     _warn_of_unknown_words(full, parts.learn)
 
+    done = _certified(_learned(full, parts, folder, head, exit_layers, settings, progress), parts, promise, progress)
+    done = replace(done, seconds=round(time.perf_counter() - started, 1))
+    Provenance(asked, done.record(), []).write(folder)
+    shutil.rmtree(work)
+    return done
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """A folder with a model whose exits are fitted, and all exits of the texts that they learned from."""
+
+    folder: Path
+    device: str
+    fitted: FittedHeads
+    seen: ExitRun
+
+
+def _learned(
+    full: Engine,
+    parts: TextsFor,
+    folder: Path,
+    head: str,
+    exit_layers: Sequence[int] | None,
+    settings: FitSettings,
+    progress: Progress,
+) -> _Learned:
+    """Fit exits and write the model, without a table."""
+
     def features(rows: Split, name: str, what: str) -> FeatureCache:
-        return FeatureCache.of(
-            full, rows, work / name, kind=head, exit_layers=exit_layers, what=what, progress=progress
-        )
+        place, what = folder / _WORK / name, f"features of all depths, texts to {what}"
+        return FeatureCache.of(full, rows, place, kind=head, exit_layers=exit_layers, what=what, progress=progress)
 
-    seen = features(parts.learn, "learn", "features of all depths, texts to learn from")
-    heldout = features(parts.choose, "choose", "features of all depths, texts to choose on")
-    config = cast(GeepConfig, plain.config)
+    seen, heldout = features(parts.learn, "learn", "learn from"), features(parts.choose, "choose", "choose on")
+    config = cast(GeepConfig, full.model.config)
     fitted = fit_heads(seen, heldout, config, settings=settings, multi_label=full.multi_label, progress=progress)
-    with_exits(plain, fitted).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with_exits(full.model, fitted).save_pretrained(folder)
+    full.tokenizer.save_pretrained(folder)
+    return _Learned(folder, full.model.device.type, fitted, _run_of(full, parts.learn, seen, fitted))
 
-    engine = Engine.from_pretrained(folder, exits=False, device=device)
-    found = profile(engine, _run_of(full, parts.learn, seen, fitted), parts.choose, progress=progress)
+
+def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Progress) -> Acceleration:
+    """Teach the table, find the speed and write both; say what was gained."""
+    engine = Engine.from_pretrained(made.folder, exits=False, device=made.device)
+    found = profile(engine, made.seen, parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
-    wanted, tuning = asdict(promise), found.heldout if parts.tune is None else parts.tune
+    tuning = found.heldout if parts.tune is None else parts.tune
+    options: dict[str, Any] = {"profile": found.record(), "asked": asdict(promise)}
     try:
         result = calibrate(found.engine, tuning, certified, promise, progress=progress)
         _check_that_it_pays(result.engine, certified)
     except NothingCertifiedError as refusal:
         logger.warning("%s", refusal)
-        save_refusal(found.engine, folder, refusal, profile=found.record(), asked=wanted)
+        save_refusal(found.engine, made.folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
     else:
-        result.save(folder, profile=found.record(), asked=wanted)
+        result.save(made.folder, **options)
         kept, said = result.engine, result.record()
     progress("timing", 0, 1)
-    before_pace, after_pace = _paces(kept, certified, parts.certify)
+    before, after = _paces(kept, certified, parts.certify)
     progress("timing", 1, 1)
-    done = Acceleration(
+    return Acceleration(
         promise=str(promise),
         speed=kept.settings.speed,
-        before=before_pace,
-        after=after_pace,
+        before=before,
+        after=after,
         calibration=json.loads(json.dumps(said)),
-        depths=fitted.depths,
-        losses=fitted.losses,
+        depths=made.fitted.depths,
+        losses=made.fitted.losses,
         num_texts=parts.num_texts,
         copies=parts.copies,
         num_learned=len(parts.learn),
         num_chosen=len(parts.choose),
         num_certified=len(parts.certify),
-        seconds=round(time.perf_counter() - started, 1),
     )
-    Provenance(asked, done.record(), []).write(folder)
-    shutil.rmtree(work)
-    return done
 
 
 def _tokenizer(source: str, hub: HubOptions) -> PreTrainedTokenizerBase:

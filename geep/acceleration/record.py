@@ -55,7 +55,7 @@ class Acceleration:
     num_learned: int
     num_chosen: int
     num_certified: int
-    seconds: float
+    seconds: float = 0.0
     was_finished: bool = False
 
     def record(self) -> dict[str, Any]:

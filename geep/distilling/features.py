@@ -70,7 +70,7 @@ class FeatureCache:
                 another model or for another kind of head is written anew.
             kind: Row of `HEADS` whose features do not depend on what is learned (`PooledHead`).
             exit_layers: Layers that are to have an exit, ascending. None: those that have one, or where none has, all
-                but the last two.
+                but the last two, and of two the first.
             what: Name of the work for `progress`.
             progress: Told how many texts are done.
 
@@ -80,7 +80,7 @@ class FeatureCache:
         """
         head = _head(engine, kind)
         last = engine.depths[-1]
-        depths = tuple(exit_layers or engine.depths[:-1] or range(1, last - 1))
+        depths = tuple(exit_layers or engine.depths[:-1] or range(1, max(last - 1, 2)))
         if not depths or list(depths) != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] < last:
             raise ValueError(f"exit_layers must ascend within 1..{last - 1}, got {list(depths)}.")
         if not len(texts):
