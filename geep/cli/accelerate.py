@@ -89,11 +89,11 @@ def accelerate_command(
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        rows = geep.load_split(texts, require_label=False, **columns)
-        named = None
         if calibration is None:
             opt.refuse_ignored(context, ["label_column"], "without --calibration")
-        else:
+        rows = geep.load_split(texts, require_label=False, **columns)
+        named = None
+        if calibration is not None:
             named = _labelled(model, calibration, hub, {**columns, "label_column": label_column})
         settings = geep.FitSettings() if seed is None else replace(geep.FitSettings(), seed=seed)
         with show.bars(console) as progress:
