@@ -393,8 +393,8 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(
             ("--texts", "--output", "--min-agreement", "--max-drop", "--confidence", "--calibration"), ALWAYS
         ),
-        **dict.fromkeys(("--exit-layers", "--head", "--max-length", "--seed", "--device"), ALWAYS),
-        **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting"), ALWAYS),
+        **dict.fromkeys(("--calibration", "--exit-layers", "--head", "--max-length", "--seed"), ALWAYS),
+        **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting", "--device"), ALWAYS),
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json"), ALWAYS),
         "--label-column": ("no labelled rows",),
         "--revision": ("classifier folder",),
