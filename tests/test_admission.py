@@ -143,6 +143,19 @@ def test_encoders_that_cannot_read_a_text_are_refused(family: str, switches: dic
         Engine(make_model(family, **switches), make_tokenizer(), config=ON_CPU)
 
 
+def test_a_tokenizer_without_a_pad_token_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="tokenizer has no pad token, expected one"):
+        Engine(make_model(), tokenizer, config=ON_CPU)
+
+
+@pytest.mark.parametrize("name", ["banana", "xpu9", "meta", "", "cpu:x"])
+def test_a_device_that_torch_cannot_use_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device={name!r} is none that torch can use here.*expected 'cpu' or"):
+        Engine(make_model(), make_tokenizer(), config=EngineConfig(device=name))
+
+
 # Longest text
 
 

@@ -188,6 +188,19 @@ def test_bad_rows_are_reported_and_left_out(model: Path, tmp_path: Path) -> None
     errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
     assert [error["line"] for error in errors] == [2, 3, 4]
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    source.write_text('{"text": "w1"}\nnot json\n', "utf-8")
+    assert "1 bad row left out, listed in" in run("predict", model, source, "-o", tmp_path / "one.jsonl")
+
+
+def test_a_bad_row_that_hides_rows_is_said_and_ends_with_code_2(model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text("text\nw1\n" + '"' + "w2\n" * 1500, "utf-8")
+    shown = run("predict", model, source, "-o", target, code=2)
+    assert "1 bad row of 1,500 lines left out" in shown
+    assert "--no-quoting" in shown
+    assert json.loads(target.read_text("utf-8"))["text"] == "w1"
+    run("predict", model, source, "-o", target, "--no-quoting", "--overwrite")
+    assert len(target.read_text("utf-8").splitlines()) == 1501
 
 
 def test_quotes_of_a_file_are_read_as_it_is_said_else_as_trained(model: Path, tmp_path: Path) -> None:
@@ -219,6 +232,9 @@ def test_bad_input_gets_one_message_and_code_2(model: Path, workplace: Path, tmp
     one = tmp_path / "one.jsonl"
     one.write_text('{"text": "w1", "label": "red"}\n', encoding="utf-8")
     encoder = str(workplace / "encoder")
+    own_code = tmp_path / "own-code"
+    own_code.mkdir()
+    (own_code / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     cases: list[tuple[list[str | Path], str]] = [
         (["predict", model, csv], "text"),
         (["predict", model, tmp_path / "missing.jsonl"], "missing.jsonl"),
@@ -226,6 +242,12 @@ def test_bad_input_gets_one_message_and_code_2(model: Path, workplace: Path, tmp
         (["predict", encoder, "-t", "w1"], "expected 'geep'"),
         (["predict", model, "-t", "w1", "--speed", "2"], "speed must lie in"),
         (["predict", model, "-t", "w1", "--backend", "fast"], "Unknown backend"),
+        (["predict", model, "-t", "w1", "--device", "banana"], "device='banana' is none that torch can use here"),
+        (
+            ["train", workplace / "data", "-o", tmp_path / "m", "-m", encoder, "--device", "xpu9"],
+            "device='xpu9' is none",
+        ),
+        (["train", workplace / "data", "-o", tmp_path / "m", "-m", own_code], "code of a checkpoint is never run"),
         (["evaluate", model, unknown], "purple"),
         (["train", empty, "-o", tmp_path / "m", "-m", encoder], "rows"),
         (["train", one, "-o", tmp_path / "m", "-m", encoder], "label"),
@@ -431,7 +453,8 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         "--speed": ("no exits",),
         **dict.fromkeys(("--device", "--dtype", "--backend", "--max-batch-tokens"), ALWAYS),
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only"), ALWAYS),
-        **dict.fromkeys(("--output", "--overwrite", "--scores", "--chunk-rows"), ("text",)),
+        **dict.fromkeys(("--output", "--scores", "--chunk-rows"), ("text",)),
+        "--overwrite": ("text", "standard output"),
         **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting"), ("text",)),
         "--threshold": ("one label", "text, one label"),
         "--revision": ("model folder",),
@@ -477,6 +500,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("evaluate", "no file"): [model],
         ("evaluate", "model folder"): [model, rows],
         ("predict", "text"): [model, "-t", "w1"],
+        ("predict", "standard output"): [model, rows, "-o", "-"],
         ("predict", "one label"): [model, rows, "-o", tmp_path / "out.jsonl"],
         ("predict", "text, one label"): [model, "-t", "w1"],
         ("predict", "model folder"): [model, rows],

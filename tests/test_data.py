@@ -324,7 +324,7 @@ def test_load_split_takes_known_names(tmp_path: Path) -> None:
         data.load_split(path, label_names=["no", "maybe"])
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": "a"}])
     assert data.load_split(bare, label_names=["a", "b"]).labels is None
-    with pytest.raises(ValueError, match="line 1: no label in column 'label'"):
+    with pytest.raises(ValueError, match="has no label column 'label'"):
         data.load_split(bare, label_names=["a", "b"], require_label=True)
 
 

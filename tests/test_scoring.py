@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -31,9 +32,9 @@ from typer.testing import CliRunner
 
 import geep
 from geep.cli import app
-from geep.data import BadRow, Row, read_header, read_rows
+from geep.data import BadRow, Row, parquet, read_header, read_rows
 from geep.engine import Engine, Prediction
-from geep.scoring import Scorer, ScoreReport, score_file, sinks, stream as stream_file
+from geep.scoring import Scorer, ScoreReport, chunks, score_file, sinks, stream as stream_file
 from geep.scoring.journal import Journal
 from geep.scoring.values import json_text
 
@@ -296,7 +297,24 @@ def test_a_part_of_something_else_is_not_continued(change: str, tmp_path: Path) 
             (tmp_path / "out.jsonl.partial").write_bytes(b"cut")
         case "errors":
             (tmp_path / "out.jsonl.errors.jsonl.partial").unlink()
-    score_file(engine, source, target, chunk_rows=chunk_rows, scores=scores, top_k=top_k, threshold=threshold)
+    options: dict[str, Any] = {"chunk_rows": chunk_rows, "scores": scores, "top_k": top_k, "threshold": threshold}
+    if change != "none":
+        kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        said = {
+            "source": "holds answers to rows of .*in.jsonl that have changed since",
+            "chunk_rows": r"is of a run with other settings \(chunk_rows: 10 there, 9 now\)",
+            "scores": "scores: false there, true now",
+            "top_k": "scores: false there, true now; top_k: null there, 1 now",
+            "threshold": "threshold: null there, 0.25 now",
+            "engine": 'model: "first" there, "another" now',
+            "journal": "has no journal out.jsonl.partial.json that can be read",
+            "partial": "is shorter than its journal out.jsonl.partial.json says",
+            "errors": "has no journal out.jsonl.partial.json that can be read",
+        }[change]
+        with pytest.raises(FileExistsError, match=f"out.jsonl.partial .*{said}.*cannot be continued.*--overwrite"):
+            score_file(engine, source, target, **options)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    score_file(engine, source, target, **options, overwrite=True)
     assert len(engine.calls) == (2 if change == "none" else 5)
     rows = read_back(target)
     assert [row["id"] for row in rows] == [str(i) for i in range(45) if i % 10 != 9]
@@ -436,7 +454,15 @@ def test_mistakes_are_said_before_anything_is_written(tiny_engine: Engine, tmp_p
         score_file(engine, source, tmp_path / "none" / "out.jsonl")
     with pytest.raises(FileNotFoundError, match="no file"):
         score_file(engine, tmp_path / "none.csv", tmp_path / "out.jsonl")
-    with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
+    with pytest.raises(FileNotFoundError, match="no file .*none/in.csv"):
+        score_file(engine, tmp_path / "none" / "in.csv", tmp_path / "none" / "out.jsonl")
+    with pytest.raises(ValueError, match="is a folder; write to a file, or to - for standard output"):
+        score_file(engine, source, tmp_path)
+    with pytest.raises(ValueError, match="/dev/null is a device or a pipe; write to a file, or to -"):
+        score_file(engine, source, "/dev/null")
+    with pytest.raises(ValueError, match=r"chunk_rows must be a whole number, at least 1; got 2\.5"):
+        score_file(engine, source, tmp_path / "out.jsonl", chunk_rows=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chunk_rows must be a whole number, at least 1; got 0"):
         score_file(engine, source, tmp_path / "out.jsonl", chunk_rows=0)
     with pytest.raises(ValueError, match="top_k=2 .* add scores=True"):
         score_file(engine, source, tmp_path / "out.jsonl", top_k=2)
@@ -784,6 +810,73 @@ def test_a_result_is_replaced_only_where_it_is_said(tmp_path: Path) -> None:
     assert target.read_bytes() == before
 
 
+def test_what_an_earlier_run_has_left_is_replaced_only_where_it_is_said(tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 25), tmp_path / "out.jsonl"
+    score_file(FakeEngine(), source, target)
+    target.rename(tmp_path / "moved.jsonl")
+    errors = tmp_path / "out.jsonl.errors.jsonl"
+    listed = errors.read_bytes()
+    source.write_text('{"text": "a"}\n', "utf-8")
+    with pytest.raises(FileExistsError, match=r"out\.jsonl\.errors\.jsonl exists: the rows that another.*--overwrite"):
+        score_file(FakeEngine(), source, target)
+    assert errors.read_bytes() == listed
+    score_file(FakeEngine(), source, target, overwrite=True)
+    assert not errors.exists()
+    part = tmp_path / "other.jsonl.partial"
+    part.write_bytes(b"mine")
+    for name, other in (("other.jsonl", source), ("other.jsonl", Path("-"))):
+        with pytest.raises(FileExistsError, match=r"other\.jsonl\.partial has no journal.*--overwrite"):
+            score_file(FakeEngine(), other, tmp_path / name)
+    assert part.read_bytes() == b"mine"
+    score_file(FakeEngine(), source, tmp_path / "other.jsonl", overwrite=True)
+    assert not part.exists()
+
+
+def test_a_part_of_a_file_is_not_replaced_by_a_pipe(tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 45), tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="killed"):
+        score_file(FakeEngine(fail_at=3), source, target, chunk_rows=10)
+    with pytest.raises(FileExistsError, match="from_pipe: false there, true now"):
+        score_file(FakeEngine(), "-", target, chunk_rows=10)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_long_rows_make_chunks_of_fewer(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["x" * (1000 if 20 <= i < 30 else 1) for i in range(50)]
+    rows = pa.table({"text": [str(i) for i in range(50)], "body": texts})
+    source, target, whole = (tmp_path / f"{name}{suffix}" for name in ("in", "out", "whole"))
+    if suffix == ".parquet":
+        pq.write_table(rows, source, row_group_size=10)
+    elif suffix == ".csv":
+        pa.csv.write_csv(rows, source)
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()), "utf-8")
+    monkeypatch.setattr(chunks, "_MAX_CONTENT", 3000)
+    engine = FakeEngine()
+    score_file(engine, source, whole, chunk_rows=20)
+    sizes = [len(call) for call in engine.calls]
+    assert sum(sizes) == 50
+    assert (sizes[0], sizes[1]) == (20, 3)
+    assert max(sizes) == 20
+    with pytest.raises(RuntimeError, match="killed"):
+        score_file(FakeEngine(fail_at=3), source, target, chunk_rows=20)
+    engine = FakeEngine()
+    score_file(engine, source, target, chunk_rows=20)
+    assert [len(call) for call in engine.calls] == sizes[3:]
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_long_rows_of_parquet_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 50_000)
+    source = tmp_path / "in.parquet"
+    rows = pa.table({"text": [f"{i:010000}" for i in range(40)]})
+    pq.write_table(rows, source, use_dictionary=False, row_group_size=20)
+    fields = [row.fields for row in read_rows(source) if isinstance(row, Row)]
+    assert [item["text"] for item in fields] == rows["text"].to_pylist()
+    sizes = {item.part.batch.num_rows for item in fields if isinstance(item, parquet.ArrowFields)}
+    assert 1 <= max(sizes) <= 5
+
+
 def test_a_folder_that_takes_no_files_is_named(tmp_path: Path) -> None:
     source = write_source(tmp_path / "in.jsonl", 5)
     with pytest.raises(OSError, match="Nothing can be written to the folder /proc .*write to another folder"):
@@ -907,10 +1000,13 @@ def test_a_source_is_known_again_by_its_rows(
         case "touched":
             os.utime(source, (1, 1))
     engine = FakeEngine()
-    report = score_file(engine, source, target, chunk_rows=10)
     starts_over = change in ("done", "shorter")
+    if starts_over:
+        with pytest.raises(FileExistsError, match=r"rows of .* that have changed since"):
+            score_file(engine, source, target, chunk_rows=10)
+    report = score_file(engine, source, target, chunk_rows=10, overwrite=starts_over)
     assert len(engine.calls) == {"done": 5, "after": 2, "longer": 3, "shorter": 2, "touched": 2}[change]
-    assert ("has changed since" in caplog.text) == starts_over
+    assert ("that have changed since" in caplog.text) == starts_over
     whole = score_file(FakeEngine(), source, tmp_path / "whole.jsonl", chunk_rows=10)
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert report.rows == whole.rows
@@ -987,6 +1083,17 @@ def test_standard_input_goes_to_standard_output(
     assert (report.rows, report.num_bad, report.errors_file) == (expected.rows, expected.num_bad, None)
     assert "Line 10 is left out: invalid JSON" in caplog.text
     assert sorted(tmp_path.iterdir()) == [plain, target, tmp_path / "out.jsonl.errors.jsonl"]
+
+
+def test_standard_output_warns_of_a_hundred_rows_and_tells_how_many(
+    tmp_path: Path, capfdbinary: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n' + "broken\n" * 250, "utf-8")
+    assert score_file(FakeEngine(), source, "-", chunk_rows=60).num_bad == 250
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in said[:-1]] == [f"Line {i + 2} is left out" for i in range(100)]
+    assert said[-1] == "250 rows are left out in all; the first 100 were said."
 
 
 # Columns that are carried
@@ -1237,6 +1344,16 @@ def test_tsv_is_quoted_only_where_it_is_said(tmp_path: Path) -> None:
     assert (row.text, row.fields["id"]) == ("a\tb", "c\nd")
 
 
+def test_escapes_of_tsv_can_be_undone(tmp_path: Path) -> None:
+    texts = ["a\tb", r"a\tb", "\\", "\\\t", r"\\t", "\r\n", "plain"]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.tsv"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    score_file(FakeEngine(), source, target)
+    plain = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
+    undone = [re.sub(r"\\(.)", lambda found: plain[found[1]], str(row["text"])) for row in read_back(target)]
+    assert undone == texts
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.bz2", ".csv.xz", ".tsv.zst"])
 def test_every_compression_that_is_read_chunk_by_chunk_is_written(suffix: str, tmp_path: Path) -> None:
     source, target = write_source(tmp_path / "in.csv", 45), tmp_path / f"out{suffix}"
@@ -1306,3 +1423,44 @@ def test_the_command_line_reads_standard_input_and_replaces_only_where_it_is_sai
     assert predict("-o", "-").stdout == written
     assert "--output" in predict(code=2).stderr
     assert "both take standard output" in predict("-o", "-", "--json", code=2).stderr
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found = CliRunner().invoke(app, ["predict", str(model), str(pipe)])
+    assert (found.exit_code, f"through the pipe {pipe} has no name: say with --output" in found.stderr) == (2, True)
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(tiny_engine: Engine, tmp_path: Path) -> None:
+    tiny_engine.save_pretrained(tmp_path / "model")
+    source = write_source(tmp_path / "in.parquet", 30)
+    read, write = os.pipe()
+    os.close(read)
+    words = ["predict", str(tmp_path / "model"), str(source), "-o", "-", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "geep.cli", *words], stdout=write, stderr=subprocess.PIPE, check=False, timeout=300
+    )
+    os.close(write)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["in.jsonl", "-o", "out.jsonl"], "goes on"),
+        (["-", "-o", "out.jsonl"], "starts over"),
+        (["in.jsonl", "-o", "-"], "starts over"),
+    ],
+)
+def test_a_stopped_command_says_whether_it_goes_on(
+    words: list[str], said: str, tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    tiny_engine.save_pretrained(tmp_path / "model")
+    write_source(tmp_path / "in.jsonl", 5)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(geep, "score_file", stopped)
+    found = CliRunner().invoke(app, ["predict", "model", *words, "--device", "cpu"])
+    assert found.exit_code == 130
+    assert f"the same command {said}." in found.stderr

@@ -42,7 +42,7 @@ def demo_command(
     Encoder (all-MiniLM-L6-v2) and data (Reuters R8) come from wheels of the package index. A second run uses the
     model of the first.
     """
-    with show.errors(as_json):
+    with show.errors(as_json, goes_on=True):
         console = show.console_for(as_json)
         begin = time.perf_counter()
         console.rule("1. data and encoder")

@@ -110,7 +110,7 @@ def train_command(
 
         geep train sst2 --data-dir data -o models/sst2 --recipe fastbert --set lr_scheduler_type=cosine
     """
-    with show.errors(as_json):
+    with show.errors(as_json, goes_on=True):
         console = show.console_for(as_json)
         # Refused before an hour of training and not after it.
         _refuse_ignored(context, model, recipe, calibrate)

@@ -119,7 +119,7 @@ Backend = Annotated[
 ]
 MaxBatchTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens of a staircase. Default: by a short timing.", rich_help_panel=RUNNING),
+    typer.Option(help="Tokens of a staircase. Default: by the encoder's size.", rich_help_panel=RUNNING),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub.", rich_help_panel=HUB)]
 Token = Annotated[

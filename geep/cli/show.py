@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -20,6 +20,9 @@ from rich.table import Table
 import geep
 
 Report = Callable[[str, int, int | None], None]
+
+# A row of more lines is taken for several that a quote has joined.
+_MOST_LINES = 1000
 
 
 def console_for(as_json: bool) -> Console:
@@ -41,8 +44,13 @@ def _plain(value: object) -> object:
 
 
 @contextmanager
-def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors a user can cause into one message and exit code 2; anything else keeps its traceback."""
+def errors(as_json: bool, *, goes_on: bool = False) -> Iterator[None]:
+    """Turn errors a user can cause into one message and exit code 2; anything else keeps its traceback.
+
+    Args:
+        as_json: Whether machines read standard output.
+        goes_on: Whether the same command, after Ctrl-C, goes on from where it was.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Other libraries' bars and chatter stay out of the way of ours; read when transformers is first imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -61,7 +69,7 @@ def errors(as_json: bool) -> Iterator[None]:
         console_for(True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped; the same command goes on.")
+        Console(stderr=True).print(f"Stopped; the same command {'goes on' if goes_on else 'starts over'}.")
         raise typer.Exit(130) from None
 
 
@@ -290,17 +298,37 @@ def evaluated(console: Console, report: geep.EvaluationReport) -> None:
     )
 
 
+def hides_rows(result: geep.ScoreReport) -> bool:
+    """Whether a bad row is so long that it must be many rows, joined by a quote."""
+    return result.longest_bad > _MOST_LINES
+
+
+def reader_left() -> None:
+    """Let nothing more be said to a standard output that nobody reads, not even when the program ends."""
+    with suppress(OSError, ValueError):  # of a test it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers: int) -> None:
     """Say what became of a file."""
     if result.num_bad:
+        taken = "" if result.longest_bad <= 1 else f" of {result.longest_bad:,} lines"
+        one = f", one{taken}," if taken else ""
+        said = f"1 bad row{taken}" if result.num_bad == 1 else f"{result.num_bad:,} bad rows{one}"
         console.print(
-            f"[yellow]{result.num_bad:,} bad rows left out[/]"
+            f"[yellow]{said} left out[/]"
             + (f", listed in {escape(result.errors_file)}" if result.errors_file else "")
-            + "; the first:",
+            + ("; the first:" if result.num_bad > 1 else ":"),
             soft_wrap=True,
         )
         for bad in result.bad_rows[:3]:
             console.print(f"  line {bad.line}: {escape(bad.reason)}", soft_wrap=True)
+    if hides_rows(result):
+        console.print(
+            f"[bold yellow]The {result.longest_bad:,} lines may be rows of their own, which quotes that are mere "
+            "characters join: see --no-quoting.[/]",
+            soft_wrap=True,
+        )
     mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
     console.print(
         f"{result.rows:,} rows in {result.seconds:.1f} s "

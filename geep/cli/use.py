@@ -173,7 +173,9 @@ def predict_command(
             "NAME.predictions.jsonl.",
         ),
     ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file to write if it exists.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace the file to write if it exists, or a part of it by other settings.")
+    ] = False,
     text: Annotated[list[str] | None, Option("--text", "-t", help="Classify this text; may be repeated.")] = None,
     text_pair: Annotated[
         list[str] | None, Option(help="Second text of each --text, for a model of pairs; as often as --text.")
@@ -182,7 +184,9 @@ def predict_command(
     scores: Annotated[bool, Option("--scores", help="Also write the score of every label.")] = False,
     top_k: Annotated[int | None, Option(help="Scores of the k most likely labels only. Default: of all.")] = None,
     threshold: Annotated[float, Option(help="Score from which a label holds, where a text may have several.")] = 0.5,
-    chunk_rows: Annotated[int, Option(help="Rows held in memory at a time.")] = 4096,
+    chunk_rows: Annotated[
+        int, Option(help="Rows held in memory at a time; small chunks take longer, each waits for the disk.")
+    ] = 4096,
     text_column: opt.OtherColumn = None,
     text_pair_column: opt.OtherColumn = None,
     quoting: opt.Quoting = None,
@@ -200,7 +204,7 @@ def predict_command(
 
     Streams in bounded memory and keeps the order. Bad rows are reported with their line and left out. Killed, the
     same command goes on where it stopped; what comes through a pipe starts over. Where no row could be classified,
-    the exit code is 2.
+    or a bad row takes in more than 1,000 lines, the exit code is 2.
 
     Examples:
         geep predict models/r8 news.jsonl -o labelled.jsonl
@@ -211,8 +215,10 @@ def predict_command(
 
         geep predict models/rte --text "Oil prices rose." --text-pair "Oil became cheaper."
     """
-    with show.errors(as_json):
-        to_output = str(target) == "-"
+    from geep.data import is_stream
+
+    to_output, from_pipe = str(target) == "-", source is not None and is_stream(source)
+    with show.errors(as_json, goes_on=not (source is None or to_output or from_pipe)):
         # Standard output belongs to the rows, if they go there.
         console = show.console_for(as_json or to_output)
         if (source is None) == (not text):
@@ -223,8 +229,11 @@ def predict_command(
         _refuse_revision(context, model)
         if as_json and to_output:
             raise ValueError("--json and --output - both take standard output; write the rows to a file.")
-        if str(source) == "-" and target is None:
-            raise ValueError("What comes from standard input has no name: say with --output where the answers go.")
+        if from_pipe and target is None:
+            found = "from standard input" if str(source) == "-" else f"through the pipe {source}"
+            raise ValueError(f"What comes {found} has no name: say with --output where the answers go.")
+        if to_output:
+            opt.refuse_ignored(context, ["overwrite"], "with --output -")
         engine = geep.Engine.from_pretrained(
             model,
             speed=speed,
@@ -247,23 +256,31 @@ def predict_command(
             show.document(answers, as_json)
             return
         goal = result_file(source) if target is None else target
-        with show.bars(console) as progress:
-            result = geep.score_file(
-                engine,
-                source,
-                goal,
-                **_columns_to_read(model, text_column=text_column, text_pair_column=text_pair_column, quoting=quoting),
-                chunk_rows=chunk_rows,
-                scores=scores or top_k is not None,
-                top_k=top_k,
-                threshold=threshold,
-                overwrite=overwrite,
-                progress=progress,
-            )
+        try:
+            with show.bars(console) as progress:
+                result = geep.score_file(
+                    engine,
+                    source,
+                    goal,
+                    **_columns_to_read(
+                        model, text_column=text_column, text_pair_column=text_pair_column, quoting=quoting
+                    ),
+                    chunk_rows=chunk_rows,
+                    scores=scores or top_k is not None,
+                    top_k=top_k,
+                    threshold=threshold,
+                    overwrite=overwrite,
+                    progress=progress,
+                )
+        except BrokenPipeError:
+            if not to_output:
+                raise
+            show.reader_left()  # `head` has read enough
+            return
         show.scored(console, result, goal, engine.depths[-1])
         show.document({**asdict(result), "output": str(goal)}, as_json)
-        if not result.rows and result.num_bad:
-            raise typer.Exit(2)  # scripts that look at nothing else should not go on with an empty file
+        if (not result.rows and result.num_bad) or show.hides_rows(result):
+            raise typer.Exit(2)  # scripts that look at nothing else should not go on with what is left
 
 
 def _columns_to_read(model: str, **given: str | bool | None) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def open_bytes(path: Path) -> Iterator[Opened]:
             head = _peek(file)
             if again := _compression_of(head):
                 raise ValueError(f"{path} is compressed twice ({again} within {compression}); decompress it once.")
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        # The mark of UTF-32 begins as one of UTF-16 does.
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not head.startswith(codecs.BOM_UTF32_LE):
             file = io.BufferedReader(_Transcoded(file), _BLOCK)
             head = _peek(file)
         yield Opened(file, head, compression)
@@ -137,11 +138,49 @@ def _decompressor(compression: str, path: Path, file: BinaryIO, stack: ExitStack
         return lambda size: cast(bytes, stream.read(min(size, _ZSTD_BLOCK)))
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file, mode="rb").read1
-    return bz2.BZ2File(file).read1 if compression == ".bz2" else lzma.LZMAFile(file).read1
+    if compression == ".bz2":
+        return _streams(file, bz2.BZ2Decompressor, padding=b"")
+    return _streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=b"\0")
+
+
+def _streams(
+    file: BinaryIO, make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], padding: bytes
+) -> Callable[[int], bytes]:
+    """A function that gives up to so many bytes of compressed streams that stand one after the other.
+
+    `BZ2File` and `LZMAFile` take a later stream that is damaged where it begins for something that follows the end,
+    and leave out all of it in silence.
+    """
+    decompressor = make()
+    is_between = False
+
+    def read(size: int) -> bytes:
+        nonlocal decompressor, is_between
+        while True:
+            if decompressor.eof:
+                block = decompressor.unused_data
+                decompressor, is_between = make(), True
+            else:
+                block = b""
+            if decompressor.needs_input and not block:
+                block = file.read(_BLOCK)
+                if not block and is_between:
+                    return b""
+                if not block:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            if is_between:
+                block = block.lstrip(padding) if padding else block
+                if not block:
+                    continue
+                is_between = False
+            if part := decompressor.decompress(block, size):
+                return part
+
+    return read
 
 
 def _zip_member(path: Path, file: BinaryIO, stack: ExitStack) -> Callable[[int], bytes]:
-    if os.fspath(path) == "-" or is_stream(path):
+    if is_stream(path):
         raise ValueError(f"{path} is a zip archive in a pipe, which cannot be sought in; unpack it on the way.")
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
@@ -168,21 +207,29 @@ class _Raw(io.RawIOBase):
 
 
 class _Decompressed(_Raw):
-    """What a decompressor gives, with one error for all the ways in which one says that bytes are damaged."""
+    """What a decompressor gives, with one error for all the ways in which one says that bytes are damaged.
+
+    It is raised at every later read, too: a decompressor that has failed may say that nothing is left.
+    """
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
+        self._damage: DamagedBytesError | None = None
 
     def readinto(self, buffer: WriteableBuffer) -> int:
+        if self._damage is not None:
+            raise self._damage
         view = memoryview(buffer).cast("B")
         try:
             part = self._read(len(view))
-        except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, ValueError) as err:
-            raise DamagedBytesError(str(err)) from err
         except OSError as err:
             if err.errno is not None:  # the disk's word, not the decompressor's
                 raise
-            raise DamagedBytesError(str(err)) from err
+            self._damage = DamagedBytesError(str(err))
+            raise self._damage from err
+        except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, ValueError) as err:
+            self._damage = DamagedBytesError(str(err))
+            raise self._damage from err
         view[: len(part)] = part
         return len(part)
 

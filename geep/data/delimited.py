@@ -24,6 +24,8 @@ MANY_LINES = 100
 
 _DELIMITERS = (",", "\t", ";", "|")
 
+_HINT = "If quotes are mere characters in this file, read it without: quoting=False, --no-quoting"
+
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
@@ -43,35 +45,43 @@ class Delimited:
         delimiter: What stands between two fields.
 
     Raises:
-        ValueError: If the header is unreadable or names a column twice, or the text column is missing.
+        ValueError: If the header is unreadable, has stray quotes or names a column twice, or the text column is
+            missing.
     """
 
     def __init__(self, path: Path, opened: Opened, declared: str, columns: Columns) -> None:
         self._path = path
         self._columns = columns
         self.delimiter = _delimiter(path, opened.head, declared, columns.text)
-        quoting = _csv_quoting(self.delimiter != "\t" if columns.quoting is None else columns.quoting)
+        self._quoting = _csv_quoting(self.delimiter != "\t" if columns.quoting is None else columns.quoting)
         self._lines = _TextLines(opened.file)
         self._has_warned = False
         # The module's own limit of 131,072 characters would refuse long texts. It is one number for the whole process,
         # so it is only ever raised.
         if csv.field_size_limit() < _MAX_FIELD_CHARS:
             csv.field_size_limit(_MAX_FIELD_CHARS)
-        self._reader = csv.reader(self._lines, delimiter=self.delimiter, quoting=quoting)
+        self._reader = csv.reader(self._lines, delimiter=self.delimiter, quoting=self._quoting)
         self.header = self._read_header()
         if self.header:
             columns.check(path, self.header)
 
     def _read_header(self) -> tuple[str, ...]:
         path, lines = self._path, self._lines
+        header: list[str] | None = []
         try:
-            header = next((row for row in self._reader if row), [])
-        except (csv.Error, _LineTooLong) as err:
-            raise ValueError(
-                f"{path} has no readable header row ({err}); expected the column names on line 1."
-            ) from err
+            while header is not None and not header:
+                lines.row_line = lines.number + 1
+                header = next(self._reader, None)
+        except csv.Error as err:
+            raise _no_header(path, self._reason(err)) from err
+        except _LineTooLong as err:
+            raise _no_header(path, f"longer than {_MAX_LINE_CHARS // 2**20} Mi characters") from err
         except DamagedBytesError as err:
             raise damaged(path, lines.number, err) from err
+        if header is None:
+            return ()
+        if reason := self._stray_quotes():
+            raise _no_header(path, reason)
         if where := lines.is_odd and _bad_byte(header, ()):
             raise ValueError(f"The header row of {path} is {where}; write the file as UTF-8.")
         return unique_names(path, _named(header))
@@ -89,37 +99,69 @@ class Delimited:
             except StopIteration:
                 return
             except _LineTooLong:
-                yield BadRow(line, f"longer than {_MAX_LINE_CHARS // 2**20} Mi characters")
+                reason = f"longer than {_MAX_LINE_CHARS // 2**20} Mi characters"
+                yield BadRow(line, reason, lines.number - line + 1)
                 continue
             except csv.Error as err:
-                yield BadRow(line, f"no row in lines {line} to {lines.number}: {err}")
+                yield BadRow(line, self._reason(err), lines.number - line + 1)
                 continue
             except DamagedBytesError as err:
                 raise damaged(self._path, line - 1, err) from err
-            if (lines.is_odd or lines.number - line >= MANY_LINES) and (reason := self._oddity(line, fields)):
-                yield BadRow(line, reason)
+            if (lines.is_odd or lines.number != line) and (oddity := self._oddity(line, fields)):
+                yield BadRow(line, oddity, lines.number - line + 1)
             elif len(fields) == width:
                 if fields == again and width > 1:
                     yield BadRow(line, "the header again, as where files are joined")
                 else:
                     yield make(line, dict(zip(header, fields)))  # noqa: B905 (both have `width` entries)
             elif fields:
-                yield BadRow(line, f"expected {width} fields as in the header, found {len(fields)}")
+                reason = f"expected {width} fields as in the header, found {len(fields)}"
+                yield BadRow(line, reason, lines.number - line + 1)
 
-    def _oddity(self, line: int, fields: list[str]) -> str | None:
-        """Why a row cannot be used that has bad bytes, met the end or is long; warn of one that is only long."""
+    def _reason(self, err: csv.Error) -> str:
+        """Why the reader gave up on a row, in our words."""
+        line, last = self._lines.row_line, self._lines.number
+        if not str(err).startswith("field larger than field limit"):
+            return f"no row in {_span(line, last)}: {err}"
+        most = f"{csv.field_size_limit():,} characters"
+        if line == last:
+            return f"a field is longer than {most}"
+        return f"a quote is opened here and not closed within {most}: it takes in {_span(line, last)}. {_HINT}"
+
+    def _stray_quotes(self) -> str | None:
+        """Why the quotes of the row that was read just now are mere characters, as far as can be told."""
         lines = self._lines
-        lines.is_odd = False
+        span = _span(lines.row_line, lines.number)
         if lines.is_exhausted:
             # A whole row is handed out before the reader asks for the next line: it ran out inside a quote.
-            return f"a quote is opened here and never closed: it takes in lines {line} to the end"
+            return f"a quote is opened here and never closed: it takes in {span}, the end. {_HINT}"
+        if lines.number == lines.row_line:
+            return None
+        strict = csv.reader(lines.held(), delimiter=self.delimiter, quoting=self._quoting, strict=True)
+        try:
+            next(strict)
+        except csv.Error:
+            return f"quotes pair up over {span}, but text follows the closing one. {_HINT}"
+        return None
+
+    def _oddity(self, line: int, fields: list[str]) -> str | None:
+        """Why a row cannot be used that has bad bytes, met the end or takes in several lines; warn of many."""
+        lines = self._lines
+        lines.is_odd = False
+        if reason := self._stray_quotes():
+            return reason
         if lines.number - line >= MANY_LINES and not self._has_warned:
             self._has_warned = True
-            warn_once(
-                f"{self._path}, line {line}: a quoted field takes in all lines to line {lines.number}. If quotes are "
-                "mere characters in this file, read it without: quoting=False, --no-quoting."
-            )
+            warn_once(f"{self._path}, line {line}: a quoted field takes in all lines to line {lines.number}. {_HINT}.")
         return _bad_byte(fields, self.header)
+
+
+def _span(first: int, last: int) -> str:
+    return f"line {first}" if first == last else f"lines {first} to {last}"
+
+
+def _no_header(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} has no readable header row ({reason}); expected the column names on line 1.")
 
 
 def _csv_quoting(is_quoted: bool) -> Literal[0, 3]:
@@ -189,6 +231,14 @@ class _TextLines:
         self.row_line = 1
         self.is_odd = False
         self.is_exhausted = False
+        self._held: str | io.StringIO = ""
+
+    def held(self) -> Iterator[str]:
+        """The lines of the row that was read last, as they stand in the file; to be called once a row."""
+        if isinstance(self._held, str):
+            return iter([self._held])
+        self._held.seek(0)
+        return self._held
 
     def __iter__(self) -> _TextLines:
         return self
@@ -196,9 +246,20 @@ class _TextLines:
     def __next__(self) -> str:
         line = self._readline(_MAX_LINE_CHARS)
         self.number += 1
-        if line and line.isascii() and len(line) < _MAX_LINE_CHARS:
-            return line
-        return self._odd(line)
+        if not line or not line.isascii() or len(line) >= _MAX_LINE_CHARS:
+            line = self._odd(line)
+        if self.number == self.row_line:
+            self._held = line
+        else:
+            self._hold(line)
+        return line
+
+    def _hold(self, line: str) -> None:
+        # One buffer: millions of short lines, each a string of its own, would be many times as large.
+        if isinstance(self._held, str):
+            first, self._held = self._held, io.StringIO(newline="")
+            self._held.write(first)
+        self._held.write(line)
 
     def _odd(self, line: str) -> str:
         """A line that must be looked at: the end, or one that is too long, or one with other bytes than ASCII."""

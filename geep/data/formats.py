@@ -1,6 +1,6 @@
 """Files as streams of rows: the reader of a file is chosen by its name and by what it holds.
 
-Read `open_rows`, then `read_rows`. What a label means and what rows are for is decided elsewhere.
+Read `open_rows`, `open_columns`, then `read_rows`. What a label means and what rows are for is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -72,8 +72,15 @@ def open_rows(
     Standard input (``-``) and pipes without an ending of `FORMATS` hold what they seem to hold: JSON, or else CSV with
     the delimiter that gives its header the text column. Arguments and errors are those of `read_rows`.
     """
-    path = _existing(path)
     columns = Columns(text_column, text_pair_column, label_column, require_label, quoting)
+    with open_columns(path, columns) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def open_columns(path: str | os.PathLike[str], columns: Columns) -> Iterator[RowStream]:
+    """Open a file as `open_rows` does."""
+    path = check_source(path)
     named = _named_format(path)
     if named == ".parquet" and is_stream(path):
         raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
@@ -103,8 +110,9 @@ def read_rows(
 
     Every row of the file comes out exactly once, as a `Row` or as a `BadRow`: a bad row never ends the stream. Memory
     stays bounded whatever the file's size: a line of more than 64 MiB, or a field of CSV of more than 16 Mi characters,
-    is a bad row. Blank lines are no rows; byte order marks are accepted. If the file is damaged, all rows before the
-    damage come out before that is raised.
+    is a bad row. Lines of CSV that quotes join, but in which text follows a closing quote, are one bad row. Blank lines
+    are no rows; byte order marks are accepted. If the file is damaged, all rows before the damage come out before that
+    is raised.
 
     Compression, UTF-16 (with its byte order mark), a JSON array in place of lines and another delimiter than the
     name's are seen in the file itself, and said in a warning where the name says otherwise.
@@ -125,21 +133,16 @@ def read_rows(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the format is unknown; at the first step, if the file is of another kind than its name says, its
-            header is unreadable or lacks a column that is asked for, or not one of its first rows is JSON; at any step,
-            if the file itself is damaged (a cut .gz, an unreadable Parquet page, a broken JSON array).
+        ValueError: If the format is unknown, or one column is to be both texts; at the first step, if the file is of
+            another kind than its name says, its header (in JSON the first 100 objects) is unreadable or lacks a column
+            that is asked for, or not one of its first rows is JSON; at any step, if the file itself is damaged (a cut
+            .gz, an unreadable Parquet page, a broken JSON array).
     """
-    _named_format(_existing(path))
+    columns = Columns(text_column, text_pair_column, label_column, require_label, quoting)
+    _named_format(check_source(path))
 
     def rows() -> Iterator[Row | BadRow]:
-        with open_rows(
-            path,
-            text_column=text_column,
-            text_pair_column=text_pair_column,
-            label_column=label_column,
-            require_label=require_label,
-            quoting=quoting,
-        ) as stream:
+        with open_columns(path, columns) as stream:
             yield from stream
 
     return rows()
@@ -163,7 +166,13 @@ def read_header(
         return stream.header
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def check_source(path: str | os.PathLike[str]) -> Path:
+    """Return a path from which rows could be read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a folder.
+    """
     if os.fspath(path) == "-":
         return Path("-")
     path = Path(path)

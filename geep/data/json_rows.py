@@ -23,7 +23,7 @@ _MAX_LINE_BYTES = 64 * 2**20
 # Line, the object there (empty where there is none) and what is wrong with it.
 _Value = tuple[int, dict[str, object], str | None]
 
-# Rows looked at before a text column that none of them has is called missing.
+# Objects looked at before a column that is asked for and that none of them has is called missing.
 _HEADER_ROWS = 100
 
 _BLOCK = 64 * 2**10
@@ -36,13 +36,14 @@ def read_json(path: Path, opened: Opened, columns: Columns) -> Iterator[Row | Ba
     Rows before a damage are handed out before it is raised.
 
     Raises:
-        ValueError: If the text column is missing, the file is damaged, an array is broken, or none of the first 100
-            lines is an object.
+        ValueError: If none of the first 100 objects has a column that is asked for, none of the first 100 lines is an
+            object, the file is damaged, or an array is broken.
     """
     # JSON has no header: the first objects together stand for one, so that a wrong column name is said once and not
     # once a row.
     values = json_array(path, opened) if is_json_array(opened.head) else json_lines(opened)
     found: dict[str, None] = {}
+    wanted = columns.wanted.keys()
     held: list[Row | BadRow] | None = []
     objects = 0
     line = 0
@@ -55,9 +56,9 @@ def read_json(path: Path, opened: Opened, columns: Columns) -> Iterator[Row | Ba
             held.append(row)
             objects += bool(value)
             found.update(dict.fromkeys(value))
-            if columns.text in value or objects >= _HEADER_ROWS:
-                # Only the text is judged here: labels and pairs may start further down.
-                if columns.text not in found:
+            is_whole = wanted <= found.keys()
+            if is_whole or objects >= _HEADER_ROWS:
+                if not is_whole:
                     columns.check(path, found)
                 yield from held
                 held = None

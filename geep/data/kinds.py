@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 
 # Kinds of file that come under a name of ours and are none of ours, by how they begin.
@@ -16,6 +17,8 @@ _FOREIGN = (
     (b"\x80\x04\x95", "a Python pickle; write its rows as JSON lines"),
     (b"\x89HDF", "an HDF5 file; write it as Parquet"),
     (b"\x93NUMPY", "a NumPy array; write its rows as JSON lines"),
+    (codecs.BOM_UTF32_LE, "UTF-32; write it as UTF-8"),
+    (codecs.BOM_UTF32_BE, "UTF-32; write it as UTF-8"),
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
 )
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)\b", re.IGNORECASE)
@@ -28,6 +31,8 @@ def foreign_kind(head: bytes) -> str | None:
     for start, kind in _FOREIGN:
         if head.startswith(start):
             return kind
+    if _is_wide(head):
+        return "UTF-16 without a byte order mark; write it as UTF-8"
     return "an HTML or XML page; fetch the data itself" if _MARKUP.match(head) else None
 
 
@@ -45,19 +50,39 @@ def instead_of_json_lines(head: bytes) -> str:
     """What a file seems to be that has not one JSON object on a line, and what to do with it."""
     start = head[:4096]
     if b"\x00" in start:
-        wide = start[1::2].count(0) * 2 > len(start) * 0.7 or start[::2].count(0) * 2 > len(start) * 0.7
-        return "UTF-16 without a byte order mark; write it as UTF-8" if wide else "binary data; name another file"
+        return "binary data; name another file"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return "text in an encoding other than UTF-8; write it as UTF-8"
     if b"\r" in start and b"\n" not in start:
         return "a file whose lines end in carriage returns alone; write it with newlines"
-    if start.lstrip().startswith((b"{", b"[")):
-        first = start.lstrip().split(b"\n", 1)[0]
+    first = head.lstrip().split(b"\n", 1)[0].rstrip()
+    if re.match(rb"\[\s*[^\s{\]]", first):
+        return "JSON arrays and not objects; write one object a line, with the names of its columns"
+    if _is_json_value(first):
+        return "JSON values that are no objects; write one object a line, with the names of its columns"
+    if first.endswith(b",") and _is_json_value(first[:-1]):
+        return "JSON objects with commas between the lines; leave them out, or write [ before and ] after all"
+    if first.startswith((b"{", b"[")):
         if re.search(rb"\}\s*,?\s*\{", first):
             return "JSON with several objects on a line; write one a line, or an array of them"
         return "JSON over several lines that is no array; write one object a line, or an array of them"
     if re.search(rb"[,;\t]", start.split(b"\n", 1)[0]):
         return "CSV or TSV; name it .csv or .tsv"
     return "text that is not JSON; write one object a line"
+
+
+def _is_wide(head: bytes) -> bool:
+    """Whether every second byte is zero, as in UTF-16 of mostly Latin letters."""
+    start = head[:4096]
+    shares = sorted(part.count(0) / max(len(part), 1) for part in (start[::2], start[1::2]))
+    return shares[1] > 0.7 and shares[0] < 0.3
+
+
+def _is_json_value(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geep.data.arrow_values import is_binary, python_values
-from geep.data.compression import is_stream
 from geep.data.rows import BadRow, Columns, Row, damaged, unique_names
 
 _BATCH_ROWS = 1024
+
+# Of long rows there are fewer in a batch, by what the row group says of its size.
+_BATCH_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-        ValueError: If it is none, names a column twice, or is a pipe.
+        ValueError: If it is none, or names a column twice.
     """
-    if is_stream(path):
-        raise ValueError(f"{path} is a pipe, and Parquet is read from its end; write it to a file first.")
     try:
         file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         unique_names(path, file.schema_arrow.names)  # names that are no UTF-8 raise when they are asked for
@@ -137,7 +137,9 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
 def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     # One row group after the other: no batch of a whole one waits for rows of the next, which may be damaged.
     for group in range(file.num_row_groups):
-        yield from file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+        about = file.metadata.row_group(group)
+        rows = _BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)
+        yield from file.iter_batches(batch_size=max(1, min(_BATCH_ROWS, rows)), row_groups=[group])
 
 
 def _rows_of(batch: pa.RecordBatch, before: int, columns: Columns) -> Iterator[Row | BadRow]:

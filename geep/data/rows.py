@@ -42,15 +42,21 @@ class BadRow:
     Attributes:
         line: Line of the file on which the row begins, counted from 1; in Parquet the row's number, from 1.
         reason: What was found and what was expected.
+        lines: How many lines of a CSV file it takes in: more than one where quotes enclose line breaks. 1 elsewhere.
     """
 
     line: int
     reason: str
+    lines: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns hold what, which of them must exist, and whether fields between delimiters may be quoted."""
+    """Which columns hold what, which of them must exist, and whether fields between delimiters may be quoted.
+
+    Raises:
+        ValueError: If one column is to be both texts.
+    """
 
     text: str
     pair: str
@@ -58,15 +64,27 @@ class Columns:
     require_label: bool
     quoting: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.text == self.pair:
+            raise ValueError(
+                f"the text and the second text are both column {self.text!r}; name two columns with --text-column and "
+                "--text-pair-column, or rename the column."
+            )
+
+    @property
+    def wanted(self) -> dict[str, tuple[str, str]]:
+        """The columns that must exist, each with its meaning and the option that names it."""
+        wanted = {self.text: ("text", "--text-column")}
+        if self.pair != PAIR_COLUMN:  # a pair under its default name may be absent
+            wanted[self.pair] = ("second text", "--text-pair-column")
+        if self.require_label:
+            wanted.setdefault(self.label, ("label", "--label-column"))
+        return wanted
+
     def check(self, path: Path, found: Iterable[str]) -> None:
         """Raise if a column that is asked for is not among those of the file."""
         names = list(found)
-        wanted = [(self.text, "text", "--text-column")]
-        if self.pair != PAIR_COLUMN:  # a pair under its default name may be absent
-            wanted.append((self.pair, "second text", "--text-pair-column"))
-        if self.require_label:
-            wanted.append((self.label, "label", "--label-column"))
-        for column, meaning, flag in wanted:
+        for column, (meaning, flag) in self.wanted.items():
             if column not in names:
                 listed = ", ".join(repr(name[:60]) for name in names[:_SHOWN_COLUMNS]) or "none"
                 more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from geep.data.formats import open_rows
+from geep.data.formats import open_columns
 from geep.data.rows import PAIR_COLUMN, BadRow, Columns, Row, shown
 from geep.data.texts import MappedTexts, PairedTexts, TextCollector, join_texts, select_texts
 
@@ -204,14 +204,7 @@ def read_table(path: str | os.PathLike[str], columns: Columns, *, with_labels: b
     has_pair, has_label = _Presence("second text", columns.pair), _Presence("label", columns.label)
     bad: list[BadRow] = []
     num_bad = 0
-    with open_rows(
-        path,
-        text_column=columns.text,
-        text_pair_column=columns.pair,
-        label_column=columns.label,
-        require_label=columns.require_label,
-        quoting=columns.quoting,
-    ) as stream:
+    with open_columns(path, columns) as stream:
         is_csv = stream.format in (".csv", ".tsv")
         for row in stream:
             label = None

@@ -24,6 +24,8 @@ from geep.engine.admission import check_model, longest_text
 from geep.engine.cost import batch_tokens
 from geep.folder import HubOptions
 from geep.modeling import GeepForSequenceClassification
+from geep.modeling.custom_code import refused_custom_code
+from geep.modeling.devices import usable_device
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +187,7 @@ def load_model(
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If the weights are damaged or do not cover the model.
+        ValueError: If the weights are damaged or do not cover the model, or the tokenizer needs code of its own.
     """
     name, options = str(path), {} if hub is None else hub.keywords()
     try:
@@ -222,7 +224,8 @@ def load_model(
             f"The weights of {path} hold {len(info['unexpected_keys'])} tensors that the model has no place for, such "
             f"as {min(info['unexpected_keys'])!r}; config.json belongs to another model. Copy or train the model again."
         )
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    with refused_custom_code(name):
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def _other_shapes(path: str, model: GeepForSequenceClassification, found: Iterable[tuple[str, Any, Any]]) -> str:
@@ -284,10 +287,7 @@ def _device(asked: str | None) -> torch.device:
         found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logger.info("Running on %s.", found)
         return found
-    device = torch.device(asked)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={asked!r} was asked for, but torch finds no CUDA device; use device='cpu'.")
-    return device
+    return usable_device(asked)
 
 
 def _dtype(asked: str | None, backend: str, device: torch.device) -> str:

@@ -38,8 +38,13 @@ def check_tokenizer(encoder: PreTrainedModel, tokenizer: Any, *, pairs: bool | N
         pairs: Whether pairs of texts are to be read; None: not known, and not checked.
 
     Raises:
-        ValueError: If a token, the padding or, of pairs, a segment has no row.
+        ValueError: If there is no pad token; or a token, the padding or, of pairs, a segment has no row.
     """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "The tokenizer has no pad token, expected one that fills texts of a batch up to one length; use the "
+            "tokenizer that the encoder was trained with, or set its pad_token."
+        )
     config = encoder.config
     rows = len(cast(nn.Embedding, encoder.get_input_embeddings()).weight)
     single, pair = (_read(tokenizer, *texts) for texts in (("",), ("", "")))

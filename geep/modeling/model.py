@@ -23,6 +23,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
+from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.families import ProblemType, family_of, layer_calls
 from geep.modeling.heads import HEADS, PooledHead
 
@@ -195,8 +196,9 @@ class GeepForSequenceClassification(PreTrainedModel):
             local_files_only: Whether to use what was fetched before and ask no network.
 
         Raises:
-            ValueError: If the checkpoint lacks weights of the encoder; or neither `num_labels` nor `label_names` is
-                given, or they disagree, or there are fewer than two labels to choose from.
+            ValueError: If the checkpoint lacks weights of the encoder, or needs code of its own; or neither
+                `num_labels` nor `label_names` is given, or they disagree, or there are fewer than two labels to choose
+                from.
         """
         if label_names is None and num_labels is None:
             raise ValueError("from_encoder needs num_labels= or label_names= for the new classifiers, got neither.")
@@ -210,7 +212,8 @@ class GeepForSequenceClassification(PreTrainedModel):
             hub = {name: value for name, value in hub.items() if value is not None}
             hub["local_files_only"] = local_files_only
             hub["trust_remote_code"] = False  # nothing of a checkpoint is run
-            family = family_of(AutoConfig.from_pretrained(encoder, **hub))
+            with refused_custom_code(encoder):
+                family = family_of(AutoConfig.from_pretrained(encoder, **hub))
             pretrained, info = AutoModel.from_pretrained(
                 encoder,
                 dtype=torch.float32,

@@ -11,8 +11,11 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geep.data.parquet import carried
+from geep.data.parquet import ArrowFields, carried
 from geep.data.rows import BadRow, Row
+
+# Characters of a chunk from which on it is closed before it has all its rows: a bound on memory for long rows.
+_MAX_CONTENT = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,55 @@ class Chunk:
 
 
 def in_chunks(rows: Iterable[Row | BadRow], chunk_rows: int) -> Iterator[Chunk]:
-    """Divide rows; every chunk has `chunk_rows` rows but the last, and but the one that ends in a failure."""
+    """Divide rows; every chunk has `chunk_rows` rows but the last, and but the one that ends in a failure.
+
+    Of long rows there are fewer: about 64 Mi characters close a chunk. Where one ends depends on the rows alone.
+    """
     held: list[Row | BadRow] = []
+    content = 0
     failure = None
     try:
-        for row in rows:
-            if len(held) == chunk_rows:
+        for row, length in _measured(rows):
+            if len(held) == chunk_rows or content >= _MAX_CONTENT:
                 yield Chunk(held)
-                held = []
+                held, content = [], 0
             held.append(row)
+            content += length
     except (ValueError, OSError) as err:
         failure = err
     if failure is None:
         if held:
             yield Chunk(held, is_last=True)
         return
-    if len(held) == chunk_rows:
+    if len(held) == chunk_rows or content >= _MAX_CONTENT:
         yield Chunk(held)
         held = []
     yield Chunk(held, failure=failure)
+
+
+def _measured(rows: Iterable[Row | BadRow]) -> Iterator[tuple[Row | BadRow, int]]:
+    """Rows with the characters of their values, roughly; of Parquet with the bytes that Arrow holds for each."""
+    part, share = None, 0
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row, len(row.reason)
+        elif isinstance(row.fields, ArrowFields):
+            if row.fields.part is not part:
+                part = row.fields.part
+                share = part.batch.nbytes // part.batch.num_rows
+            yield row, share
+        else:
+            yield row, sum(map(_length, row.fields.values()))
+
+
+def _length(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return 8 + sum(map(_length, value))
+    if isinstance(value, dict):
+        return 8 + sum(len(name) + _length(item) for name, item in value.items())
+    return 8
 
 
 def chained(digest: str, chunk: Chunk) -> str:

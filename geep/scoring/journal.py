@@ -11,9 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from geep.data.rows import BadRow
+from geep.data.rows import BadRow, shown
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class ResultFiles:
     def all(self) -> tuple[Path, ...]:
         """Every file that a run may write."""
         return (self.target, self.partial, self.whole, self.journal, self.errors, self.errors_partial, self.lock)
+
+    def has_part(self) -> bool:
+        """Whether a run that did not end has left anything of a result, or a result without its name."""
+        parts = (self.partial, self.whole, self.errors_partial)
+        return any(path.exists() and path.stat().st_size for path in parts)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -109,6 +114,7 @@ class Journal:
         truncated: Rows whose text was longer than the model reads.
         seconds: Time spent.
         bad_rows: The first rows left out.
+        longest_bad: Lines of the source that the longest of the rows left out takes in.
         exit_layers: Rows by exit layer.
         finished: Size and time of the complete file that only has to be given its name; None before.
     """
@@ -122,23 +128,30 @@ class Journal:
     truncated: int = 0
     seconds: float = 0.0
     bad_rows: list[BadRow] = field(default_factory=list)
+    longest_bad: int = 0
     exit_layers: dict[int, int] = field(default_factory=dict)
     finished: list[int] | None = None
 
     @classmethod
-    def read(cls, files: ResultFiles, made_from: Mapping[str, object]) -> Journal | None:
-        """The journal of a part that can be continued, or None where there is no such part."""
+    def read(cls, files: ResultFiles, made_from: Mapping[str, object]) -> Journal | str | None:
+        """The journal of a part that can be continued, why a part cannot be, or None where there is none."""
+        found = cls._read(files, made_from)
+        return None if isinstance(found, str) and not files.has_part() else found
+
+    @classmethod
+    def _read(cls, files: ResultFiles, made_from: Mapping[str, object]) -> Journal | str:
         try:
             stored = json.loads(files.journal.read_text("utf-8"))
-            if stored.pop("made_from") != json.loads(json.dumps(made_from)):
-                return None
+            differing = _differences(stored.pop("made_from"), json.loads(json.dumps(made_from)))
+            if differing:
+                return f"is of a run with other settings ({differing})"
             stored["bad_rows"] = [BadRow(**row) for row in stored["bad_rows"]]
             stored["exit_layers"] = {int(layer): count for layer, count in stored["exit_layers"].items()}
             journal = cls(**stored)
             is_whole = journal._is_whole(files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # no journal, or none that can be trusted: start over
-        return journal if is_whole else None
+            return f"has no journal {files.journal.name} that can be read"
+        return journal if is_whole else f"is shorter than its journal {files.journal.name} says"
 
     def _is_whole(self, files: ResultFiles) -> bool:
         # A kill may have come between the steps that give the files their names.
@@ -177,6 +190,25 @@ class Journal:
             os.replace(files.whole, files.target)
         files.partial.unlink(missing_ok=True)
         files.journal.unlink(missing_ok=True)
+
+
+_NOT_SAID = {"columns", "version"}  # a digest and a number that say nothing to people
+
+
+def _differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """What two runs were made from where it differs, in words; empty where it does not."""
+    said = []
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name), here.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            said.append(_differences(old, new))
+        elif name in _NOT_SAID:
+            said.append({"columns": "other columns", "version": "another version of geep"}[name])
+        else:
+            said.append(f"{name}: {shown(old)} there, {shown(new)} now")
+    return "; ".join(said)
 
 
 def stamp(path: Path) -> list[int] | None:

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+# Rows left out of standard output that are said one by one.
+_MAX_WARNINGS = 100
+
 _PIPE = "run again from the beginning: what came through a pipe cannot be continued"
 
 
@@ -137,6 +140,7 @@ class OutputResult:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+        self._num_bad = 0
 
     def __enter__(self) -> OutputResult:
         return self
@@ -146,8 +150,9 @@ class OutputResult:
 
     def write(self, rows: Sequence[Row], answers: Answers, bad: Sequence[BadRow]) -> None:
         """Write a chunk."""
-        for row in bad:
+        for row in bad[: max(0, _MAX_WARNINGS - self._num_bad)]:
             logger.warning("Line %d is left out: %s", row.line, row.reason)
+        self._num_bad += len(bad)
         sys.stdout.buffer.write(self._sink.chunk(rows, answers, is_first=False))
         sys.stdout.buffer.flush()
 
@@ -155,7 +160,9 @@ class OutputResult:
         """Do nothing: no later run goes on."""
 
     def finish(self) -> None:
-        """Do nothing: all is written."""
+        """Say how many rows are left out, where not each was said; all is written."""
+        if self._num_bad > _MAX_WARNINGS:
+            logger.warning("%d rows are left out in all; the first %d were said.", self._num_bad, _MAX_WARNINGS)
 
     def stop(self, failure: ValueError | OSError, num_rows: int) -> NoReturn:
         """Raise, as the source cannot be read beyond this many rows."""

@@ -40,7 +40,7 @@ RESULT_FORMATS = (*(kind + packed for kind in (".jsonl", ".csv", ".tsv") for pac
 """Endings of the names of results."""
 
 # What no field can hold that is not quoted.
-_TSV_ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
+_TSV_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 class Sink(Protocol):

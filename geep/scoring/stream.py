@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geep.data.compression import is_stream, open_bytes
-from geep.data.formats import RowStream, file_format, open_rows
+from geep.data.formats import RowStream, file_format, open_rows, read_rows
 from geep.data.parquet import open_parquet
 from geep.data.rows import BadRow, Row
 from geep.progress import Progress, no_progress
@@ -54,6 +54,8 @@ class ScoreReport:
         truncated: Rows whose text was longer than the model reads.
         seconds: Time spent, earlier runs of the same result included.
         errors_file: File that lists the rows left out; None where none were, or where the result is standard output.
+        longest_bad: Lines of the source that the longest row left out takes in; 0 where none was left out. Quotes that
+            are mere characters make such of many rows.
     """
 
     rows: int
@@ -63,6 +65,7 @@ class ScoreReport:
     truncated: int
     seconds: float
     errors_file: str | None = None
+    longest_bad: int = 0
 
 
 def score_file(
@@ -96,8 +99,9 @@ def score_file(
     ``target`` appears only when it is complete. Until then the rows are in ``<target>.partial``, beside a journal of
     what is whole, ``<target>.partial.json``. The same call goes on from there, and its result is the same, byte for
     byte, as that of a run never stopped. The source is known again by the rows that are done: it may have been mended
-    or lengthened behind them; where they have changed, the run says so and starts over. JSON lines declare no columns,
-    so that writing them as CSV or Parquet reads the source once more, first.
+    or lengthened behind them. Where they have changed, or the settings have, nothing is thrown away: the run is refused
+    with what differs, unless `overwrite` is given. JSON lines declare no columns, so that writing them as CSV or
+    Parquet reads the source once more, first.
 
     A pipe (``-`` for standard input, or a FIFO) is read once: nothing is continued, and for CSV and Parquet the columns
     are those of the first chunk; a later row that does not fit them is a bad one.
@@ -111,15 +115,18 @@ def score_file(
         text_column: Column of the text.
         text_pair_column: Column of the second text; absent means single texts. Where `engine.text_pairs` says which of
             the two the model has learned, rows of the other kind are bad ones.
-        chunk_rows: Rows read, predicted and written at a time; the bound on memory.
+        chunk_rows: Rows read, predicted and written at a time, fewer where they are long: about 64 Mi characters at
+            most. It bounds memory; each chunk waits for the disk once.
         scores: Whether to write the score of every label: an object in JSON lines, JSON text in CSV, a struct in
             Parquet. ``labels`` is a list, in CSV JSON text.
         top_k: With `scores`, how many labels of a row to write, most likely first; Parquet has fields for all labels,
             of which the others are null. None: all, in the model's order.
         threshold: Probability from which a label of a multi-label model holds; None: the engine's default.
         quoting: Whether fields of CSV and TSV are quoted, see `geep.data.read_rows`; a TSV result is quoted where it is
-            True. Where it is not, tabs and line breaks within a value are written as ``\t``, ``\n`` and ``\r``.
-        overwrite: Whether to replace a target that exists.
+            True. Where it is not, tabs and line breaks within a value are written as ``\t``, ``\n`` and ``\r``,
+            and a backslash as two.
+        overwrite: Whether to replace a target that exists, the list of rows left out of an earlier one, and a part
+            that cannot be continued.
         progress: Told after each chunk how many rows of the source are done, good and bad, those of earlier runs too.
             How many there are in all is None for compressed lines, for line files above 256 MiB and for pipes; for
             others it is exact, but that line breaks inside of CSV fields and blank lines count as rows until the
@@ -129,7 +136,7 @@ def score_file(
         What became of the file.
 
     Raises:
-        FileExistsError: If the target exists and `overwrite` is not given.
+        FileExistsError: If the target exists, or such a list or part, and `overwrite` is not given.
         FileNotFoundError: If the source, or the folder of the target, does not exist.
         BlockingIOError: If another run is writing the same target.
         ValueError: If a format is unknown, source and target are one file, the text column is missing, a number
@@ -138,13 +145,16 @@ def score_file(
             then is scored and stays, to be continued.
         OSError: If the source or the disk refuses; the message says what is whole and how to go on.
     """
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}.")
+    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be a whole number, at least 1; got {chunk_rows!r}.")
     if top_k is not None and not scores:
         raise ValueError(f"top_k={top_k} says how many labels `scores` holds, which is not asked for; add scores=True.")
     source, is_output = Path(source), str(target) == "-"
+    # The source is looked at first: its folder, which may be the result's too, is the one that was mistyped.
+    read_rows(source, text_column=text_column, text_pair_column=text_pair_column)
+    place = Path("-") if is_output else _file_to_write(Path(target))
     target_format = ".jsonl" if is_output else _result_format(Path(target))
-    files = None if is_output else ResultFiles.of(_file_to_write(Path(target)), target_format)
+    files = None if is_output else ResultFiles.of(place, target_format)
     if files is not None and source.exists():
         for file in files.all():
             if file.exists() and file.samefile(source):
@@ -170,6 +180,7 @@ def score_file(
         "top_k": top_k,
         "threshold": threshold,
         "quoting": quoting,
+        "from_pipe": is_stream(source),
         "answered_by": dict(engine.answered_by),
     }
     with files.held():
@@ -189,7 +200,8 @@ def _file_to_write(target: Path) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to; make it.")
     if target.exists() and not target.is_file():
-        raise ValueError(f"{target} is a {'folder' if target.is_dir() else 'device or a pipe'}; write to a file.")
+        found = "folder" if target.is_dir() else "device or a pipe"
+        raise ValueError(f"{target} is a {found}; write to a file, or to - for standard output.")
     return target
 
 
@@ -239,7 +251,9 @@ class _Run:
         self, files: ResultFiles, made_from: dict[str, object], added: pa.Schema, *, overwrite: bool
     ) -> ScoreReport:
         """Score what comes through a pipe, which cannot be looked through for its columns first."""
-        _check_free(files, None, overwrite=overwrite)
+        # What came through a pipe cannot be continued, so that a part of it is in nobody's way.
+        found = Journal.read(files, made_from)
+        _check_free(files, found if isinstance(found, str) else None, overwrite=overwrite)
         logger.warning("%s is read once: a run that is stopped starts over and does not go on.", self.source)
         with self.open() as stream:
             chunks = _begun(in_chunks(self.rows_of(stream), self.chunk_rows))
@@ -258,17 +272,14 @@ class _Run:
         self, files: ResultFiles, made_from: dict[str, object], *, overwrite: bool
     ) -> tuple[Journal, Iterator[Chunk]]:
         """What an earlier run has done, and the chunks that are to do."""
-        journal = Journal.read(files, made_from)
-        _check_free(files, journal, overwrite=overwrite)
+        found = Journal.read(files, made_from)
+        _check_free(files, found, overwrite=overwrite)
         chunks = in_chunks(self.read(), self.chunk_rows)
-        if journal is not None:
-            if _skipped(chunks, journal):
-                return journal, chunks
-            _check_free(files, None, overwrite=overwrite)
-            logger.warning("%s has changed since its rows were scored into %s: start over.", self.source, files.partial)
+        if isinstance(found, Journal):
+            if _skipped(chunks, found):
+                return found, chunks
+            _check_free(files, f"holds answers to rows of {self.source} that have changed since", overwrite=overwrite)
             chunks = in_chunks(self.read(), self.chunk_rows)
-        elif files.journal.exists():
-            logger.warning("%s is of another engine, other settings or columns: start over.", files.partial)
         return Journal(), _begun(chunks)
 
     def _sink(self, columns: ResultColumns | None) -> Sink:
@@ -305,6 +316,7 @@ class _Run:
                 journal.rows_read += len(chunk.rows)
                 journal.rows += len(rows)
                 journal.num_bad += len(bad)
+                journal.longest_bad = max([journal.longest_bad, *(row.lines for row in bad)])
                 journal.bad_rows += bad[: _MAX_REPORTED - len(journal.bad_rows)]
                 for layer, count in Counter(answers.exit_layers).items():
                     journal.exit_layers[layer] = journal.exit_layers.get(layer, 0) + count
@@ -330,13 +342,29 @@ class _Run:
         return rows, answers, bad
 
 
-def _check_free(files: ResultFiles, journal: Journal | None, *, overwrite: bool) -> None:
-    """Raise if there is a result that nobody has said may be replaced."""
-    if files.target.exists() and not overwrite and (journal is None or not journal.is_published(files)):
+def _check_free(files: ResultFiles, found: Journal | str | None, *, overwrite: bool) -> None:
+    """Raise if there is anything that nobody has said may be replaced.
+
+    Args:
+        files: The files of the result.
+        found: What an earlier run has left: what is gone on from, or why that cannot be; None: nothing that counts.
+        overwrite: Whether it was said.
+    """
+    journal = found if isinstance(found, Journal) else None
+    if files.target.exists() and (journal is None or not journal.is_published(files)):
+        there = f"{files.target} exists: a finished result, of this run or of another"
+    elif isinstance(found, str):
+        there = f"{files.partial} {found}, so that it cannot be continued"
+    elif files.errors.exists() and (journal is None or journal.finished is None):
+        there = f"{files.errors} exists: the rows that another result, which was moved or removed, leaves out"
+    else:
+        return
+    if not overwrite:
         raise FileExistsError(
-            f"{files.target} exists: a finished result, of this run or of another. Give overwrite=True (--overwrite) "
-            "to write it anew, or write to a file of another name."
+            f"{there}. Give overwrite=True (--overwrite) to write it anew, or write to a file of another name."
         )
+    if isinstance(found, str):
+        logger.warning("%s: start over.", there)
 
 
 def _begun(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -379,6 +407,7 @@ def _report(journal: Journal, files: ResultFiles | None) -> ScoreReport:
         rows=journal.rows,
         bad_rows=list(journal.bad_rows),
         num_bad=journal.num_bad,
+        longest_bad=journal.longest_bad,
         exit_layer_counts=dict(sorted(journal.exit_layers.items())),
         truncated=journal.truncated,
         seconds=journal.seconds,

@@ -18,6 +18,7 @@ from geep.data.wheels import fetch_encoder
 from geep.folder.files import TRAINING_FILE, HubOptions
 from geep.folder.hub import reachable
 from geep.folder.provenance import Provenance
+from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.inputs import check_tokenizer, longest_input
 from geep.modeling.model import GeepForSequenceClassification
 from geep.progress import Progress, no_progress
@@ -109,7 +110,6 @@ def train(
     torch.manual_seed(settings.seed)
     options = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
     hub = reachable(source, options).keywords()
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     recipe = RECIPES[settings.recipe]
     model = GeepForSequenceClassification.from_encoder(
         source,
@@ -119,6 +119,8 @@ def train(
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
         **hub,
     )
+    with refused_custom_code(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     model.config.text_pairs = parts.train.text_pairs is not None
     check_tokenizer(model.encoder, tokenizer, pairs=model.config.text_pairs)
     max_length = min(settings.max_length, tokenizer.model_max_length, longest_input(model.encoder))

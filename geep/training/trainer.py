@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from geep.modeling.devices import usable_device
 from geep.modeling.model import GeepForSequenceClassification
 from geep.progress import Progress, no_progress
 from geep.training.checkpoints import Ledger, discard_checkpoints, last_checkpoint, stage_folders, state_of
@@ -199,8 +200,8 @@ def run_recipe(
     recipe = RECIPES[settings.recipe]
     if not len(rows):
         raise ValueError("No training rows; expected at least one text with a label.")
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for, but torch finds no CUDA device; use device='cpu'.")
+    if device is not None:
+        usable_device(device)
     if recipe.has_exits and not len(model.exits):
         raise ValueError(
             f"Recipe {settings.recipe!r} trains exits, but this encoder of {model.config.num_hidden_layers} layers "
