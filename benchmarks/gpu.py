@@ -249,7 +249,7 @@ def staircase(bench: Bench) -> list[dict[str, Any]]:
     """Mixed depths against full depth, from token ids to logits on the host."""
     rows = []
     plain = bench.engine.replace()
-    plain._course = replace(plain._course, backend=bench.backend(first_tokens_from=2**60))
+    plain.course = replace(plain.course, backend=bench.backend(first_tokens_from=2**60))
     for num_texts in bench.sizes.texts:
         lengths = draw_lengths(25, num_texts=num_texts, longest=min(100, bench.engine.deployment.max_length))
         batch = bench.batch(lengths)

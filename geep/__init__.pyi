@@ -1,4 +1,5 @@
 from ._version import __version__ as __version__
+from .acceleration import Acceleration as Acceleration, accelerate as accelerate
 from .backends import TokenBatch as TokenBatch
 from .calibration import (
     Calibration as Calibration,
@@ -20,6 +21,7 @@ from .data import (
     load_split as load_split,
     unseen as unseen,
 )
+from .distilling import FitSettings as FitSettings
 from .engine import (
     Certificate as Certificate,
     Engine as Engine,

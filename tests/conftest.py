@@ -261,7 +261,7 @@ def make_engine(
 def on_course(engine: Engine, **changes: Any) -> Engine:
     """Return the engine with other parts of its `Course`: another backend, other sizes of batches."""
     other = engine.replace()
-    other._course = replace(engine._course, **changes)
+    other.course = replace(engine.course, **changes)
     return other
 
 

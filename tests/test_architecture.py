@@ -32,10 +32,11 @@ FLOORS = {
     "scoring": 2,
     "engine": 3,
     "calibration": 4,
+    "distilling": 4,
     "serving": 4,
     "export": 4,
     "evaluation": 5,
-    "accelerate": 5,
+    "acceleration": 5,
     "cli": 6,
 }
 NO_ROOMS = {"utils", "helpers", "common", "config"}

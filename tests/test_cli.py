@@ -411,6 +411,16 @@ def test_labels_that_do_not_fit_the_engine_are_refused_before_anything_is_run(mo
 # Modes in which an option would change nothing, by command: one with none always counts. A new option needs a row.
 ALWAYS: tuple[str, ...] = ()
 IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
+    "accelerate": {
+        **dict.fromkeys(
+            ("--texts", "--output", "--min-agreement", "--max-drop", "--confidence", "--calibration"), ALWAYS
+        ),
+        **dict.fromkeys(("--calibration", "--exit-layers", "--head", "--max-length", "--seed"), ALWAYS),
+        **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting", "--device"), ALWAYS),
+        **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json"), ALWAYS),
+        "--label-column": ("no labelled rows",),
+        "--revision": ("classifier folder",),
+    },
     "train": {
         **dict.fromkeys(("--output", "--model", "--recipe", "--head", "--epochs", "--batch-size"), ALWAYS),
         **dict.fromkeys(("--gradient-accumulation", "--learning-rate", "--max-length", "--max-train"), ALWAYS),
@@ -479,6 +489,8 @@ def test_an_option_that_a_mode_ignores_is_refused(
 ) -> None:
     model, rows, encoder = workplace / "model", workplace / "data" / "test.jsonl", workplace / "encoder"
     named = {
+        ("accelerate", "no labelled rows"): [encoder, "--texts", rows],
+        ("accelerate", "classifier folder"): [encoder, "--texts", rows],
         ("train", "vanilla"): [workplace / "data", "-m", encoder, "--recipe", "vanilla"],
         ("train", "no-calibrate"): [workplace / "data", "-m", encoder, "--no-calibrate"],
         ("train", "large dev"): [workplace / "large", "-m", encoder],
@@ -494,7 +506,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("predict", "model folder"): [model, rows],
         ("predict", "no exits"): [workplace / "plain", "-t", "w1"],
     }
-    output = ["-o", str(tmp_path / "m")] if command == "train" else []
+    output = ["-o", str(tmp_path / "m")] if command in ("accelerate", "train") else []
     given = [option] if option in FLAGS else [option, VALUES.get(option, "1")]
     shown = run(command, *named[command, mode], *output, *given, code=2)
     assert f"{option} would change nothing with" in shown  # with --text, without a file, …
@@ -502,7 +514,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train", "calibrate"])
+@pytest.mark.parametrize("command", ["accelerate", "train", "calibrate"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -521,8 +533,12 @@ def test_a_promise_is_refused_in_the_words_and_units_of_its_options(
     command: str, options: list[str], message: str, workplace: Path, tmp_path: Path
 ) -> None:
     model = workplace / "model"
-    train = [str(workplace / "data"), "-m", str(workplace / "encoder"), "-o", str(tmp_path / "m")]
-    assert message in run(command, *(train if command == "train" else [model]), *options, code=2)
+    named: dict[str, list[Any]] = {
+        "accelerate": [workplace / "encoder", "--texts", workplace / "data" / "test.jsonl", "-o", tmp_path / "m"],
+        "train": [workplace / "data", "-m", workplace / "encoder", "-o", tmp_path / "m"],
+        "calibrate": [model],
+    }
+    assert message in run(command, *named[command], *options, code=2)
 
 
 def test_a_finished_folder_is_for_the_promise_and_the_rows_that_it_was_made_with(

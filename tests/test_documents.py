@@ -70,6 +70,7 @@ def test_commands_of_code_blocks_exist() -> None:
 def test_an_option_is_the_same_in_every_command() -> None:
     """One meaning for each: the same kind, the same words of help and the same default, wherever it is offered."""
     own = {"--output", "--text", "--criterion", "--text-column", "--text-pair-column", "--label-column", "--max-texts"}
+    own |= {"--head", "--max-length"}
     seen: dict[str, tuple[Any, ...]] = {}
     for name, command in COMMANDS.items():
         for option in options(command):
@@ -107,6 +108,8 @@ def test_defaults_of_the_command_line_are_those_of_python() -> None:
     assert default("train", "confidence") == geep.Promise(min_agreement=0.9).confidence
     for name in ("text_column", "text_pair_column", "label_column"):
         assert default("train", name) == getattr(plan, name)
+    assert default("accelerate", "head") == argument(geep.accelerate, "head")
+    assert default("accelerate", "confidence") == argument(geep.accelerate, "promise").confidence
     assert default("profile", "criterion") == argument(geep.profile, "criterion") == AGREEMENT
     assert default("calibrate", "on_miss") == argument(geep.calibrate, "on_miss")
     assert default("evaluate", "max_texts") == argument(geep.evaluate, "max_texts")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from geep.data import Dataset, Parts, Split, divide, halves
+from geep.data import Dataset, Parts, Split, distinct, divide, halves
 from geep.data.parts import ROWS_TO_CERTIFY
 from geep.promise import Promise
 
@@ -136,3 +136,12 @@ def test_a_part_of_rows_says_where_they_came_from() -> None:
     assert one.join(other).origin == "a.jsonl and b.jsonl"
     assert one.join(one).origin == "a.jsonl"
     assert one.join(Split(["x"], None, np.array([0]))).origin == "a.jsonl"
+
+
+def test_of_each_text_the_first_row_stays() -> None:
+    rows = Split(["a b", "c", "A  b", "a b ", "d"], labels=np.arange(5))
+    found = distinct(rows)
+    assert (list(found.texts), found.labels.tolist()) == (["a b", "c", "d"], [0, 1, 4])
+    pairs = distinct(Split(["a", "a", "a"], ["b", "c", "B"]))
+    assert list(pairs.inputs) == [("a", "b"), ("a", "c")]
+    assert distinct(found) is found

@@ -10,6 +10,7 @@ import pytest
 import typer
 from rich.console import Console
 
+from geep.acceleration import Acceleration, Pace
 from geep.cli import show
 from geep.data import BadRow
 from geep.scoring import ScoreReport
@@ -92,3 +93,35 @@ def test_no_path_is_broken_by_the_width_of_the_terminal(capsys: pytest.CaptureFi
     with pytest.raises(typer.Exit), show.errors(False):
         raise FileNotFoundError(f"There is no file {path}.")
     assert f"There is no file {path}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts_per_second", "refused", "shown"),
+    [
+        (300.0, None, "3.00x the texts a second. Next: geep predict a[1] FILE"),
+        (50.0, None, "On this machine that is slower (0.50x), though fewer layers run: use speed 0 here."),
+        (100.0, "no exit pays", "Not faster: no exit pays"),
+    ],
+)
+def test_a_classifier_is_said_to_be_faster_only_where_it_is(
+    texts_per_second: float, refused: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promise = {"max_accuracy_drop": None, "min_agreement": 0.99}
+    certificate = {"num_texts": 400, "risk": 0.0, "bound": 0.0092}
+    calibration = {"promise": promise, "certificate": certificate} if refused is None else {"refused": refused}
+    found = Acceleration(
+        promise="an agreement of at least 0.99",
+        speed=0.5,
+        before=Pace(4.0, 100.0, 1.0),
+        after=Pace(1.5, texts_per_second, 0.995),
+        calibration=calibration,
+        depths=(1, 2),
+        losses=(0.1, 0.2),
+        num_texts=2000,
+        copies=0,
+        num_learned=1200,
+        num_chosen=400,
+        num_certified=400,
+    )
+    show.accelerated(show.console_for(False), found, "a[1]")
+    assert shown in " ".join(capsys.readouterr().out.split())

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
@@ -256,13 +256,15 @@ class CudaBackend:
             offsets=torch.cat([going.offsets, ends]),
         )
 
-    def exit_logits(self, live: CudaTexts, layer: int, start: int, stop: int) -> Tensor:
-        """Run the classifier of a layer on a range of texts; the range is a view."""
+    def exit_logits(
+        self, live: CudaTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
+    ) -> Tensor:
+        """Run the classifier of a layer, or another head, on a range of texts; the range is a view."""
         first = int(live.lengths[:start].sum())
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
-        head: Any = self.model.head_at(layer)
-        return head.forward_packed(hidden, live.offsets[start : stop + 1] - first, int(lengths.max(initial=0)))
+        reader: Any = self.model.head_at(layer) if head is None else head
+        return reader.forward_packed(hidden, live.offsets[start : stop + 1] - first, int(lengths.max(initial=0)))
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from geep.backends import int8, onednn
@@ -126,14 +126,16 @@ class PackedBackend:
         lengths = np.concatenate([going, np.minimum(ending, 1)])
         return PackedTexts(hidden, lengths, length_runs(lengths))
 
-    def exit_logits(self, live: PackedTexts, layer: int, start: int, stop: int) -> Tensor:
-        """Run the classifier of a layer on a range of texts; the range is a view."""
+    def exit_logits(
+        self, live: PackedTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
+    ) -> Tensor:
+        """Run the classifier of a layer, or another head, on a range of texts; the range is a view."""
         first = int(live.lengths[:start].sum())
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
-        head: Any = self.model.head_at(layer)
+        reader: Any = self.model.head_at(layer) if head is None else head
         offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
-        return head.forward_packed(hidden, offsets.to(hidden.device), int(lengths.max(initial=0)))
+        return reader.forward_packed(hidden, offsets.to(hidden.device), int(lengths.max(initial=0)))
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""

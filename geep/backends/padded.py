@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from geep.backends.int8 import ActivationRanges
@@ -84,10 +84,14 @@ class PaddedBackend:
         hidden = live.layers[layer - 1](live.hidden[:num_texts])
         return PaddedTexts(hidden, batch, live.mask[:num_texts], live.layers)
 
-    def exit_logits(self, live: PaddedTexts, layer: int, start: int, stop: int) -> Tensor:
-        """Run the classifier of a layer on a range of rows; the range is a view."""
+    def exit_logits(
+        self, live: PaddedTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
+    ) -> Tensor:
+        """Run the classifier of a layer, or another head, on a range of rows; the range is a view."""
         hidden = self.model.finish(live.hidden[start:stop])
-        return self.model.head_at(layer)(hidden, live.mask[start:stop])
+        reader = self.model.head_at(layer) if head is None else head
+        found: Tensor = reader(hidden, live.mask[start:stop])
+        return found
 
     def select(self, live: PaddedTexts, rows: Integers) -> PaddedTexts:
         """Keep some rows, at the width they have: hidden states, masks and biases are gathered."""

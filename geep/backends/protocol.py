@@ -8,7 +8,7 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 Integers = NDArray[np.int64]
@@ -120,8 +120,11 @@ class Backend(Protocol[Live]):
                 them. None: all may go on.
         """
 
-    def exit_logits(self, live: Live, layer: int, start: int, stop: int) -> Tensor:
-        """Run the classifier of `layer` on texts start … stop - 1: logits (stop - start, num_labels), on the device."""
+    def exit_logits(self, live: Live, layer: int, start: int, stop: int, *, head: nn.Module | None = None) -> Tensor:
+        """Run the classifier of `layer` on texts start … stop - 1: logits (stop - start, num_labels), on the device.
+
+        `head`: read by another one of `HEADS`, or by `Features`, in its place; it is on the device.
+        """
 
     def select(self, live: Live, rows: Integers) -> Live:
         """Keep the texts at `rows`, in that order."""

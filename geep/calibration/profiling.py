@@ -188,12 +188,15 @@ def _fit_settings(held: Outcomes, criterion: str) -> ExitSettings:
     if target is None:
         full = held.full_logits.float()
         target = torch.sigmoid(full) if many else torch.softmax(full, dim=-1)
+    temperatures = {
+        depth: fit_temperature(each, target, multi_label=many)
+        for depth, each in zip(held.depths, held.logits, strict=True)
+    }
+    if held.run.labels is None and held.run.reference is None:
+        temperatures[held.depths[-1]] = 1.0  # what a fit comes near to: speed 0 gives the full model's own scores
     return ExitSettings(
         criterion=criterion,
-        temperatures={
-            depth: fit_temperature(each, target, multi_label=many)
-            for depth, each in zip(held.depths, held.logits, strict=True)
-        },
+        temperatures=temperatures,
         agreement=fit_agreement(held) if criterion == AGREEMENT else {},
     )
 

@@ -1,11 +1,11 @@
-"""The command line: train, profile, calibrate, evaluate, predict, demo.
+"""The command line: accelerate, train, profile, calibrate, evaluate, predict, demo.
 
 A thin coat over the public API: commands parse arguments, call what any Python user would call (`geep.train`,
 `geep.profile`, …) and show what comes back. What they compute is computed elsewhere. Every command takes `--json` for
 machines: one JSON document on standard output, everything else on standard error.
 
 Nothing here imports torch: `geep` looks its names up when they are first asked for, so that help is there at once.
-Read `options.py`, `make.py`, `use.py`, `demo.py`, `show.py`.
+Read `options.py`, `accelerate.py`, `make.py`, `use.py`, `demo.py`, `show.py`.
 """
 
 import sys
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from geep._version import __version__
+from geep.cli.accelerate import accelerate_command
 from geep.cli.demo import demo_command
 from geep.cli.make import calibrate_command, profile_command, train_command
 from geep.cli.use import evaluate_command, predict_command
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.command(name="demo", rich_help_panel="Start here")(demo_command)
+app.command(name="accelerate", rich_help_panel="Make a model")(accelerate_command)
 app.command(name="train", rich_help_panel="Make a model")(train_command)
 app.command(name="profile", rich_help_panel="Make a model")(profile_command)
 app.command(name="calibrate", rich_help_panel="Make a model")(calibrate_command)

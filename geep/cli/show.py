@@ -217,6 +217,43 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     )
 
 
+def accelerated(console: Console, result: geep.Acceleration, folder: object) -> None:
+    """Show a classifier before and after, and what may be said of it."""
+    if result.was_finished:
+        console.print("The folder holds this classifier with exits already; nothing was done.")
+    copies = f", and {result.copies:,} copies that were left out" if result.copies else ""
+    console.print(
+        f"{result.num_texts:,} different texts{copies}: learned from {result.num_learned:,}, chosen on "
+        f"{result.num_chosen:,}, certified on {result.num_certified:,} texts.",
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for name in ("layers", "texts/s", "agrees %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, pace in (("the classifier", result.before), (f"at speed {result.speed:g}", result.after)):
+        table.add_row(name, f"{pace.layers:.2f}", f"{pace.texts_per_second:,.1f}", f"{100 * pace.agreement:.2f}")
+    console.print(table)
+    refused = result.calibration.get("refused")
+    if refused is not None:
+        console.print(f"[yellow]Not faster:[/] {escape(str(refused))}", soft_wrap=True)
+        return
+    certificate = result.calibration["certificate"]
+    loss = "agreement" if result.calibration["promise"]["max_accuracy_drop"] is None else "accuracy"
+    console.print(
+        f"Certified: {result.promise}. Seen on {certificate['num_texts']:,} texts: {certificate['risk']:.2%} of "
+        f"{loss} lost, at most {certificate['bound']:.2%}.",
+        soft_wrap=True,
+    )
+    times = result.after.texts_per_second / result.before.texts_per_second
+    if times < 1:
+        console.print(
+            f"[yellow]On this machine that is slower ({times:.2f}x), though fewer layers run: use speed 0 here.[/]"
+        )
+    else:
+        console.print(f"[bold]{times:.2f}x the texts a second.[/] Next: geep predict {escape(str(folder))} FILE")
+
+
 def evaluated(console: Console, report: geep.EvaluationReport) -> None:
     """Show the engine beside its rivals."""
     title = f"{report.num_texts:,} texts; timed on {report.num_timed:,}, median of {report.rounds} rounds"

@@ -13,6 +13,7 @@ from .parts import (
     Halves as Halves,
     Holdout as Holdout,
     Parts as Parts,
+    distinct as distinct,
     divide as divide,
     halves as halves,
     holdout as holdout,

@@ -145,6 +145,18 @@ def unseen(rows: Split, *used: Split) -> Split:
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
+def distinct(rows: Split) -> Split:
+    """Return the first row of each text, in order; case and blanks make no other text."""
+    seen: set[int] = set()
+    kept = []
+    for number, text in enumerate(rows.inputs):
+        found = _hash(text)
+        if found not in seen:
+            seen.add(found)
+            kept.append(number)
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
 def _hash(text: Sequence[str]) -> int:
     parts = (text,) if isinstance(text, str) else text
     return hash(tuple(" ".join(part.split()).casefold() for part in parts))

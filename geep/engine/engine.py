@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from geep.backends import TokenBatch
 from geep.backends.int8 import ActivationRanges
-from geep.engine.admission import label_names_of
 from geep.engine.certificate import Certificate
 from geep.engine.cost import measure_cost
 from geep.engine.deployment import Deployment, EngineConfig, EngineOptions, load_model
@@ -33,7 +32,7 @@ from geep.engine.stored import StoredExits
 from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
 from geep.exits import AGREEMENT
 from geep.folder import HubOptions, UploadOptions, fingerprint, reachable, upload
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, family_of, label_names_of
 from geep.predictor import ExitPredictor
 from geep.progress import Progress, no_progress
 from geep.scheduler import CostModel
@@ -98,7 +97,7 @@ class Engine:
             num_segments=encoder.type_vocab_size if family_of(encoder).has_token_type_ids else 0,
         )
         self.planner = self._plan_with(predictor)
-        self._course = Course(
+        self.course = Course(
             backend=self.deployment.backend,
             depths=self.depths,
             num_labels=len(self.label_names),
@@ -422,7 +421,7 @@ class Engine:
             judged = settings.criterion == AGREEMENT and settings.on_miss == "continue"
             guess = self.planner.plan(batch, settings).lexical_logits if judged else None
             plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
-        return self._course.run(batch, plan, settings)
+        return self.course.run(batch, plan, settings)
 
     def exit_logits(self, batch: TokenBatch, *, what: str = "all exits", progress: Progress = no_progress) -> Tensor:
         """Logits of every exit and of the full model, on the backend as deployed: (num_depths, num_texts, num_labels).
@@ -434,7 +433,7 @@ class Engine:
             what: Name of the work for `progress`.
             progress: Told how many tokens are done.
         """
-        return self._course.exit_logits(batch, what=what, progress=progress)
+        return self.course.exit_logits(batch, what=what, progress=progress)
 
     def _plan_with(self, predictor: ExitPredictor | None) -> Planner:
         return Planner.of(predictor, device=self.model.device, depths=self.depths, multi_label=self.multi_label)

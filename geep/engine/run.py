@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +73,44 @@ class Course:
             what: Name of the work for `progress`.
             progress: Told how many tokens are done.
         """
-        done, total = 0, len(batch.input_ids)
         out = torch.empty(len(self.depths), len(batch), self.num_labels)
+
+        def note(live: Any, layer: int, texts: Integers) -> None:
+            logits = self.backend.exit_logits(live, layer, 0, len(texts))
+            out[self.depths.index(layer), torch.from_numpy(texts)] = logits.float().cpu()
+
+        self.visit(batch, note, self.depths, what=what, progress=progress)
+        return out
+
+    def visit(
+        self,
+        batch: TokenBatch,
+        note: Callable[[Any, int, Integers], None],
+        layers: Collection[int],
+        *,
+        what: str,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Run texts through all layers and look at them after some.
+
+        Args:
+            batch: The texts.
+            note: Told after each of `layers`, in inference mode: the live texts, the layer, and which texts they are.
+            layers: Where to look.
+            what: Name of the work for `progress`.
+            progress: Told how many tokens are done.
+        """
+        done, total = 0, len(batch.input_ids)
         full = np.full(len(batch), self.depths[-1])
         with torch.inference_mode():
             for staircase in schedule(full, batch.lengths, max_batch_tokens=self.max_batch_tokens):
                 live = self.backend.start(batch.select(staircase.indices))
-                index = torch.from_numpy(staircase.indices)
                 for layer in range(1, self.depths[-1] + 1):
                     live = self.backend.advance(live, layer, len(staircase.indices))
-                    if layer in self.depths:
-                        logits = self.backend.exit_logits(live, layer, 0, len(staircase.indices))
-                        out[self.depths.index(layer), index] = logits.float().cpu()
+                    if layer in layers:
+                        note(live, layer, staircase.indices)
                 done += int(staircase.lengths.sum())
                 progress(what, done, total)
-        return out
 
 
 class Run:

@@ -64,6 +64,11 @@ class Provenance:
             ValueError: If the model was trained on rows that came from no plan.
         """
         data = self.about.get("data")
+        if data is None and "classifier" in self.about:
+            raise ValueError(
+                f"The model was made of {self.about['classifier']} by `geep accelerate`, which keeps no texts. To make "
+                "it anew, run `geep accelerate` with another output."
+            )
         if data is None:
             raise ValueError(
                 "The model was trained without plan=, so its training.json cannot say where its rows are and which of "

@@ -1,10 +1,11 @@
 """The model: any BERT-class encoder of Hugging Face, with an exit classifier at inner layers and a teacher at the end.
 
 The room refuses to know texts, thresholds, tables and batches. Read `families.py` (encoders, taken apart into layers),
-`inputs.py` (what they can be given), `heads.py` (classifiers), `model.py`, which tells Hugging Face's auto classes
-the model's name.
+`inputs.py` (what they can be given), `heads.py` (classifiers), `labels.py`, `model.py`, which tells Hugging Face's auto
+classes the model's name, and `classifiers.py` (classifiers of others, taken over).
 """
 
+from geep.modeling.classifiers import CLASSIFIERS, classifier_config, from_classifier
 from geep.modeling.families import (
     FAMILIES,
     Family,
@@ -14,27 +15,45 @@ from geep.modeling.families import (
     family_of,
     layer_calls,
 )
-from geep.modeling.heads import HEADS, AttentionHead, ClsHead, MeanHead, first_linear, standardise_input
+from geep.modeling.heads import (
+    HEADS,
+    AttentionHead,
+    ClsHead,
+    Features,
+    MeanHead,
+    MeanMaxHead,
+    PooledHead,
+    first_linear,
+    standardise_input,
+)
 from geep.modeling.inputs import check_tokenizer, longest_input
+from geep.modeling.labels import label_names_of
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
 __all__ = [
     "AttentionHead",
+    "CLASSIFIERS",
     "ClsHead",
     "ExitOutput",
     "FAMILIES",
     "Family",
+    "Features",
     "GeepConfig",
     "GeepForSequenceClassification",
     "HEADS",
     "LayerCall",
     "LayerCalls",
     "MeanHead",
+    "MeanMaxHead",
+    "PooledHead",
     "ProblemType",
     "check_tokenizer",
+    "classifier_config",
     "family_of",
     "first_linear",
+    "from_classifier",
     "label_loss",
+    "label_names_of",
     "layer_calls",
     "longest_input",
     "standardise_input",

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 
 class HeadConfig(Protocol):
@@ -30,22 +31,48 @@ def first_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
 
-class ClsHead(nn.Module):
-    """First token -> linear + tanh -> linear: Hugging Face's pooler and classifier; exit k is then a plain model."""
+class PooledHead(nn.Module):
+    """A head that makes one row of features of a text's tokens, and logits of these alone.
+
+    What is learned is behind the features, so on an encoder that does not move they are computed once.
+    """
 
     # Whether nothing but a text's first token is read: its last layer then needs no other row.
-    reads_first_token_only: ClassVar[bool] = True
+    reads_first_token_only: ClassVar[bool] = False
+    # Features of a text, in widths of the encoder's hidden states.
+    widths: ClassVar[int] = 1
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: HeadConfig, *, activation: str = "tanh", norm_eps: float | None = None) -> None:
+        """Make a head with fresh weights.
+
+        Args:
+            config: Widths and labels.
+            activation: Hugging Face's name of what stands between the two linear layers.
+            norm_eps: Epsilon of a norm behind it, as ModernBERT's classifier has. None: no norm.
+        """
         super().__init__()
         hidden = config.hidden_size
-        self.dense = nn.Linear(hidden, hidden)
+        self.dense = nn.Linear(self.widths * hidden, hidden)
+        self.activation = ACT2FN[activation]
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(hidden, config.num_labels or 0)
 
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Features (batch, widths * hidden) of padded hidden states; arguments as `forward`."""
+        raise NotImplementedError
+
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Features (num_texts, widths * hidden) of packed texts; arguments as `forward_packed`."""
+        raise NotImplementedError
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (num_texts, num_labels) of features."""
+        return self.out(self.dropout(self.norm(self.activation(self.dense(features)))))
+
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
-        return self._classify(first_token(hidden, attention_mask))
+        return self.classify(self.pool(hidden, attention_mask))
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
@@ -55,33 +82,81 @@ class ClsHead(nn.Module):
             offsets: Where each text begins, and the end of the last: from 0 to num_tokens, (num_texts + 1,).
             longest: Tokens of the longest text.
         """
+        return self.classify(self.pool_packed(hidden, offsets, longest))
+
+
+class ClsHead(PooledHead):
+    """First token -> linear + tanh -> linear: Hugging Face's pooler and classifier; exit k is then a plain model."""
+
+    reads_first_token_only: ClassVar[bool] = True
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """The first token's hidden state."""
+        return first_token(hidden, attention_mask)
+
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """The first token's hidden state."""
         if not hidden.shape[0]:
-            return self._classify(hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1]))
+            return hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1])
         first = hidden.index_select(0, offsets[:-1].clamp(max=hidden.shape[0] - 1))
         # A text without tokens has no first one; it must not borrow its neighbour's.
-        return self._classify(torch.where((offsets.diff() > 0)[:, None], first, 0.0))
-
-    def _classify(self, pooled: Tensor) -> Tensor:
-        return self.out(self.dropout(torch.tanh(self.dense(pooled))))
+        return torch.where((offsets.diff() > 0)[:, None], first, 0.0)
 
 
-class MeanHead(ClsHead):
+class MeanHead(PooledHead):
     """Masked mean of the tokens -> the same two linears; for sentence encoders, whose inner [CLS] carries little."""
 
-    reads_first_token_only: ClassVar[bool] = False
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean of the tokens; zero where there is none."""
         mask = attention_mask.to(hidden.dtype)
         total = torch.einsum("bth,bt->bh", hidden, mask)
         # Counted as integers: in bfloat16 a sum of ones stops at 256.
         counts = attention_mask.sum(1, keepdim=True).clamp(min=1)
-        return self._classify(total / counts.to(hidden.dtype))
+        return total / counts.to(hidden.dtype)
+
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Mean of the tokens; zero where there is none."""
+        tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
+        return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
+
+
+class MeanMaxHead(MeanHead):
+    """Mean and maximum of the tokens -> linear + tanh -> linear: a word that stands out is not averaged away."""
+
+    widths: ClassVar[int] = 2
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean and maximum of the tokens, side by side; zero where there is none."""
+        mask = attention_mask.bool()[..., None]
+        lowest = torch.finfo(hidden.dtype).min
+        most = torch.where(mask, hidden, lowest).amax(1)
+        return torch.cat([super().pool(hidden, attention_mask), torch.where(mask.any(1), most, 0.0)], dim=1)
+
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Mean and maximum of the tokens, side by side; zero where there is none."""
+        lengths = offsets.diff()
+        text = torch.arange(len(lengths), device=hidden.device)
+        text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
+        most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
+        most = most.scatter_reduce(0, text, hidden, "amax")
+        most = torch.where((lengths > 0)[:, None], most, 0.0)
+        return torch.cat([super().pool_packed(hidden, offsets, longest), most], dim=1)
+
+
+class Features(nn.Module):
+    """The features of a head in the place of its logits: what a backend reads where a head is to be fitted later."""
+
+    def __init__(self, head: PooledHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `PooledHead.pool`."""
+        return self.head.pool(hidden, attention_mask)
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
-        """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""
-        tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
-        return self._classify(F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean"))
+        """As `PooledHead.pool_packed`."""
+        return self.head.pool_packed(hidden, offsets, longest)
 
 
 class AttentionHead(nn.Module):
@@ -119,7 +194,7 @@ class AttentionHead(nn.Module):
         return self.out(self.dropout(torch.tanh(self.dense(answer))))
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
-        """Map packed texts to logits; arguments as `ClsHead.forward_packed`."""
+        """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
         # Where no text has a token there is one column all the same: attention over none is undefined.
         column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
         mask = column < offsets.diff()[:, None]
@@ -154,4 +229,9 @@ def first_linear(head: nn.Module) -> nn.Linear:
     return next(module for module in head.modules() if isinstance(module, nn.Linear))
 
 
-HEADS: dict[str, type[nn.Module]] = {"attention": AttentionHead, "cls": ClsHead, "mean": MeanHead}
+HEADS: dict[str, type[nn.Module]] = {
+    "attention": AttentionHead,
+    "cls": ClsHead,
+    "mean": MeanHead,
+    "mean+max": MeanMaxHead,
+}

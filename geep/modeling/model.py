@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
 from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.families import ProblemType, family_of, layer_calls
-from geep.modeling.heads import HEADS
+from geep.modeling.heads import HEADS, PooledHead
 
 
 @strict
@@ -35,7 +36,10 @@ class GeepConfig(PreTrainedConfig):
         encoder_config: The encoder's Hugging Face config.
         exit_layers: Layers after which an exit classifier sits, ascending, each in 1 … num_hidden_layers - 1.
             None: 1 … num_hidden_layers - 2 (method of the paper; the last but one saves too little).
-        exit_head: Row of `HEADS`, used by exits and teacher alike.
+        exit_head: Row of `HEADS`, used by the exits.
+        teacher_head: Row of `HEADS`, used by the teacher. None: that of the exits.
+        teacher_activation: Hugging Face's name of what stands between the teacher's two linear layers; exits have tanh.
+        teacher_norm_eps: Epsilon of a norm behind it. None: no norm.
         exit_hidden_size: Width of the `attention` head (FastBERT's 128).
         classifier_dropout: Dropout inside the heads while training.
         initializer_range: Standard deviation of the heads' initial weights.
@@ -49,6 +53,9 @@ class GeepConfig(PreTrainedConfig):
     encoder_config: dict[str, Any] | PreTrainedConfig | None = None
     exit_layers: list[int] | tuple[int, ...] | None = None
     exit_head: str = "mean"
+    teacher_head: str | None = None
+    teacher_activation: str = "tanh"
+    teacher_norm_eps: float | None = None
     exit_hidden_size: int = 128
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
@@ -70,8 +77,18 @@ class GeepConfig(PreTrainedConfig):
                 f"exit_layers must ascend within 1..{num_layers - 1} (the teacher sits at {num_layers}), got {layers}."
             )
         self.exit_layers = layers
-        if self.exit_head not in HEADS:
-            raise ValueError(f"Unknown exit_head {self.exit_head!r}; known: {sorted(HEADS)}.")
+        for name in ("exit_head", "teacher_head"):
+            kind = getattr(self, name)
+            if kind not in HEADS and not (kind is None and name == "teacher_head"):
+                raise ValueError(f"Unknown {name} {kind!r}; known: {sorted(HEADS)}.")
+        if self.teacher_activation not in ACT2FN:
+            raise ValueError(f"Unknown teacher_activation {self.teacher_activation!r}; known: {sorted(ACT2FN)}.")
+        is_usual = (self.teacher_activation, self.teacher_norm_eps) == ("tanh", None)
+        if not is_usual and not issubclass(HEADS[self.teacher_head or self.exit_head], PooledHead):
+            raise ValueError(
+                f"teacher_activation={self.teacher_activation!r} and teacher_norm_eps={self.teacher_norm_eps} are for "
+                f"heads that pool, found teacher_head {self.teacher_head or self.exit_head!r}; leave them out."
+            )
         if self.text_pairs not in (None, True, False):
             raise ValueError(f"text_pairs is {self.text_pairs!r}, expected true, false or null.")
         _check_labels(self.id2label, kwargs.get("num_labels"))
@@ -146,7 +163,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         self.encoder = AutoModel.from_config(config.encoder_config, **(family.init_kwargs or {}))
         head = HEADS[config.exit_head]
         self.exits = nn.ModuleList(head(config) for _ in config.exit_layers)  # type: ignore[union-attr]
-        self.teacher = head(config)
+        self.teacher = _teacher(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -356,6 +373,13 @@ class GeepForSequenceClassification(PreTrainedModel):
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids if has_types else None,
         }
+
+
+def _teacher(config: GeepConfig) -> nn.Module:
+    kind = HEADS[config.teacher_head or config.exit_head]
+    if issubclass(kind, PooledHead):
+        return kind(config, activation=config.teacher_activation, norm_eps=config.teacher_norm_eps)
+    return kind(config)
 
 
 def _such_as(names: Iterable[str]) -> str:

@@ -25,7 +25,8 @@ def standardise_heads(
     ones it would undo what they learned.
     """
     heads = [*model.exits, model.teacher]
-    sums = {first_linear(head): torch.zeros(2, model.config.hidden_size, dtype=torch.float64) for head in heads}
+    inputs = map(first_linear, heads)
+    sums = {linear: torch.zeros(2, linear.in_features, dtype=torch.float64) for linear in inputs}
     counts = dict.fromkeys(sums, 0)
     mask = torch.ones(0)
 

@@ -1,0 +1,2 @@
+from .accelerating import accelerate as accelerate
+from .record import Acceleration as Acceleration, Pace as Pace

@@ -1,0 +1,204 @@
+"""Exits taught by the full model: features are what heads read, heads come near to it, and it does not move."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FRESH, HELDOUT, TRAIN, make_model, make_tokenizer, random_texts, unlabelled
+from torch.nn import functional as F
+
+from geep.data import Split
+from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
+from geep.engine import Engine, EngineConfig
+from geep.modeling import HEADS, GeepForSequenceClassification, PooledHead
+
+POOLED = sorted(kind for kind, head in HEADS.items() if issubclass(head, PooledHead))
+
+
+def make_engine(**config: Any) -> Engine:
+    return Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu", **config))
+
+
+@pytest.fixture(scope="module")
+def caches(trained: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureCache, FeatureCache]:
+    folder = tmp_path_factory.mktemp("features")
+    parts = {"seen": unlabelled(TRAIN), "heldout": unlabelled(HELDOUT)}
+    one, other = (FeatureCache.of(trained, part, folder / name) for name, part in parts.items())
+    return one, other
+
+
+@pytest.fixture(scope="module")
+def fitted(trained: Engine, caches: tuple[FeatureCache, FeatureCache]) -> FittedHeads:
+    return fit_heads(*caches, trained.model.config, settings=FitSettings(batch_size=64, epochs=6))
+
+
+def test_features_are_what_heads_read(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
+    cache = caches[1]
+    assert (len(cache), cache.depths) == (len(HELDOUT), trained.depths[:-1])
+    rows = [0, 7, 123]
+    for row in rows:
+        inputs = trained.tokenizer(HELDOUT.texts[row], return_tensors="pt")
+        with torch.no_grad():
+            states = trained.model(**inputs, output_hidden_states=True).hidden_states
+            full = trained.model(**inputs).logits[0]
+        for column, depth in enumerate(cache.depths):
+            tokens = states[depth][0]
+            expected = torch.cat([tokens.mean(0), tokens.amax(0)])
+            assert np.allclose(cache.features[row, column], expected, atol=5e-3)
+        assert np.allclose(cache.logits[row], full, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", POOLED)
+@pytest.mark.parametrize("backend", ["packed", "padded"])
+def test_features_are_the_same_on_every_backend(kind: str, backend: str, tmp_path: Path) -> None:
+    texts = Split([*random_texts(20, seed=2), "", "w1"])
+    found = FeatureCache.of(make_engine(backend=backend), texts, tmp_path / "one", kind=kind)
+    again = FeatureCache.of(make_engine(), texts, tmp_path / "other", kind=kind)
+    assert np.allclose(found.features, again.features, atol=2e-3)
+    assert found.features.shape[2] == HEADS[kind].widths * 32  # type: ignore[attr-defined]
+
+
+def test_a_killed_pass_over_texts_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geep.distilling.features._TEXTS_AT_A_TIME", 8)
+    texts, engine = Split(random_texts(30, seed=3)), make_engine()
+    whole = FeatureCache.of(engine, texts, tmp_path / "whole")
+    told: list[int] = []
+
+    def stop(what: str, done: int, total: int | None) -> None:
+        told.append(done)
+        if done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.of(engine, texts, tmp_path / "cut", progress=stop)
+    again = FeatureCache.of(engine, texts, tmp_path / "cut", progress=stop)
+    assert told == [8, 16, 24, 30]
+    assert again.features.tobytes() == whole.features.tobytes()
+    assert again.logits.tobytes() == whole.logits.tobytes()
+    told.clear()
+    FeatureCache.of(engine, texts, tmp_path / "cut", progress=stop)
+    assert told == []  # all there
+    # Of other texts, for another head or of another model: anew.
+    FeatureCache.of(engine, Split(random_texts(30, seed=4)), tmp_path / "whole", progress=lambda *_: told.append(1))
+    FeatureCache.of(engine, texts, tmp_path / "whole", kind="mean", progress=lambda *_: told.append(2))
+    assert told == [1] * 4 + [2] * 4
+
+
+def test_a_journal_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    texts, engine = Split(random_texts(5)), make_engine()
+    whole = FeatureCache.of(engine, texts, tmp_path)
+    before = whole.features.tobytes()
+    (tmp_path / "features.json").write_text("{", encoding="utf-8")
+    assert FeatureCache.of(engine, texts, tmp_path).features.tobytes() == before
+    assert json.loads((tmp_path / "features.json").read_text("utf-8"))["rows"] == 5
+
+
+def test_fitted_exits_answer_as_the_full_model_which_does_not_move(
+    trained: Engine, fitted: FittedHeads, caches: tuple[FeatureCache, FeatureCache]
+) -> None:
+    batch = trained.tokenize(FRESH.texts).batch
+    before = trained.exit_logits(batch)
+    after = Engine(with_exits(trained.model, fitted), trained.tokenizer, config=trained.config).exit_logits(batch)
+    assert torch.equal(after[-1], before[-1])  # bit for bit
+    agreement = [float((each.argmax(-1) == before[-1].argmax(-1)).float().mean()) for each in after[:-1]]
+    assert min(agreement) > 0.95
+    assert fitted.epochs <= 6
+
+
+def test_a_head_of_its_own_answers_as_it_was_fitted(fitted: FittedHeads, caches: tuple[FeatureCache, Any]) -> None:
+    """The standardised features that it learned from are folded into its weights."""
+    held = caches[1]
+    features = torch.from_numpy(held.features.astype(np.float32)).transpose(0, 1)
+    target = torch.from_numpy(np.array(held.logits)).softmax(-1)
+    for head, each, expected in zip(fitted.heads, features, fitted.losses, strict=True):
+        with torch.no_grad():
+            found = head.eval().classify(each)
+        assert float(F.cross_entropy(found, target)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_fitted_exits_are_kept_with_their_model(trained: Engine, fitted: FittedHeads, tmp_path: Path) -> None:
+    model = with_exits(trained.model, fitted)
+    assert (model.config.exit_head, model.config.teacher_head) == ("mean+max", "mean")
+    assert model.encoder is trained.model.encoder
+    model.save_pretrained(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    again = Engine.from_pretrained(tmp_path, device="cpu", max_batch_tokens=500)
+    batch = trained.tokenize(FRESH.texts[:50]).batch
+    expected = Engine(model, trained.tokenizer, config=trained.config).exit_logits(batch)
+    assert torch.equal(again.exit_logits(batch), expected)
+    twice = with_exits(model, fitted)
+    assert twice.config.teacher_head == "mean"
+
+
+@pytest.mark.parametrize("layers", [None, [1], [2, 3]])
+def test_a_model_without_exits_gets_some(layers: list[int] | None, tmp_path: Path) -> None:
+    model = make_model(exit_layers=[])
+    engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
+    texts = Split(random_texts(40))
+    cache = FeatureCache.of(engine, texts, tmp_path, exit_layers=layers)
+    made = with_exits(model, fit_heads(cache, cache, model.config, settings=FitSettings(epochs=1, batch_size=8)))
+    assert made.config.depths == (*(layers or [1, 2]), 4)
+    batch = engine.tokenize(texts.texts).batch
+    after = Engine(made, make_tokenizer(), config=EngineConfig(device="cpu")).exit_logits(batch)
+    assert torch.equal(after[-1], engine.exit_logits(batch)[-1])
+
+
+def test_of_two_layers_the_first_gets_an_exit(tmp_path: Path) -> None:
+    engine = Engine(
+        make_model(exit_layers=[], num_hidden_layers=2), make_tokenizer(), config=EngineConfig(device="cpu")
+    )
+    assert FeatureCache.of(engine, Split(random_texts(4)), tmp_path).depths == (1,)
+
+
+def test_the_same_features_give_the_same_heads(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
+    settings = FitSettings(batch_size=256, epochs=1)
+    one, other = (fit_heads(*caches, trained.model.config, settings=settings) for _ in range(2))
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(one.heads, other.heads, strict=True)
+        for a, b in zip(x.parameters(), y.parameters(), strict=True)
+    )
+    assert fit_heads(*caches, trained.model.config, settings=replace(settings, seed=1)).losses != one.losses
+
+
+def test_several_labels_are_taught_each_by_itself(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
+    found = fit_heads(*caches, trained.model.config, settings=FitSettings(batch_size=64, epochs=3), multi_label=True)
+    logits = torch.from_numpy(np.array(caches[1].logits))
+    least = float(F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none").sum(-1).mean())
+    guess = logits.sigmoid().mean(0).logit().expand_as(logits)
+    most = float(F.binary_cross_entropy_with_logits(guess, logits.sigmoid(), reduction="none").sum(-1).mean())
+    assert all(least <= loss < most for loss in found.losses)
+
+
+def test_what_cannot_be_fitted_is_refused(caches: tuple[FeatureCache, FeatureCache], tmp_path: Path) -> None:
+    texts = Split(random_texts(4))
+    with pytest.raises(
+        ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max'\]"
+    ):
+        FeatureCache.of(make_engine(), texts, tmp_path, kind="attention")
+    with pytest.raises(ValueError, match="no texts to learn from"):
+        FeatureCache.of(make_engine(), Split([]), tmp_path)
+    for layers in ([2, 1], [0, 1], [4], [1, 1]):
+        with pytest.raises(ValueError, match=r"exit_layers must ascend within 1\.\.3"):
+            FeatureCache.of(make_engine(), texts, tmp_path, exit_layers=layers)
+    other = FeatureCache.of(make_engine(), texts, tmp_path, kind="mean")
+    with pytest.raises(ValueError, match="'mean.max' heads at .* and of 'mean' heads"):
+        fit_heads(caches[0], other, make_model().config)
+    for change in ({"epochs": 0}, {"dropout": 1.0}, {"learning_rate": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            FitSettings(**change)  # type: ignore[arg-type]
+
+
+def test_a_model_that_overflows_teaches_nothing(tmp_path: Path) -> None:
+    model: GeepForSequenceClassification = make_model()
+    with torch.no_grad():
+        model.teacher.out.weight.fill_(3e38)
+    engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
+    with pytest.raises(FloatingPointError, match="Text 0 has logits that are not finite"):
+        FeatureCache.of(engine, Split(random_texts(4)), tmp_path)
