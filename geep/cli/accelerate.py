@@ -71,7 +71,7 @@ def accelerate_command(
 
         geep accelerate my-classifier/ --texts texts.jsonl -o models/fast --max-drop 0.5 --calibration labelled.jsonl
     """
-    with show.errors(as_json):
+    with show.errors(as_json, goes_on=True):
         console = show.console_for(as_json)
         if max_drop is None and min_agreement is None:
             min_agreement = _DEFAULT_AGREEMENT
