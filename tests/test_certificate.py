@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,18 @@ def test_a_reader_between_two_publications_finds_the_later_one(
     table.unlink()
     with pytest.raises(FileNotFoundError, match="has no exit_table-.*copy all files of the folder"):
         Engine.from_pretrained(model, device="cpu")
+
+
+def test_writers_take_turns(certified: Calibration, trained: Engine, folder: Path, tmp_path: Path) -> None:
+    """Whoever writes last, its table is there: the other's clean-up has not taken it."""
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    writers = [certified.engine, profile(trained, HELDOUT, TRAIN, kind="counts").engine]
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(writers[number % 2].save_exits, model) for number in range(24)]:
+            done.result()
+    found = Engine.from_pretrained(model, device="cpu", max_batch_tokens=500)
+    assert found.made_with in [each.made_with for each in writers]
+    assert len(list(model.glob("exit_table-*"))) == 1
 
 
 def test_saving_the_same_exits_again_keeps_how_they_were_found(certified: Calibration, tmp_path: Path) -> None:
