@@ -167,8 +167,7 @@ def accelerate(
     parts = TextsFor.of(texts, calibration, promise, seed=settings.seed)
     folder, work = Path(output), Path(output) / _WORK
     source = str(Path(model).resolve()) if Path(model).exists() else str(model)
-    options = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
-    hub = reachable(source, options)
+    hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only))
     plain = from_classifier(source, **hub.keywords())
     plain.config.text_pairs = texts.text_pairs is not None
     tokenizer = _tokenizer(source, hub)

@@ -177,8 +177,7 @@ def calibrate(
                 "agreement with the full model: min_agreement (--min-agreement)."
             )
     given = len(fresh)
-    fresh = _unused(engine, tuning, fresh)
-    _check_distinct(engine, fresh, each, left_out=given - len(fresh))
+    fresh = _unused(engine, tuning, fresh, each)
     tuned, certified = (
         Outcomes(engine, part if isinstance(part, ExitRun) else ExitRun.of(engine, part, what=what, progress=progress))
         for part, what in (
@@ -209,30 +208,30 @@ def _hashes(engine: Engine, part: Split | ExitRun) -> Tensor:
     return text_hashes(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths))
 
 
-def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun) -> Split | ExitRun:
-    """The fresh texts that nothing was learned or chosen on, told by their token ids: case and blanks may differ."""
-    used = [_hashes(engine, tuning)]
+def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun, each: Promise) -> Split | ExitRun:
+    """The fresh texts that nothing was learned or chosen on, told by their token ids: case and blanks may differ.
+
+    Raises:
+        TooFewTextsError: If they are too few, or too few of them different: copies of a text are no further draws.
+    """
+    used, hashes = [_hashes(engine, tuning)], _hashes(engine, fresh)
     if engine.predictor is not None:
         used.append(engine.predictor.fitted.seen)
-    rows = (~torch.isin(_hashes(engine, fresh), torch.cat(used))).nonzero().flatten()
-    if len(rows) == len(fresh):
-        return fresh
-    return fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
-
-
-def _check_distinct(engine: Engine, fresh: Split | ExitRun, each: Promise, *, left_out: int) -> None:
-    """Refuse texts of which too few are fresh, or different: copies of a text are no further draws."""
+    rows = (~torch.isin(hashes, torch.cat(used))).nonzero().flatten()
+    count, distinct, left_out = len(rows), len(hashes[rows].unique()), len(fresh) - len(rows)
     why = f" {left_out:,} were left out, which something was learned or chosen on." if left_out else ""
-    check_enough(len(fresh), each, note=why)
-    distinct = len(_hashes(engine, fresh).unique())
-    check_enough(distinct, each, note=f"{why} Of {len(fresh):,} texts so many are different; the others are copies.")
-    if distinct < len(fresh) / 2:
+    check_enough(count, each, note=why)
+    check_enough(distinct, each, note=f"{why} Of {count:,} texts so many are different; the others are copies.")
+    if distinct < count / 2:
         logger.warning(
             "Of %d texts to certify on, only %d are different. If texts to come do not repeat so often, the promise is "
             "less sure than it says.",
-            len(fresh),
+            count,
             distinct,
         )
+    if not left_out:
+        return fresh
+    return fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
 
 
 def _certify(fresh: Outcomes, choice: Choice, each: Promise) -> Walk:

@@ -120,8 +120,7 @@ def _labelled(model: str, path: Path, hub: dict[str, Any], columns: dict[str, An
     from geep.folder import HubOptions, reachable
     from geep.modeling import classifier_config, label_names_of
 
-    given = {**hub, "cache_dir": None if hub["cache_dir"] is None else str(hub["cache_dir"])}
-    config = classifier_config(model, **reachable(model, HubOptions(**given)).keywords())
+    config = classifier_config(model, **reachable(model, HubOptions(**hub)).keywords())
     return geep.load_split(
         path,
         label_names=label_names_of(config),

@@ -143,12 +143,14 @@ def train_command(
         if seed is not None:
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
         dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
-        if is_enough_to_hold_out(dataset.dev):
+        from geep.data.parts import is_halved
+
+        if dataset.dev is not None and is_halved(dataset.dev):
             opt.refuse_ignored(context, ["holdout"], "with a development split of so many rows")
         parts = plan.divide(dataset)
         certifying = rows_to_certify(console, calibration, parts, plan)
         show.rows(console, dataset, parts)
-        words = {**asdict(asked), "rows": certifying.digest()}
+        requested = asdict(asked)
         if calibrate and asked.needs_labels and (parts.profile.labels is None or certifying.labels is None):
             asked = geep.Promise(min_agreement=1 - asked.allowed, confidence=asked.confidence)
             console.print("[yellow]Held-out rows have no labels: the promise is agreement with the full model.[/]")
@@ -177,6 +179,7 @@ def train_command(
             "learned_nothing": result.learned_nothing,
         }
         if calibrate and geep.RECIPES[recipe].has_exits:
+            words = {**requested, "rows": certifying.digest()}
             before = calibration_of(output) if result.was_finished else None
             if before is None:
                 engine = geep.Engine.from_pretrained(output, device=device, exits=False)
@@ -304,13 +307,6 @@ def calibrate_command(
 # --------------------------------------------------------------------------------------------------------------------
 # Steps that several commands take
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def is_enough_to_hold_out(dev: geep.Split | None) -> bool:
-    """Whether a development split is profiled and calibrated on alone; see `geep.divide`."""
-    from geep.data.parts import ROWS_TO_CERTIFY
-
-    return dev is not None and len(dev) >= 2 * ROWS_TO_CERTIFY
 
 
 def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Parts, plan: geep.DataPlan) -> geep.Split:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from geep.data.datasets import load_dataset
 from geep.data.rows import PAIR_COLUMN
-from geep.data.splits import Dataset, Split
+from geep.data.splits import Dataset, Split, folded
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def distinct(rows: Split) -> Split:
 
 def _hash(text: Sequence[str]) -> int:
     parts = (text,) if isinstance(text, str) else text
-    return hash(tuple(" ".join(part.split()).casefold() for part in parts))
+    return hash(tuple(map(folded, parts)))
 
 
 def divide(
@@ -186,7 +186,7 @@ def divide(
         seed: Seed of the cuts.
     """
     dev = dataset.dev
-    if dev is not None and len(dev) >= 2 * ROWS_TO_CERTIFY:
+    if dev is not None and is_halved(dev):
         train, _ = _limited(dataset.train, max_train, seed)
         parts = halves(_from(dev, "half of the development split"), seed=seed)
         profile, calibration = parts.profile, parts.calibration
@@ -222,6 +222,11 @@ def divide(
         parts = halves(held, seed=seed)
         profile, calibration = parts.profile, parts.calibration
     return Parts(train, profile, calibration, dataset.label_names, dataset.multi_label)
+
+
+def is_halved(dev: Split) -> bool:
+    """Whether a development split is large enough that one half of it certifies and the other is profiled on."""
+    return len(dev) >= 2 * ROWS_TO_CERTIFY
 
 
 def _limited(rows: Split, most: int | None, seed: int) -> tuple[Split, Split]:

@@ -161,12 +161,17 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names), key=order))
 
 
+def folded(text: str) -> str:
+    """A text without what case and blanks alone make different."""
+    return " ".join(text.split()).casefold()
+
+
 def warn_of_similar(path: Path, labels: Iterable[str]) -> None:
     """Log a warning if labels, one or more a row, differ by blanks or case alone: few mean two by them."""
     counts = Counter(labels)
     groups: dict[str, list[str]] = {}
     for name in sorted(counts):
-        groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+        groups.setdefault(folded(name), []).append(name)
     similar = [names for names in groups.values() if len(names) > 1]
     if similar:
         shown = "; ".join(

@@ -181,7 +181,7 @@ class Engine:
             TypeError: If a keyword is no field of `EngineConfig`.
         """
         engine_config = EngineConfig(**config)
-        hub = reachable(path, HubOptions(revision, token, str(cache_dir) if cache_dir else None, local_files_only))
+        hub = reachable(path, HubOptions(revision, token, cache_dir, local_files_only))
         model, tokenizer = load_model(path, hub)
         identity = fingerprint(model, tokenizer)
         is_int8 = engine_config.dtype == "int8"

@@ -135,14 +135,10 @@ class ExitSettings:
         Raises:
             ValueError: If it is no such thing.
         """
-        values = dict(found)
         try:
-            values["temperatures"] = {int(depth): float(value) for depth, value in values["temperatures"].items()}
-            scores = values["agreement"].items()
-            values["agreement"] = {int(depth): AgreementScore(*map(float, score)) for depth, score in scores}
-            if values.get("check_layers") is not None:
-                values["check_layers"] = tuple(map(int, values["check_layers"]))
-            return cls(**values)
+            scores = found["agreement"].items()
+            agreement = {int(depth): AgreementScore(*map(float, score)) for depth, score in scores}
+            return cls(**{**found, "temperatures": found["temperatures"], "agreement": agreement})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The settings in calibration.json are damaged ({error}); run `geep calibrate` again, or delete it."

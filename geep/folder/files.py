@@ -36,13 +36,13 @@ class HubOptions:
     Attributes:
         revision: Branch, tag or commit; None: the default branch.
         token: Access token, or True for the one that `hf auth login` stored; None: the stored one where needed.
-        cache_dir: Where downloads are kept; None: the hub's cache.
+        cache_dir: Where downloads are kept, a string or a path; None: the hub's cache.
         local_files_only: Whether to use what is in the cache already and ask no network.
     """
 
     revision: str | None = None
     token: str | bool | None = None
-    cache_dir: str | None = None
+    cache_dir: str | Path | None = None
     local_files_only: bool = False
 
     def keywords(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class HubOptions:
         for name in ("revision", "token", "cache_dir"):
             value = getattr(self, name)
             if value is not None:
-                given[name] = value
+                given[name] = str(value) if isinstance(value, Path) else value
         return given
 
 

@@ -108,8 +108,7 @@ def train(
             f"{folder} holds a model trained with other settings or data; choose another --output, or delete it."
         )
     torch.manual_seed(settings.seed)
-    options = HubOptions(revision, token, None if cache_dir is None else str(cache_dir), local_files_only)
-    hub = reachable(source, options).keywords()
+    hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only)).keywords()
     recipe = RECIPES[settings.recipe]
     model = GeepForSequenceClassification.from_encoder(
         source,
