@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +15,7 @@ from geep.backends.packed import PackedBackend
 from geep.backends.packed_layer import packed_layers
 from geep.backends.padded import PaddedBackend
 from geep.backends.protocol import Backend, TokenBatch
-from geep.modeling import GeepForSequenceClassification, family_of
-
-# Tokens of the texts that are tried. Of several lengths, so that padding would show.
-_LENGTHS = (3, 2, 6)
+from geep.modeling import GeepForSequenceClassification, made_up_inputs
 
 # What rounding may do to logits, as a part of the largest: 24 layers in float32 stay well below it, and one activation
 # in place of another, or a norm's other epsilon, does not. Of other dtypes 16 roundings.
@@ -37,11 +33,12 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     Raises:
         ValueError: If the model itself does not run.
     """
-    batch = _made_up(model, max_length)
+    given = made_up_inputs(model.encoder, max_length)
+    batch = _packed(given)
     with torch.inference_mode():
         # Hugging Face's own layers need no look at what is between them; ALBERT's hidden states have more than those.
         depths = model.config.depths if packed else model.config.depths[-1:]
-        expected = _by_hugging_face(model, batch, depths)
+        expected = _by_hugging_face(model, given, depths)
         backend: Any = PackedBackend(model, packed_layers(model)) if packed else PaddedBackend(model)
         found = _by_hand(backend, batch, depths)
     if not torch.isfinite(expected).all():
@@ -57,37 +54,22 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     )
 
 
-def _made_up(model: GeepForSequenceClassification, max_length: int) -> TokenBatch:
-    config = model.encoder.config
-    lengths = np.minimum(np.array(_LENGTHS, dtype=np.int64), max_length)
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, int(lengths.sum()))
-    has_pairs = family_of(config).has_token_type_ids and config.type_vocab_size > 1
-    segments = np.concatenate([np.arange(length) * 2 // length for length in lengths])
-    return TokenBatch(ids, segments if has_pairs else None, lengths)
+def _packed(given: dict[str, Tensor]) -> TokenBatch:
+    """The same texts without padding."""
+    mask, types = given["attention_mask"].bool(), given.get("token_type_ids")
+    segments = None if types is None else types[mask].numpy()
+    return TokenBatch(given["input_ids"][mask].numpy(), segments, mask.sum(1).numpy())
 
 
-def _by_hugging_face(model: GeepForSequenceClassification, batch: TokenBatch, depths: tuple[int, ...]) -> Tensor:
+def _by_hugging_face(model: GeepForSequenceClassification, given: dict[str, Tensor], depths: tuple[int, ...]) -> Tensor:
     """Logits at some depths, the full model last, from the hidden states of the encoder's own forward."""
-    place, lengths = model.device, torch.from_numpy(batch.lengths)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-
-    def rows(values: Any, fill: int) -> Tensor:
-        padded = torch.full(mask.shape, fill, dtype=torch.int64)
-        padded[mask] = torch.from_numpy(values)
-        return padded.to(place)
-
-    given = {
-        "input_ids": rows(batch.input_ids, model.encoder.config.pad_token_id or 0),
-        "attention_mask": mask.to(place, torch.int64),
-    }
-    if batch.token_type_ids is not None:
-        given["token_type_ids"] = rows(batch.token_type_ids, 0)
+    given = {name: values.to(model.device) for name, values in given.items()}
     try:
         found = model.encoder(**given, output_hidden_states=len(depths) > 1, return_dict=True)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The encoder does not run on made-up texts of at most {int(lengths.max())} tokens of its vocabulary "
-            f"({error}); its config and its weights do not belong together."
+            f"The encoder does not run on made-up texts of at most {given['input_ids'].shape[1]} tokens of its "
+            f"vocabulary ({error}); its config and its weights do not belong together."
         ) from error
     states = [model.finish(found.hidden_states[layer]) for layer in depths[:-1]] + [found.last_hidden_state]
     heads = map(model.head_at, depths)

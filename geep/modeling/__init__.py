@@ -26,7 +26,7 @@ from geep.modeling.heads import (
     first_linear,
     standardise_input,
 )
-from geep.modeling.inputs import check_tokenizer, longest_input
+from geep.modeling.inputs import check_tokenizer, longest_input, made_up_inputs
 from geep.modeling.labels import label_names_of
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
@@ -56,5 +56,6 @@ __all__ = [
     "label_names_of",
     "layer_calls",
     "longest_input",
+    "made_up_inputs",
     "standardise_input",
 ]

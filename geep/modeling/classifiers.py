@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from geep.modeling.families import FAMILIES, family_of
 from geep.modeling.heads import PooledHead
-from geep.modeling.inputs import longest_input
+from geep.modeling.inputs import longest_input, made_up_inputs
 from geep.modeling.labels import label_names_of
+from geep.modeling.loading import check_shapes, hub_keywords
 from geep.modeling.model import GeepConfig, GeepForSequenceClassification
 
 
@@ -65,9 +66,6 @@ _KIND = "ForSequenceClassification"
 # What rounding may do to logits, as a part of the largest; the weights are the same, so it is little.
 _ALLOWED = 1e-4
 
-# Tokens of the texts that are tried. Of several lengths, so that padding would show.
-_LENGTHS = (6, 2, 4)
-
 
 def classifier_config(
     path: str,
@@ -91,7 +89,7 @@ def classifier_config(
         ValueError: If it is of no family of `CLASSIFIERS`, runs code of its own, was made for another task, gives one
             score instead of labels, or names labels that cannot be told apart.
     """
-    hub = _hub(revision, token, cache_dir, local_files_only)
+    hub = hub_keywords(revision, token, cache_dir, local_files_only)
     raw = PreTrainedConfig.get_config_dict(path, **hub)[0]
     model_type = raw.get("model_type")
     if model_type == GeepConfig.model_type:
@@ -112,7 +110,7 @@ def classifier_config(
             f"{path} holds a {made_for[0]}, expected a sequence classifier (…{_KIND}); fine-tune it first, or train it "
             f"with exits: `geep train DATA -m {path}`."
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+    config = AutoConfig.from_pretrained(path, **hub)
     family_of(config)
     is_single_score = config.num_labels == 1 and config.problem_type != "multi_label_classification"
     if config.problem_type == "regression" or is_single_score:
@@ -151,8 +149,9 @@ def from_classifier(
     config = classifier_config(
         path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    classifier = _load(path, _hub(revision, token, cache_dir, local_files_only))
-    given = _made_up(classifier)
+    classifier = _load(path, hub_keywords(revision, token, cache_dir, local_files_only))
+    encoder: Any = classifier.base_model
+    given = made_up_inputs(encoder, longest_input(encoder))
     with torch.inference_mode():
         expected = classifier(**given).logits
     model = _taken_apart(path, classifier, config)
@@ -168,13 +167,6 @@ def from_classifier(
     return model
 
 
-def _hub(
-    revision: str | None, token: str | bool | None, cache_dir: str | None, local_files_only: bool
-) -> dict[str, Any]:
-    given = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    return {name: value for name, value in given.items() if value is not None} | {"local_files_only": local_files_only}
-
-
 def _load(path: str, hub: dict[str, Any]) -> PreTrainedModel:
     """Load a classifier in float32, whole or not at all."""
     try:
@@ -183,17 +175,11 @@ def _load(path: str, hub: dict[str, Any]) -> PreTrainedModel:
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, in one message
-            trust_remote_code=False,
             **hub,
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} are damaged ({error}); copy or train the model again.") from error
-    if info["mismatched_keys"]:
-        name, stored, made = min(info["mismatched_keys"], key=lambda row: str(row[0]))
-        raise ValueError(
-            f"The weights of {path} have other shapes than its config.json says: {name!r} has {tuple(stored)}, "
-            f"expected {tuple(made)}; the two belong to different models."
-        )
+    check_shapes(path, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -259,19 +245,3 @@ def _copy(place: nn.Module, found: nn.Module, path: str) -> None:
             target.bias.zero_()
         else:
             target.bias.copy_(bias)
-
-
-def _made_up(classifier: PreTrainedModel) -> dict[str, Tensor]:
-    """A padded batch of texts that mean nothing, with segments where there are some."""
-    encoder: Any = classifier.base_model
-    config = encoder.config
-    lengths = torch.tensor(_LENGTHS).clamp(max=longest_input(encoder))
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.randint(0, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
-    given = {
-        "input_ids": torch.where(mask, ids, config.pad_token_id or 0),
-        "attention_mask": mask.long(),
-    }
-    if family_of(config).has_token_type_ids and config.type_vocab_size > 1:
-        given["token_type_ids"] = ((torch.arange(mask.shape[1]) * 2 >= lengths[:, None]) & mask).long()
-    return given

@@ -26,6 +26,7 @@ from transformers.utils.generic import ModelOutput
 from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.families import ProblemType, family_of, layer_calls
 from geep.modeling.heads import HEADS, PooledHead
+from geep.modeling.loading import check_shapes, hub_keywords
 
 
 @strict
@@ -208,10 +209,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         if len(names) < (1 if problem_type == "multi_label_classification" else 2):
             raise ValueError(f"A classifier needs at least two labels, got {names}.")
         if isinstance(encoder, str):
-            hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-            hub = {name: value for name, value in hub.items() if value is not None}
-            hub["local_files_only"] = local_files_only
-            hub["trust_remote_code"] = False  # nothing of a checkpoint is run
+            hub = hub_keywords(revision, token, cache_dir, local_files_only)
             with refused_custom_code(encoder):
                 family = family_of(AutoConfig.from_pretrained(encoder, **hub))
             pretrained, info = AutoModel.from_pretrained(
@@ -222,12 +220,7 @@ class GeepForSequenceClassification(PreTrainedModel):
                 **hub,
                 **(family.init_kwargs or {}),
             )
-            if info["mismatched_keys"]:
-                name, stored, made = min(info["mismatched_keys"], key=lambda row: str(row[0]))
-                raise ValueError(
-                    f"The weights of {encoder} have other shapes than its config.json says: {name!r} has "
-                    f"{tuple(stored)}, expected {tuple(made)}; the two belong to different models."
-                )
+            check_shapes(encoder, info["mismatched_keys"])
             # Heads of other tasks may be left over; a weight that is missing would be random.
             missing = sorted(info["missing_keys"])
             if missing:
