@@ -12,22 +12,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_exits
 from geep.acceleration.record import Acceleration, Pace
 from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
 from geep.data import Split, distinct, halves, unseen
-from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
+from geep.distilling import FitSettings
 from geep.engine import Engine, EngineConfig
 from geep.exits import answer_of
 from geep.folder import TRAINING_FILE, HubOptions, Provenance, reachable
-from geep.modeling import GeepConfig, from_classifier
+from geep.modeling import from_classifier
 from geep.progress import Progress, no_progress
 from geep.promise import NothingCertifiedError, Promise, check_enough
 
@@ -44,8 +43,6 @@ _TIMED = 400
 
 # Texts by which a language is told that the tokenizer does not know.
 _LOOKED_AT = 500
-
-_WORK = "work"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +162,7 @@ def accelerate(
     """
     started = time.perf_counter()
     parts = TextsFor.of(texts, calibration, promise, seed=settings.seed)
-    folder, work = Path(output), Path(output) / _WORK
+    folder, work = Path(output), Path(output) / WORK
     source = str(Path(model).resolve()) if Path(model).exists() else str(model)
     hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only))
     plain = from_classifier(source, **hub.keywords())
@@ -199,50 +196,22 @@ def accelerate(
             check_labels(full, rows)
     _warn_of_unknown_words(full, parts.learn)
 
-    done = _certified(_learned(full, parts, folder, head, exit_layers, settings, progress), parts, promise, progress)
+    options: dict[str, Any] = {"head": head, "exit_layers": exit_layers, "settings": settings, "progress": progress}
+    fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
+    save_with_exits(full, fitted.heads, folder)
+    done = _certified(full, fitted, folder, parts, promise, progress)
     done = replace(done, seconds=round(time.perf_counter() - started, 1))
     Provenance(asked, done.record(), []).write(folder)
     shutil.rmtree(work)
     return done
 
 
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """A folder with a model whose exits are fitted, and all exits of the texts that they learned from."""
-
-    folder: Path
-    device: str
-    fitted: FittedHeads
-    seen: ExitRun
-
-
-def _learned(
-    full: Engine,
-    parts: TextsFor,
-    folder: Path,
-    head: str,
-    exit_layers: Sequence[int] | None,
-    settings: FitSettings,
-    progress: Progress,
-) -> _Learned:
-    """Fit exits and write the model, without a table."""
-
-    def features(rows: Split, name: str, what: str) -> FeatureCache:
-        place, what = folder / _WORK / name, f"features of all depths, texts to {what}"
-        return FeatureCache.of(full, rows, place, kind=head, exit_layers=exit_layers, what=what, progress=progress)
-
-    seen, heldout = features(parts.learn, "learn", "learn from"), features(parts.choose, "choose", "choose on")
-    config = cast(GeepConfig, full.model.config)
-    fitted = fit_heads(seen, heldout, config, settings=settings, multi_label=full.multi_label, progress=progress)
-    with_exits(full.model, fitted).save_pretrained(folder)
-    full.tokenizer.save_pretrained(folder)
-    return _Learned(folder, full.model.device.type, fitted, _run_of(full, parts.learn, seen, fitted))
-
-
-def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Progress) -> Acceleration:
+def _certified(
+    full: Engine, fitted: FittedExits, folder: Path, parts: TextsFor, promise: Promise, progress: Progress
+) -> Acceleration:
     """Teach the table, find the speed and write both; say what was gained."""
-    engine = Engine.from_pretrained(made.folder, exits=False, device=made.device)
-    found = profile(engine, made.seen, parts.choose, progress=progress)
+    engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type)
+    found = profile(engine, _run_of(full, parts.learn, fitted), parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
     tuning = found.heldout if parts.tune is None else parts.tune
     options: dict[str, Any] = {"profile": found.record(), "asked": asdict(promise)}
@@ -251,10 +220,10 @@ def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Prog
         _check_that_it_pays(result.engine, certified)
     except NothingCertifiedError as refusal:
         logger.warning("%s", refusal)
-        save_refusal(found.engine, made.folder, refusal, **options)
+        save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
     else:
-        result.save(made.folder, **options)
+        result.save(folder, **options)
         kept, said = result.engine, result.record()
     progress("timing", 0, 1)
     before, after = _paces(kept, certified, parts.certify)
@@ -265,8 +234,8 @@ def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Prog
         before=before,
         after=after,
         calibration=json.loads(json.dumps(said)),
-        depths=made.fitted.depths,
-        losses=made.fitted.losses,
+        depths=fitted.heads.depths,
+        losses=fitted.heads.losses,
         num_texts=parts.num_texts,
         copies=parts.copies,
         num_learned=len(parts.learn),
@@ -304,9 +273,9 @@ def _finished(folder: Path, asked: dict[str, Any]) -> Acceleration | None:
                 f"{folder} holds a model that was made otherwise: found another {', '.join(other)}. Nothing was "
                 "changed; choose another output, or delete it."
             )
-        shutil.rmtree(folder / _WORK, ignore_errors=True)
+        shutil.rmtree(folder / WORK, ignore_errors=True)
         return replace(Acceleration.from_record(record.result), was_finished=True)
-    if (folder / "config.json").exists() and not (folder / _WORK).exists():
+    if (folder / "config.json").exists() and not (folder / WORK).exists():
         raise ValueError(f"{folder} holds a model already, which is not touched; choose another output.")
     return None
 
@@ -324,14 +293,9 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
         )
 
 
-def _run_of(engine: Engine, texts: Split, cache: FeatureCache, fitted: FittedHeads) -> ExitRun:
-    """All exits of texts whose features are known, labelled by the full model: the encoder is not run again."""
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for features, logits in cache.batches(4096):
-            heads = zip(fitted.heads, features, strict=True)
-            found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), logits]))
-    logits = torch.cat(found, dim=1)
+def _run_of(engine: Engine, texts: Split, fitted: FittedExits) -> ExitRun:
+    """All exits of the texts that they learned from, labelled by the full model: the encoder is not run again."""
+    logits = fitted.heads.logits(fitted.seen)
     answers = answer_of(logits[-1], multi_label=engine.multi_label)
     labels = answers.float() if engine.multi_label else answers
     return ExitRun(engine.tokenize(texts.inputs).batch, logits, labels, texts_from=texts.origin)

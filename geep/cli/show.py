@@ -120,9 +120,10 @@ def _lines(console: Console) -> Report:
 def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
     """Say how many rows there are for what."""
     test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
+    more = "" if parts.unlabelled is None else f", {len(parts.unlabelled):,} further texts without labels"
     console.print(
         f"{escape(dataset.name)}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
-        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}.",
+        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}{more}.",
         soft_wrap=True,
     )
 
@@ -133,6 +134,18 @@ def trained(console: Console, result: geep.TrainResult) -> None:
         console.print("The folder holds a model trained with these settings already; nothing was trained.")
     else:
         console.print(f"Trained {result.steps:,} steps, {result.seconds:.0f} s.")
+    _quality(console, result)
+    if result.exit_agreements:
+        named = [f"layer {layer} {share:.1%}" for layer, share in result.exit_agreements.items()]
+        console.print(
+            f"Exits fitted on {result.num_fitted:,} texts answer as the full model does, on others: "
+            f"{', '.join(named)}.",
+            soft_wrap=True,
+        )
+
+
+def _quality(console: Console, result: geep.TrainResult) -> None:
+    """How good the full model is on rows that it did not learn from, where these have labels."""
     dev = result.dev
     if dev is None:
         return

@@ -133,10 +133,19 @@ class FeatureCache:
             yield torch.from_numpy(self.features[index]).float().transpose(0, 1), torch.from_numpy(self.logits[index])
 
 
-def _head(engine: Engine, kind: str) -> PooledHead:
+def check_kind(kind: str) -> None:
+    """Refuse a row of `HEADS` that cannot be fitted on features.
+
+    Raises:
+        ValueError: If it reads tokens, or there is no such row.
+    """
     if kind not in HEADS or not issubclass(HEADS[kind], PooledHead):
         known = sorted(name for name, head in HEADS.items() if issubclass(head, PooledHead))
         raise ValueError(f"Heads of kind {kind!r} cannot be fitted on features; known: {known}.")
+
+
+def _head(engine: Engine, kind: str) -> PooledHead:
+    check_kind(kind)
     with torch.device("meta"):  # what it would learn is not needed
         return cast(PooledHead, HEADS[kind](engine.model.config))
 

@@ -72,6 +72,15 @@ class FittedHeads:
     losses: tuple[float, ...]
     epochs: int
 
+    @torch.no_grad()
+    def logits(self, texts: FeatureCache) -> Tensor:
+        """Logits of each exit, the full model's last, (num_exits + 1, num_texts, num_labels); no encoder is run."""
+        found = []
+        for features, full in texts.batches(_STANDARDISE_ROWS):
+            heads = zip(self.heads, features, strict=True)
+            found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), full]))
+        return torch.cat(found, dim=1)
+
 
 def fit_heads(
     seen: FeatureCache,
