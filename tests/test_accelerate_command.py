@@ -72,7 +72,7 @@ def test_labelled_rows_certify_accuracy(place: Path) -> None:
     assert "pink" in run(*asked, *options[:-1], code=2)
 
 
-@pytest.mark.parametrize("step", ["fit_heads", "profile", "calibrate", "_paces"])
+@pytest.mark.parametrize("step", ["fit_exits", "profile", "calibrate", "_paces"])
 def test_a_command_that_was_killed_goes_on(place: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

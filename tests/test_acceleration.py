@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_LENGTH, VOCAB, make_tokenizer, toy_task
+from conftest import MAX_LENGTH, VOCAB, loud, make_tokenizer, random_texts, tiny_encoder, toy_task
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from geep.acceleration import Acceleration, accelerate, accelerating
+from geep.acceleration import Acceleration, accelerate, accelerating, fitting, looking
 from geep.acceleration.accelerating import TextsFor
 from geep.data import Split
 from geep.distilling import FitSettings, FittedHeads
@@ -63,6 +63,21 @@ def make_toy_classifier(folder: Path) -> Path:
             optimiser.step()
             optimiser.zero_grad()
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_late_classifier(folder: Path) -> Path:
+    """Write a classifier whose answers hang on layers that are all drawn at random: no exit foretells them."""
+    config = tiny_encoder("bert", num_hidden_layers=8).config
+    config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    torch.manual_seed(0)
+    classifier, tokenizer = AutoModelForSequenceClassification.from_config(config), make_tokenizer()
+    loud(classifier, std=0.5)
+    with torch.no_grad():  # half of the texts get either answer
+        logits = classifier.eval()(**tokenizer(random_texts(200), padding=True, return_tensors="pt")).logits
+        classifier.classifier.bias[1] -= logits.diff(dim=1).median()
+    classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -127,7 +142,7 @@ def test_what_was_done_is_said(made: tuple[Path, Acceleration]) -> None:
 def test_a_finished_folder_is_returned_at_once(
     classifier: Path, made: tuple[Path, Acceleration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geep.acceleration.accelerating.FeatureCache", None)
+    monkeypatch.setattr(accelerating, "fit_exits", None)
     again = accelerate(classifier, TEXTS, made[0], **ASKED)
     assert again.was_finished
     assert {**again.record(), "was_finished": False} == made[1].record()
@@ -240,7 +255,7 @@ def test_where_no_speed_passes_the_full_model_stays(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exits that learned nothing are never asked: speed 0, certified as what it is, the full model."""
-    honest = accelerating.fit_heads
+    honest = fitting.fit_heads
 
     def spoilt(*arguments: Any, **options: Any) -> FittedHeads:
         fitted = honest(*arguments, **options)
@@ -248,7 +263,7 @@ def test_where_no_speed_passes_the_full_model_stays(
             torch.nn.init.normal_(head.out.weight, generator=torch.Generator().manual_seed(0))
         return fitted
 
-    monkeypatch.setattr(accelerating, "fit_heads", spoilt)
+    monkeypatch.setattr(fitting, "fit_heads", spoilt)
     monkeypatch.setattr(accelerating, "_run_of", without_labels(accelerating._run_of))
     found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
     assert found.speed == 0
@@ -290,6 +305,66 @@ def test_another_language_is_warned_of(classifier: Path, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         accelerate(classifier, texts, tmp_path / "out", **ASKED, progress=stop)
     assert "100 % of the tokens are unknown" in caplog.text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_that_agree_only_at_the_end_are_told_before_the_long_part(
+    late: bool, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(looking, "_LEARNED", 150)
+    model = make_late_classifier(tmp_path / "late") if late else classifier
+    texts = Split(random_texts(2000, seed=3)) if late else toy_split(2000, seed=3)
+    asked = {**ASKED, "promise": Promise(min_agreement=0.99)}
+    told: list[str] = []
+
+    def stop(what: str, done: int, total: int | None) -> None:
+        told.append(what)
+        if not what.startswith("a first look"):
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        accelerate(model, texts, tmp_path / "out", **asked, progress=stop)
+    assert told[0] == "a first look: features of all depths, texts to learn from"
+    assert ("agree only at the end" in caplog.text) == late
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model, texts, tmp_path / "out", **asked, progress=stop)
+    assert not told[0].startswith("a first look")
+
+
+def test_the_outlook_counts_what_the_surest_texts_would_save() -> None:
+    """Of 100 texts one exit at layer 2 of 4 is right about the 40 surest, and then wrong about every other one."""
+    full = torch.zeros(100, 2)
+    full[:, 0] = 9.0
+    own = torch.zeros(100, 2)
+    own[:, 0] = torch.linspace(5.0, 1.0, 100)
+    own[40::2] = own[40::2].flip(1)  # texts 40, 42, …
+    found = looking._outlook(torch.stack([own, full]), (2, 4), Promise(min_agreement=0.99), multi_label=False)
+    assert (found.layer, found.agreement, found.is_poor) == (2, pytest.approx(0.7), False)
+    assert found.saved == pytest.approx(0.42 * 0.5)  # one text may be wrong
+    strict = looking._outlook(torch.stack([own.flip(1), full]), (2, 4), Promise(min_agreement=0.99), multi_label=False)
+    assert strict.is_poor
+
+
+def test_texts_that_are_the_rows_that_certify_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    promise, rows = Promise(max_accuracy_drop=0.05), toy_split(900, seed=4, labelled=True)
+    more = Split([*rows.texts, *toy_split(300, seed=5).texts])
+    with caplog.at_level(logging.WARNING):
+        parts = TextsFor.of(more, rows, promise, seed=0)
+    assert "texts are among the rows that certify, and are not learned from" in caplog.text
+    assert not set(parts.learn.texts) & set(rows.texts)
+    with pytest.raises(ValueError, match="Found 0 different texts to learn from"):
+        TextsFor.of(Split(rows.texts), rows, promise, seed=0)
+    caplog.clear()
+    TextsFor.of(TEXTS, rows, promise, seed=0)
+    assert not caplog.text
+
+
+def test_no_texts_at_all_are_too_few() -> None:
+    with pytest.raises(TooFewTextsError, match="Of 0 different texts"):
+        TextsFor.of(Split([]), None, Promise(min_agreement=0.99), seed=0)
+    with pytest.raises(TooFewTextsError, match="Of 1 different texts"):
+        TextsFor.of(Split(["", " ", "\n"] * 900), None, Promise(min_agreement=0.99), seed=0)
 
 
 def test_several_labels_and_pairs_are_accelerated(classifier: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_exits
+from geep.acceleration.looking import look_ahead
 from geep.acceleration.record import Acceleration, Pace
 from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
@@ -104,9 +105,16 @@ class TextsFor:
                 tune, certify = parts.profile, parts.calibration
             check_enough(len(certify), each, note=" Half of the rows given certify." if promise.needs_labels else "")
             rows = unseen(rows, calibration)
+            if len(rows) < count / 2:
+                logger.warning(
+                    "%d of %d texts are among the rows that certify, and are not learned from: they would certify "
+                    "themselves. Was another file meant?",
+                    count - len(rows),
+                    count,
+                )
             learn, choose = round((1 - _CHOOSE) * len(rows)), len(rows)
         if learn < 1 or choose - learn < 1:
-            raise ValueError(f"Found {count:,} different texts to learn from, expected some thousands.")
+            raise ValueError(f"Found {len(rows):,} different texts to learn from, expected some thousands.")
         order = np.random.default_rng(seed).permutation(len(rows))
         cuts = [rows.select(np.sort(part)) for part in np.split(order, [learn, choose])]
         return cls(cuts[0], cuts[1], tune, cuts[2] if calibration is None else certify, count, copies)
@@ -197,6 +205,7 @@ def accelerate(
     _warn_of_unknown_words(full, parts.learn)
 
     options: dict[str, Any] = {"head": head, "exit_layers": exit_layers, "settings": settings, "progress": progress}
+    look_ahead(full, parts.learn, parts.choose, promise, work, **options)
     fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
     save_with_exits(full, fitted.heads, folder)
     done = _certified(full, fitted, folder, parts, promise, progress)

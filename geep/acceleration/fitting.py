@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from geep.data import Split
 from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
 from geep.engine import Engine
@@ -28,11 +25,13 @@ class FittedExits:
     Attributes:
         heads: One for each depth.
         seen: Features and full answers of the texts that they learned from.
+        heldout: Those of the texts that said when to stop.
         agreements: Of each exit, the share of held-out texts that it answers as the full model does.
     """
 
     heads: FittedHeads
     seen: FeatureCache
+    heldout: FeatureCache
     agreements: tuple[float, ...]
 
 
@@ -69,15 +68,10 @@ def fit_exits(
     seen, heldout = features(learn, "learn", "learn from"), features(choose, "choose", "choose on")
     config, many = cast(GeepConfig, full.model.config), full.multi_label
     heads = fit_heads(seen, heldout, config, settings=settings, multi_label=many, progress=progress)
-    return FittedExits(heads, seen, tuple(agreement(heads, heldout, multi_label=many).mean(axis=1).tolist()))
-
-
-def agreement(heads: FittedHeads, texts: FeatureCache, *, multi_label: bool) -> NDArray[np.bool_]:
-    """Whether each exit answers as the full model does, (num_exits, num_texts)."""
-    answers = answer_of(heads.logits(texts), multi_label=multi_label)
+    answers = answer_of(heads.logits(heldout), multi_label=many)
     same = answers[:-1] == answers[-1]
-    found: NDArray[np.bool_] = (same.all(-1) if multi_label else same).numpy()
-    return found
+    agreements = (same.all(-1) if many else same).float().mean(1)
+    return FittedExits(heads, seen, heldout, tuple(agreements.tolist()))
 
 
 def save_with_exits(full: Engine, heads: FittedHeads, folder: Path) -> None:
