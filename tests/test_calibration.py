@@ -89,7 +89,8 @@ def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
 
 def test_speed_0_is_the_full_model_alone_whatever_is_fused(trained: Engine, profiled: ProfileResult) -> None:
     settings = learn_settings(Outcomes(profiled.engine, profiled.heldout), "margin", by_labels=True, fuse_last=True)
-    assert set(settings.fusing) == set(trained.depths) and settings.fusing[trained.depths[-1]].table > 0
+    assert set(settings.fusing) == set(trained.depths)
+    assert settings.fusing[trained.depths[-1]].table > 0
     batch = trained.tokenize(FRESH.texts).batch
     alone = trained.run_tokens(batch).logits / settings.temperature(trained.depths[-1])
     assert torch.equal(profiled.engine.replace(settings=settings).run_tokens(batch).logits, alone)
