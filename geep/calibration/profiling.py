@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from geep.backends import TokenBatch
+from geep.calibration.learning import learn_settings
 from geep.calibration.quantising import check_quantised
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
-from geep.exits import AGREEMENT, AgreementScore, ExitProfile, fit_agreement_score, fit_temperature
+from geep.exits import AGREEMENT, ExitProfile
 from geep.predictor import PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
 from geep.progress import Progress, no_progress
 
@@ -74,6 +75,7 @@ class ProfileResult:
         return {
             "criterion": settings.criterion,
             "temperatures": {str(depth): round(value, 4) for depth, value in settings.temperatures.items()},
+            "fusing": {str(depth): [round(each, 4) for each in astuple(w)] for depth, w in settings.fusing.items()},
             "scores_calibrated": self.scores_calibrated,
             "predictor": predictor.kind if predictor else None,
             "quality": [asdict(row) for row in self.quality],
@@ -155,9 +157,11 @@ def profile(
     # The lexical exit does not depend on where the exits are, but they on it: the criterion reads its logits.
     nowhere = [torch.zeros(len(run), len(TABLE_SPEEDS), dtype=torch.int64) for run in (seen, held)]
     draft = fit(next(iter(PREDICTORS)), nowhere, None)
-    settings = _fit_settings(Outcomes(engine.replace(predictor=draft, settings=ExitSettings()), held), criterion)
-    drafted = engine.replace(predictor=draft, settings=settings)
-    seen_profile, held_profile = (Outcomes(drafted, run).profile(settings).from_depth(1) for run in (seen, held))
+    judged = Outcomes(engine.replace(predictor=draft, settings=ExitSettings()), held)
+    settings = learn_settings(judged, criterion, by_labels=held.labels is not None)
+    # Which exits are asked does not depend on the speed, but at speed 0 none is.
+    asked, drafted = replace(settings, speed=1.0), engine.replace(predictor=draft, settings=settings)
+    seen_profile, held_profile = (Outcomes(drafted, run).profile(asked).from_depth(1) for run in (seen, held))
     exits = [_exit_grid(seen_profile), _exit_grid(held_profile)]
     fitted = {name: fit(name, exits, draft.lexical) for name in ([kind] if kind is not None else PREDICTORS)}
     quality = {
@@ -176,43 +180,6 @@ def profile(
             for speed, known, fresh in zip(TABLE_SPEEDS, *(part.T.numpy() for part in exits), strict=True)
         ),
     )
-
-
-def _fit_settings(held: Outcomes, criterion: str) -> ExitSettings:
-    """Temperatures of all depths, and agreement scores if they are the criterion, from held-out texts.
-
-    Without labels the scores of an exit are fitted to the full model's scores, not to its answers: by those it is
-    always right, and the surer all scores are, the better they would fit.
-    """
-    many, target = held.engine.multi_label, held.run.labels
-    if target is None:
-        full = held.full_logits.float()
-        target = torch.sigmoid(full) if many else torch.softmax(full, dim=-1)
-    temperatures = {
-        depth: fit_temperature(each, target, multi_label=many)
-        for depth, each in zip(held.depths, held.logits, strict=True)
-    }
-    if held.run.labels is None and held.run.reference is None:
-        temperatures[held.depths[-1]] = 1.0  # what a fit comes near to: speed 0 gives the full model's own scores
-    return ExitSettings(
-        criterion=criterion,
-        temperatures=temperatures,
-        agreement=fit_agreement(held) if criterion == AGREEMENT else {},
-    )
-
-
-def fit_agreement(held: Outcomes) -> dict[int, AgreementScore]:
-    """Learn the criterion "agreement" for every exit, and the lexical one, on texts the model was not trained on."""
-    agrees, lexical = held.profile(ExitSettings()).agrees, held.lexical_logits
-    return {
-        depth: fit_agreement_score(
-            held.logits[column],
-            None if depth == 0 else lexical,
-            agrees[:, column],
-            multi_label=held.engine.multi_label,
-        )
-        for column, depth in enumerate(held.depths[:-1])
-    }
 
 
 def predictor_quality(
