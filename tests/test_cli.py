@@ -62,7 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_arguments(folder: Path) -> list[str]:
     return [
         *("train", str(folder / "data"), "--output", str(folder / "model"), "--model", str(folder / "encoder")),
-        *("--epochs", "6", "--learning-rate", "1e-3", "--batch-size", "16", "--exit-layers", "1,2,3"),
+        *("--epochs", "8", "--learning-rate", "2e-3", "--batch-size", "16", "--exit-layers", "1,2,3"),
         *("--max-drop", "5", "--device", "cpu"),
     ]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_encoder, toy_task
+from transformers import AutoTokenizer
 
 from geep.acceleration import train, training
 from geep.data import DataPlan, Parts, Split
@@ -46,7 +47,7 @@ def write_rows(path: Path, count: int, *, seed: int) -> Path:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> DataPlan:
     folder = tmp_path_factory.mktemp("data")
     return DataPlan(
-        str(write_rows(folder / "toy.jsonl", 900, seed=0)),
+        str(write_rows(folder / "toy.jsonl", 700, seed=0)),
         holdout=0.4,
         unlabelled=str(write_rows(folder / "more.jsonl", 400, seed=1)),
     )
@@ -80,6 +81,7 @@ def test_the_full_model_is_the_one_that_was_fine_tuned(
         assert torch.equal(weight, model.get_parameter(name)), name
     assert (expected.config.exit_layers, model.config.exit_layers) == ([], [1, 2])
     assert (model.config.exit_head, model.config.teacher_head) == ("mean+max", "mean")
+    assert (model.config.text_pairs, AutoTokenizer.from_pretrained(made[0]).model_max_length) == (False, 32)
 
 
 def test_every_exit_answers_as_the_full_model_does(made: tuple[Path, TrainResult]) -> None:
