@@ -25,7 +25,7 @@ from geep.progress import Progress, no_progress
 Integers = NDArray[np.int64]
 
 # Texts between two entries of the journal: some seconds of work are lost by a kill.
-_TEXTS_AT_A_TIME = 4096
+_TEXTS_AT_A_TIME = 1024
 
 # The largest number of half precision; what lies beyond is cut rather than made infinite.
 _LARGEST = float(torch.finfo(torch.float16).max)
