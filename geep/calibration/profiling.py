@@ -152,6 +152,7 @@ def profile(
             multi_label=many,
             ngram_order=ngram_order,
             lexical=lexical,
+            separator_id=engine.tokenizer.sep_token_id if engine.text_pairs else None,
         )
 
     # The lexical exit does not depend on where the exits are, but they on it: the criterion reads its logits.
