@@ -163,12 +163,14 @@ def pack(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def draw(count: int, seed: int, longest: int = 14) -> list[list[int]]:
-    """Draw texts of few different tokens, special ones among them, so that n-grams repeat and are cut.
-
-    Read as pairs, whose separator is 2, most have two texts and some share much.
-    """
+    """Draw texts of few different tokens, special ones among them, so that n-grams repeat and are cut."""
     random = np.random.default_rng(seed)
     return [random.choice([0, 2, *range(4, 12)], random.integers(5, longest)).tolist() for _ in range(count)]
+
+
+def said_twice(texts: list[list[int]]) -> list[list[int]]:
+    """Make pairs, whose separator is 2: much of the first text comes again in the second."""
+    return [[*text, 2, *text[1:], 5] for text in texts]
 
 
 def fit(
@@ -182,6 +184,8 @@ def fit(
     parts: list[TextExits] = []
     for seed in (0, 1):
         texts = draw(400, seed)
+        if separator_id is not None:
+            texts = [*texts[:200], *said_twice(texts[200:])]
         share = torch.tensor([sum(token > 7 for token in text) / len(text) for text in texts])
         deep = (share[:, None] * 5 - torch.arange(len(SPEEDS)) / 2).long().clamp(0, len(DEPTHS) - 1)
         parts.append(TextExits(*(tensor.cpu() for tensor in pack(texts)), deep))
@@ -222,8 +226,10 @@ def assert_equal_predictions(predictor: ExitPredictor, found: ExitPrediction, ex
 
 # Empty, special tokens alone, one key, and two that take several tiles.
 CORNERS = [[], [2, 2, 1], [7], *draw(2, 9, longest=90), [4] * 33, []]
-# Long pairs, also such whose separator is beyond the first tile, with equal texts, a shared end and several separators.
+# Long pairs, also such whose separator is beyond the first tile, with equal texts, several separators, and ends that
+# would go on as the other text does if 0 came next.
 CORNERS += [[*[5, 6, 7] * 13, 2, *[6, 7, 8] * 15], [4, 5, 2, 4, 5], [2, 2, 4], [4, 2], [9, 4, 2, 2, 9, 2, 4, 9]]
+CORNERS += [*said_twice(draw(3, 11)), [5, 0, 2, 5], [5, 7, 0, 2, 6, 5, 7], [4, 5, 6, 9, 11, 2, 11, 4, 5, 6, 8, 9]]
 
 
 @pytest.mark.parametrize(
