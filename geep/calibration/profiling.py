@@ -194,7 +194,7 @@ def _separator_id(engine: Engine) -> int | None:
     if found is None:
         logger.warning(
             "The tokenizer names no sep_token, expected the one between the texts of a pair: the exit table cannot "
-            "tell which of the two a token stands in, and predicts less; set sep_token in tokenizer_config.json."
+            "tell what both texts have, and predicts less; set sep_token in tokenizer_config.json."
         )
     return found
 

@@ -266,6 +266,7 @@ def _reduce_kernel(
             sums += found
             num_keys += num_found
     if RUNS == 2:
+        # Five kinds; a tile is a power of two.
         kind = tl.arange(0, 8)
         key = _counted_keys(
             kind, num_first, num_second, shared_first, shared_second, shared_twos, BUCKETS, SHARED_SHIFT

@@ -40,7 +40,7 @@ class Keys:
     does not count as a key of the text. An n-gram never reaches across a text's border and holds no special token.
 
     With a `separator_id` texts are read as pairs: the second text begins at the first separator, also at one that was
-    written in the first text. Then keys tell which of the two a token stands in:
+    written in the first text. Then keys tell what both texts have from what one of them has:
 
     - What one text has and the other has not is a key wherever it stands, the same one for either text.
     - What both have, unigrams too, is another key, and counts where it stands in the first text.

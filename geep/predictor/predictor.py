@@ -3,7 +3,7 @@
 The exit table is a bag of keys. A key is a token id or an n-gram of ids, each has a row of numbers, and what is said
 about a text is a function of the sum of its rows: one `embedding_bag` for a whole batch. Unigrams address their row
 directly (token ids are a perfect hash already); n-grams find theirs through a `HashTable`. In pairs of texts keys also
-tell which of the two a token stands in (`Keys`).
+tell what both texts have from what one of them has (`Keys`).
 
     token ids -> keys -> rows -> sum -> score -> level -> exit layer
                                     `-> lexical logits (exit 0)
