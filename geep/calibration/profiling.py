@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, ExitProfile
 from geep.predictor import PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
 from geep.progress import Progress, no_progress
+
+logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
 
@@ -136,7 +139,7 @@ def profile(
     depths, many = engine.depths, engine.multi_label
 
     progress("temperatures, criterion, exit table", 0, 1)
-    config = engine.model.encoder.config
+    config, separator_id = engine.model.encoder.config, _separator_id(engine)
 
     def fit(name: str, exits: list[Tensor], lexical: Lexical | None) -> ExitPredictor:
         return fit_predictor(
@@ -152,6 +155,7 @@ def profile(
             multi_label=many,
             ngram_order=ngram_order,
             lexical=lexical,
+            separator_id=separator_id,
         )
 
     # The lexical exit does not depend on where the exits are, but they on it: the criterion reads its logits.
@@ -180,6 +184,19 @@ def profile(
             for speed, known, fresh in zip(TABLE_SPEEDS, *(part.T.numpy() for part in exits), strict=True)
         ),
     )
+
+
+def _separator_id(engine: Engine) -> int | None:
+    """The id that parts the texts of a pair; None for a model of single texts, whose table compares nothing."""
+    if not engine.text_pairs:
+        return None
+    found: int | None = engine.tokenizer.sep_token_id
+    if found is None:
+        logger.warning(
+            "The tokenizer names no sep_token, expected the one between the texts of a pair: the exit table cannot "
+            "tell what both texts have, and predicts less; set sep_token in tokenizer_config.json."
+        )
+    return found
 
 
 def predictor_quality(
