@@ -123,7 +123,7 @@ def accelerate(
     promise: Promise = _DEFAULT_PROMISE,
     calibration: Split | None = None,
     exit_layers: Sequence[int] | None = None,
-    head: str = "mean+max",
+    head: str | None = None,
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
     device: str | None = None,
@@ -147,7 +147,7 @@ def accelerate(
         calibration: Rows like those to come, which certify in the place of a fifth of the texts; labelled by the
             classifier's own label ids. Texts that are among them are not learned from.
         exit_layers: Layers with an exit. None: all but the last two.
-        head: Row of `HEADS` that pools.
+        head: Row of `HEADS` that pools. None: "pair" for pairs whose tokenizer has a separator, else "mean+max".
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
         device: "cpu", "cuda", …; None: a GPU where there is one.
@@ -171,6 +171,10 @@ def accelerate(
     plain = from_classifier(source, **hub.keywords())
     plain.config.text_pairs = texts.text_pairs is not None
     tokenizer = _tokenizer(source, hub)
+    if plain.config.text_pairs:
+        plain.config.separator_id = tokenizer.sep_token_id
+    if head is None:
+        head = "mean+max" if plain.config.separator_id is None else "pair"
     # Heads are taught by scores, which float32 has as they are.
     full = Engine(plain, tokenizer, config=EngineConfig(device=device, dtype="float32", max_length=max_length))
     tokenizer.model_max_length = full.deployment.max_length
