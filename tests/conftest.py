@@ -133,6 +133,7 @@ def make_model(
         num_labels=num_labels,
         exit_layers=exit_layers,
         exit_head=head,
+        separator_id=SEP if head == "pair" else None,
         problem_type=problem_type,
     )
     torch.manual_seed(seed + 1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_LENGTH, VOCAB, loud, make_tokenizer, random_texts, tiny_encoder, toy_task
+from conftest import MAX_LENGTH, SEP, VOCAB, loud, make_tokenizer, random_texts, tiny_encoder, toy_task
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from geep.acceleration import Acceleration, accelerate, accelerating, fitting, looking
@@ -376,4 +376,5 @@ def test_several_labels_and_pairs_are_accelerated(classifier: Path, tmp_path: Pa
     found = accelerate(tmp_path / "many", pairs, tmp_path / "out", **{**ASKED, "promise": Promise(min_agreement=0.9)})
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert (engine.multi_label, engine.text_pairs, engine.settings.speed) == (True, True, found.speed)
+    assert (engine.model.config.exit_head, engine.model.config.separator_id) == ("pair", SEP)
     assert json.loads(json.dumps(asdict(found)))["num_texts"] == 1300

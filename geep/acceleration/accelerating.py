@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_exits
+from geep.acceleration.fitting import WORK, FittedExits, default_exit_head, fit_exits, save_with_exits
 from geep.acceleration.looking import look_ahead
 from geep.acceleration.record import Acceleration, Pace
 from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
@@ -128,7 +128,7 @@ def accelerate(
     promise: Promise = _DEFAULT_PROMISE,
     calibration: Split | None = None,
     exit_layers: Sequence[int] | None = None,
-    head: str = "mean+max",
+    head: str | None = None,
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
     device: str | None = None,
@@ -152,7 +152,7 @@ def accelerate(
         calibration: Rows like those to come, which certify in the place of a fifth of the texts; labelled by the
             classifier's own label ids. Texts that are among them are not learned from.
         exit_layers: Layers with an exit. None: all but the last two.
-        head: Row of `HEADS` that pools.
+        head: Row of `HEADS` that pools. None: `default_exit_head`.
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
         device: "cpu", "cuda", …; None: a GPU where there is one.
@@ -176,6 +176,8 @@ def accelerate(
     plain = from_classifier(source, **hub.keywords())
     plain.config.text_pairs = texts.text_pairs is not None
     tokenizer = _tokenizer(source, hub)
+    if plain.config.text_pairs:
+        plain.config.separator_id = tokenizer.sep_token_id
     # Heads are taught by scores, which float32 has as they are.
     full = Engine(plain, tokenizer, config=EngineConfig(device=device, dtype="float32", max_length=max_length))
     tokenizer.model_max_length = full.deployment.max_length
@@ -204,7 +206,12 @@ def accelerate(
             check_labels(full, rows)
     _warn_of_unknown_words(full, parts.learn)
 
-    options: dict[str, Any] = {"head": head, "exit_layers": exit_layers, "settings": settings, "progress": progress}
+    options: dict[str, Any] = {
+        "head": head or default_exit_head(full),
+        "exit_layers": exit_layers,
+        "settings": settings,
+        "progress": progress,
+    }
     look_ahead(full, parts.learn, parts.choose, promise, work, **options)
     fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
     save_with_exits(full, fitted.heads, folder)

@@ -35,6 +35,11 @@ class FittedExits:
     agreements: tuple[float, ...]
 
 
+def default_exit_head(full: Engine) -> str:
+    """Row of `HEADS` for exits of a model: "pair" for pairs whose tokenizer has a separator, else "mean+max"."""
+    return "mean+max" if full.model.config.separator_id is None else "pair"
+
+
 def fit_exits(
     full: Engine,
     learn: Split,

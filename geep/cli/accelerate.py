@@ -39,8 +39,12 @@ def accelerate_command(
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),
     ] = None,
     head: Annotated[
-        str, Option(help="Exit classifier: cls, mean, mean+max.", rich_help_panel=opt.TRAINING)
-    ] = "mean+max",
+        str | None,
+        Option(
+            help="Exit classifier: cls, mean, mean+max, pair. Default: mean+max, for pairs pair.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         Option(

@@ -50,8 +50,12 @@ def train_command(
         ),
     ] = "mean",
     exit_head: Annotated[
-        str, Option(help="Classifier of exits that are fitted: cls, mean, mean+max.", rich_help_panel=opt.TRAINING)
-    ] = "mean+max",
+        str | None,
+        Option(
+            help="Classifier of exits that are fitted: cls, mean, mean+max, pair. Default: mean+max, for pairs pair.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
     exit_layers: Annotated[
         str | None,
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),

@@ -75,7 +75,8 @@ class FeatureCache:
             progress: Told how many texts are done.
 
         Raises:
-            ValueError: If the kind is unknown or reads tokens, there is no such exit layer, or there are no texts.
+            ValueError: If the kind is unknown or reads tokens, or reads pairs whose separator the model's config does
+                not name; if there is no such exit layer, or there are no texts.
             FloatingPointError: If the full model gives a text logits that are not finite.
         """
         head = _head(engine, kind)
@@ -146,8 +147,14 @@ def check_kind(kind: str) -> None:
 
 def _head(engine: Engine, kind: str) -> PooledHead:
     check_kind(kind)
+    head = cast(type[PooledHead], HEADS[kind])
+    if head.reads_pairs and engine.model.config.separator_id is None:
+        raise ValueError(
+            f"Heads of kind {kind!r} tell the texts of a pair apart, found no separator_id in the config; set it "
+            "to the tokenizer's sep_token_id, or take another kind for single texts."
+        )
     with torch.device("meta"):  # what it would learn is not needed
-        return cast(PooledHead, HEADS[kind](engine.model.config))
+        return head(engine.model.config)
 
 
 def _rows_done(journal: Path, made_of: dict[str, Any]) -> int:

@@ -157,17 +157,18 @@ def fine_tune(
     torch.manual_seed(settings.seed)
     hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only)).keywords()
     recipe = RECIPES[settings.recipe]
+    with refused_custom_code(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     model = GeepForSequenceClassification.from_encoder(
         source,
         label_names=parts.label_names,
         exit_layers=exit_layers if recipe.trains_exits else [],
         exit_head=head,
+        separator_id=None if parts.train.text_pairs is None else tokenizer.sep_token_id,
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
         **hub,
     )
     _check_place(model, settings, exit_layers)
-    with refused_custom_code(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     model.config.text_pairs = parts.train.text_pairs is not None
     check_tokenizer(model.encoder, tokenizer, pairs=model.config.text_pairs)
     max_length = min(settings.max_length, tokenizer.model_max_length, longest_input(model.encoder))
