@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ import torch
 from conftest import MAX_LENGTH, SEP, VOCAB, loud, make_tokenizer, random_texts, tiny_encoder, toy_task
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from geep.acceleration import Acceleration, accelerate, accelerating, fitting, looking
+from geep.acceleration import Acceleration, Pace, accelerate, accelerating, fitting, looking
 from geep.acceleration.accelerating import TextsFor
+from geep.acceleration.prospects import prospects
+from geep.calibration import TRIAL_SPEEDS, Outcomes, ProfileResult
 from geep.data import Split
 from geep.distilling import FitSettings, FittedHeads
 from geep.engine import Engine
 from geep.folder import Provenance
-from geep.promise import Promise, TooFewTextsError
+from geep.promise import PairedCounts, Promise, TooFewTextsError
 
 SETTINGS = FitSettings(epochs=4, batch_size=64)
-ASKED: dict[str, Any] = {"promise": Promise(min_agreement=0.95), "settings": SETTINGS, "device": "cpu"}
+# Of a tiny model an exit costs as much as the layers that it saves, so time decides nothing here.
+ASKED: dict[str, Any] = {
+    "promise": Promise(min_agreement=0.95), "settings": SETTINGS, "device": "cpu", "check_pace": False,
+}  # fmt: skip
 
 
 def toy_split(count: int, *, seed: int, labelled: bool = False) -> Split:
@@ -272,6 +278,44 @@ def test_where_no_speed_passes_the_full_model_stays(
     assert found.before.texts_per_second == found.after.texts_per_second
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert set(engine.predict_columns(TEXTS.texts[:50]).exit_layers.tolist()) == {4}
+
+
+def test_nobody_is_left_slower(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed that saves layers and no time is not kept, unless the model is for another machine."""
+    paces = accelerating._paces
+
+    def slow(*arguments: Any) -> tuple[Pace, Pace]:
+        before, after = paces(*arguments)
+        return before, after if after.layers == before.layers else replace(after, texts_per_second=0.1)
+
+    monkeypatch.setattr(accelerating, "_paces", slow)
+    found = accelerate(classifier, TEXTS, tmp_path / "here", **{**ASKED, "check_pace": True})
+    assert found.calibration["refused"].startswith("The speed that keeps the promise runs")
+    assert (found.speed, found.calibration["certificate"], found.after.layers) == (0.0, None, 4.0)
+    assert Engine.from_pretrained(tmp_path / "here", device="cpu").settings.speed == 0
+    assert accelerate(classifier, TEXTS, tmp_path / "there", **ASKED).speed > 0
+
+
+def test_what_more_would_take_is_said(made: tuple[Path, Acceleration]) -> None:
+    nearer, further = made[1].prospects
+    assert "at least 0.975" in nearer.promise
+    assert "at least 0.99" in further.promise
+    assert made[1].after.layers <= nearer.layers <= further.layers <= 4
+    needed = [Promise(min_agreement=share).halved().texts_needed for share in (0.975, 0.99)]
+    assert nearer.num_texts >= needed[0]
+    assert further.num_texts >= needed[1]
+
+
+def test_so_many_texts_do_certify_what_is_said_of_them(profiled: ProfileResult) -> None:
+    held, settings = Outcomes(profiled.engine, profiled.heldout), profiled.engine.settings
+    for each, agreement in zip(prospects(held, settings, Promise(min_agreement=0.98)), (0.99, 0.996), strict=True):
+        promise = Promise(min_agreement=agreement).halved()
+        assert each.promise == str(Promise(min_agreement=agreement))
+        assert each.num_texts is not None
+        trials = [held.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS]
+        trial = next(trial for trial in trials if trial.mean_exit_layer == each.layers)
+        counts = PairedCounts(each.num_texts, math.ceil(trial.risk * each.num_texts - 1e-9))
+        assert promise.risk.bound(counts, 1 - promise.confidence) <= promise.allowed
 
 
 def test_a_model_that_answers_all_alike_is_kept_as_it_is(classifier: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from geep.acceleration.fitting import WORK, FittedExits, default_exit_head, fit_exits, save_with_exits
 from geep.acceleration.looking import look_ahead
+from geep.acceleration.prospects import prospects
 from geep.acceleration.record import Acceleration, Pace
 from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
@@ -131,6 +132,7 @@ def accelerate(
     head: str | None = None,
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
+    check_pace: bool = True,
     device: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -155,6 +157,8 @@ def accelerate(
         head: Row of `HEADS` that pools. None: `default_exit_head`.
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
+        check_pace: Whether a certified speed that is slower here than the full model is refused, so that the full model
+            answers. False: the model is for another machine.
         device: "cpu", "cuda", …; None: a GPU where there is one.
         revision: Branch, tag or commit of a model of the hub.
         token: Access token of the hub, or True for the stored one.
@@ -215,7 +219,7 @@ def accelerate(
     look_ahead(full, parts.learn, parts.choose, promise, work, **options)
     fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
     save_with_exits(full, fitted.heads, folder)
-    done = _certified(full, fitted, folder, parts, promise, progress)
+    done = _certified(full, fitted, folder, parts, promise, check_pace=check_pace, progress=progress)
     done = replace(done, seconds=round(time.perf_counter() - started, 1))
     Provenance(asked, done.record(), []).write(folder)
     shutil.rmtree(work)
@@ -223,26 +227,38 @@ def accelerate(
 
 
 def _certified(
-    full: Engine, fitted: FittedExits, folder: Path, parts: TextsFor, promise: Promise, progress: Progress
+    full: Engine,
+    fitted: FittedExits,
+    folder: Path,
+    parts: TextsFor,
+    promise: Promise,
+    *,
+    check_pace: bool,
+    progress: Progress,
 ) -> Acceleration:
     """Teach the table, find the speed and write both; say what was gained."""
     engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type)
     found = profile(engine, _run_of(full, parts.learn, fitted), parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
-    tuning = found.heldout if parts.tune is None else parts.tune
+    tuning = found.heldout
+    if parts.tune is not None:
+        tuning = ExitRun.of(engine, parts.tune, what="all exits, texts to choose settings on", progress=progress)
     options: dict[str, Any] = {"profile": found.record(), "asked": asdict(promise)}
     try:
         result = calibrate(found.engine, tuning, certified, promise, progress=progress)
         _check_that_it_pays(result.engine, certified)
+        progress("timing", 0, 1)
+        before, after = _paces(result.engine, certified, parts.certify)
+        if check_pace:
+            _check_pace(before, after)
     except NothingCertifiedError as refusal:
         logger.warning("%s", refusal)
         save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
+        before, after = _paces(kept, certified, parts.certify)
     else:
         result.save(folder, **options)
         kept, said = result.engine, result.record()
-    progress("timing", 0, 1)
-    before, after = _paces(kept, certified, parts.certify)
     progress("timing", 1, 1)
     return Acceleration(
         promise=str(promise),
@@ -257,6 +273,7 @@ def _certified(
         num_learned=len(parts.learn),
         num_chosen=len(parts.choose),
         num_certified=len(parts.certify),
+        prospects=prospects(Outcomes(kept, tuning), kept.settings, promise),
     )
 
 
@@ -328,6 +345,21 @@ def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:
         raise NothingCertifiedError(
             f"No speed that keeps the promise answers any of {len(run):,} texts before the last layer: the full model "
             "answers (speed 0), as before. More texts to learn from, or a lower promise, would help."
+        )
+
+
+def _check_pace(before: Pace, after: Pace) -> None:
+    """Refuse a speed that saves layers and no time: nobody is left slower.
+
+    Raises:
+        NothingCertifiedError: If the full model is faster.
+    """
+    if after.texts_per_second < before.texts_per_second:
+        raise NothingCertifiedError(
+            f"The speed that keeps the promise runs {after.layers:.2f} of {before.layers:g} layers, but on this "
+            f"machine it answers {after.texts_per_second:,.1f} texts a second and the full model "
+            f"{before.texts_per_second:,.1f}: the full model answers (speed 0), as before. To keep the speed, "
+            "for another machine: check_pace=False (--any-pace)."
         )
 
 

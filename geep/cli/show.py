@@ -250,6 +250,7 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
     refused = result.calibration.get("refused")
     if refused is not None:
         console.print(f"[yellow]Not faster:[/] {escape(str(refused))}", soft_wrap=True)
+        _prospects(console, result)
         return
     certificate = result.calibration["certificate"]
     loss = "agreement" if result.calibration["promise"]["max_accuracy_drop"] is None else "accuracy"
@@ -265,6 +266,22 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
         )
     else:
         console.print(f"[bold]{times:.2f}x the texts a second.[/] Next: geep predict {escape(str(folder))} FILE")
+    _prospects(console, result)
+
+
+def _prospects(console: Console, result: geep.Acceleration) -> None:
+    """Say what it would take to promise more."""
+    share = result.num_certified / result.num_texts
+    for each in result.prospects:
+        if each.layers is None or each.num_texts is None:
+            console.print(f"To promise {each.promise}: no exit serves.", soft_wrap=True)
+        else:
+            texts = "" if each.num_texts <= result.num_certified else f", {each.num_texts / share:,.0f} texts in all"
+            console.print(
+                f"To promise {each.promise}: about {each.layers:.2f} layers, {each.num_texts:,} texts that "
+                f"certify{texts}.",
+                soft_wrap=True,
+            )
 
 
 def evaluated(console: Console, report: geep.EvaluationReport) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from geep.data.parts import DataPlan, Parts
 from geep.data.splits import Split, subset
@@ -158,6 +158,8 @@ def fine_tune(
     hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only)).keywords()
     recipe = RECIPES[settings.recipe]
     with refused_custom_code(source):
+        # The model's own code is refused first: who wants to run it has no use for what its tokenizer lacks.
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     model = GeepForSequenceClassification.from_encoder(
         source,
