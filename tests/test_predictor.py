@@ -436,10 +436,10 @@ def test_few_labels_present_work(num_present: int, num_labels: int) -> None:
 def test_two_labels_are_a_softmax_with_the_right_odds() -> None:
     texts, _, labels = planted(300, 0)
     keys = build(texts).keys
-    two = fit_lexical(keys, *pack(texts), labels % 2, num_labels=2)
+    two = fit_lexical(keys, *pack(texts), labels % 2, num_labels=2, penalty=1.0)
     assert torch.allclose(two.rows[:, 0], -two.rows[:, 1])
     sigmoids = torch.stack([labels % 2 == 0, labels % 2 == 1], 1).float()
-    ovr = fit_lexical(keys, *pack(texts), sigmoids, num_labels=2, multi_label=True)
+    ovr = fit_lexical(keys, *pack(texts), sigmoids, num_labels=2, multi_label=True, penalty=1.0)
     assert torch.allclose(two.rows[:, 1] - two.rows[:, 0], ovr.rows[:, 1], atol=1e-2)
 
 
@@ -485,7 +485,8 @@ def test_texts_without_keys_leave_the_label_frequencies(multi_label: bool) -> No
     [
         (torch.tensor([0, 3]), False, ValueError, "labels must be within 0..2"),
         (torch.tensor([0, -1]), False, ValueError, "leave texts without a label out"),
-        (torch.tensor([0.0, 1.0]), False, TypeError, "set multi_label=True"),
+        (torch.tensor([0.0, 1.0]), False, TypeError, "a probability for each label"),
+        (torch.full((2, 3), 0.5), False, ValueError, "must sum to 1"),
         (torch.tensor([0]), False, ValueError, "labels must have shape"),
         (torch.tensor([0, 1]), True, ValueError, "labels must have shape"),
         (torch.full((2, 3), 2.0), True, ValueError, "within"),

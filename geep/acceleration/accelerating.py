@@ -25,7 +25,6 @@ from geep.calibration.runs import check_labels
 from geep.data import Split, distinct, halves, unseen
 from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
 from geep.engine import Engine, EngineConfig
-from geep.exits import answer_of
 from geep.folder import TRAINING_FILE, HubOptions, Provenance, reachable
 from geep.modeling import GeepConfig, from_classifier
 from geep.progress import Progress, no_progress
@@ -325,16 +324,14 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
 
 
 def _run_of(engine: Engine, texts: Split, cache: FeatureCache, fitted: FittedHeads) -> ExitRun:
-    """All exits of texts whose features are known, labelled by the full model: the encoder is not run again."""
+    """All exits of texts whose features are known: the encoder is not run again."""
     found: list[Tensor] = []
     with torch.no_grad():
         for features, logits in cache.batches(4096):
             heads = zip(fitted.heads, features, strict=True)
             found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), logits]))
     logits = torch.cat(found, dim=1)
-    answers = answer_of(logits[-1], multi_label=engine.multi_label)
-    labels = answers.float() if engine.multi_label else answers
-    return ExitRun(engine.tokenize(texts.inputs).batch, logits, labels, texts_from=texts.origin)
+    return ExitRun(engine.tokenize(texts.inputs).batch, logits, None, texts_from=texts.origin)
 
 
 def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:
