@@ -233,7 +233,7 @@ def fit_lexical(
     return Lexical(rows, bias)
 
 
-LEXICAL_PENALTIES: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+LEXICAL_PENALTIES: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Penalties that `fit_lexical` tries, from strong to weak: short texts took the strong ones, long texts the weak."""
 
 

@@ -22,13 +22,13 @@ Floats = NDArray[np.floating[Any]]
 _BLOCK = 1 << 16
 
 # Texts on which a penalty is chosen, at most: it is a prior's, and hardly changes with their number.
-_CHOOSE_ON = 1 << 17
+_CHOOSE_ON = 1 << 15
 
 # Every eighth text says which penalty is best.
 _CHECK_EVERY = 8
 
 # Nearer to the minimum the answers on other texts stay what they are.
-_OPTIONS = {"maxiter": 100, "ftol": 1e-7, "gtol": 1e-7}
+_OPTIONS = {"maxiter": 100, "ftol": 1e-5, "gtol": 1e-7}
 
 
 @dataclass(frozen=True)
