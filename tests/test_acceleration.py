@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from geep.acceleration import Acceleration, Pace, accelerate, accelerating, fitting, looking
 from geep.acceleration.accelerating import TextsFor
 from geep.acceleration.prospects import prospects
-from geep.calibration import TRIAL_SPEEDS, Outcomes, ProfileResult
+from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, profiling
 from geep.data import Split
 from geep.distilling import FitSettings, FittedHeads
 from geep.engine import Engine
@@ -88,9 +88,9 @@ def make_late_classifier(folder: Path) -> Path:
     return folder
 
 
-def without_labels(run_of: Any) -> Any:
+def no_opinion(run: ExitRun, *, multi_label: bool) -> torch.Tensor:
     """The table is taught no label, so it cannot answer in an exit's place."""
-    return lambda *arguments: replace(run_of(*arguments), labels=None)
+    return torch.full_like(run.exit_logits[-1], 1 / run.exit_logits.shape[-1])
 
 
 TEXTS = toy_split(1300, seed=1)
@@ -270,7 +270,7 @@ def test_where_no_speed_passes_the_full_model_stays(
         return fitted
 
     monkeypatch.setattr(fitting, "fit_heads", spoilt)
-    monkeypatch.setattr(accelerating, "_run_of", without_labels(accelerating._run_of))
+    monkeypatch.setattr(profiling, "label_targets", no_opinion)
     found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
     assert found.speed == 0
     assert (found.after.layers, found.after.agreement) == (4.0, 1.0)

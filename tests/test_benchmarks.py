@@ -53,6 +53,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "plot",
         "prediction",
         "ablation",
+        "table_scale",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
@@ -494,6 +495,18 @@ def test_every_result_is_drawn(rivals: None, tmp_path: Path) -> None:
     names = [path.name for path in load("plot").draw_all(tmp_path)]
     assert names == ["throughput-toy.png", "budget-toy.png", "utilisation-toy.png", "scaling.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_a_table_is_learned_from_made_up_texts_and_reported(rivals: None, tmp_path: Path) -> None:
+    bench = load("table_scale")
+    case = {"texts": 400, "length": 8, "labels": 3, "depths": 4, "vocabulary": 60, "order": 2}
+    measured = bench.measure(**case)
+    assert list(measured["steps"]) == ["texts", "table", "exit 0", "counts", "fitted", "prediction"]
+    assert measured["agreement_on_texts_learned_from"] > 0.8
+    line = {"kind": "table_scale", **case, **measured, "machine": bench.machine()}
+    (tmp_path / "table_scale.jsonl").write_text(json.dumps(line) + "\n")
+    page = "\n".join(load("report_more").more_parts(tmp_path))
+    assert "| 400 texts, 3 labels, n-grams up to 2: exit 0 | " in page
 
 
 def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from conftest import (
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from geep.backends import TokenBatch
 from geep.calibration import (
     TABLE_SPEEDS,
     TRIAL_SPEEDS,
@@ -37,6 +38,7 @@ from geep.calibration import (
     save_refusal,
     try_speed,
 )
+from geep.calibration.profiling import LABEL_SHARE, label_targets
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, ExitProfile, OnMiss, follow
@@ -128,12 +130,33 @@ def test_agreement_is_the_share_of_texts_that_disagree_with_the_full_model(profi
         assert found.uncertainty[:, column].mean() == pytest.approx((~found.agrees[:, column]).mean(), abs=0.05)
 
 
-def test_a_profile_without_labels_has_no_lexical_exit_of_its_own(trained: Engine) -> None:
-    found = profile(trained, unlabelled(TRAIN), unlabelled(HELDOUT)).engine
-    assert found.predictor is not None
-    assert found.predictor.num_labels is None
-    assert 0 not in found.settings.temperatures
-    assert len(found.predict(FRESH.texts[:5], speed=0.5)) == 5
+def test_the_full_model_teaches_the_lexical_exit_with_and_without_labels(trained: Engine) -> None:
+    run, held = ExitRun.of(trained, TRAIN), ExitRun.of(trained, HELDOUT)
+    bare = replace(run, labels=None)
+    soft, mixed = (label_targets(each, multi_label=False) for each in (bare, run))
+    assert run.labels is not None
+    assert torch.equal(soft, run.exit_logits[-1].softmax(-1))
+    gold = torch.nn.functional.one_hot(run.labels, soft.shape[1])
+    assert torch.allclose(mixed, (1 - LABEL_SHARE) * soft + LABEL_SHARE * gold)
+    engines = [profile(trained, each, held).engine for each in (bare, run)]
+    rows = []
+    for engine in engines:
+        assert engine.predictor is not None
+        assert engine.predictor.lexical is not None
+        assert 0 in engine.settings.temperatures
+        rows.append(engine.predictor.lexical.rows)
+        found = Outcomes(engine, held)
+        assert float((found.logits[0].argmax(-1) == found.full_answers).double().mean()) > 0.8
+    assert not torch.equal(*rows)
+
+
+def test_several_labels_are_taught_by_a_probability_each() -> None:
+    logits = torch.tensor([[[0.0, 9.0]], [[-1.0, 2.0]]])
+    run = ExitRun(TokenBatch(np.array([3]), None, np.array([1])), logits, None)
+    assert torch.equal(label_targets(run, multi_label=True), logits[-1].sigmoid())
+    mixed = label_targets(replace(run, labels=torch.tensor([[1.0, 0.0]])), multi_label=True)
+    expected = (1 - LABEL_SHARE) * logits[-1].sigmoid() + LABEL_SHARE * torch.tensor([[1.0, 0.0]])
+    assert torch.allclose(mixed, expected)
 
 
 def test_nothing_to_profile_is_refused(trained: Engine) -> None:

@@ -26,7 +26,6 @@ from geep.calibration.runs import check_labels
 from geep.data import Split, distinct, halves, unseen
 from geep.distilling import FitSettings
 from geep.engine import Engine, EngineConfig
-from geep.exits import answer_of
 from geep.folder import TRAINING_FILE, HubOptions, Provenance, reachable
 from geep.modeling import from_classifier
 from geep.progress import Progress, no_progress
@@ -327,11 +326,8 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
 
 
 def _run_of(engine: Engine, texts: Split, fitted: FittedExits) -> ExitRun:
-    """All exits of the texts that they learned from, labelled by the full model: the encoder is not run again."""
-    logits = fitted.heads.logits(fitted.seen)
-    answers = answer_of(logits[-1], multi_label=engine.multi_label)
-    labels = answers.float() if engine.multi_label else answers
-    return ExitRun(engine.tokenize(texts.inputs).batch, logits, labels, texts_from=texts.origin)
+    """All exits of the texts that they learned from: the encoder is not run again."""
+    return ExitRun(engine.tokenize(texts.inputs).batch, fitted.heads.logits(fitted.seen), None, texts_from=texts.origin)
 
 
 def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
+from torch.nn import functional as F
 
 from geep.backends import TokenBatch
 from geep.calibration.learning import learn_settings
@@ -29,6 +30,11 @@ Integers = NDArray[np.int64]
 
 # Speeds for which the table holds counts; a run takes the nearest. Dense where probabilities of disagreement live.
 TABLE_SPEEDS: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+
+
+# Chosen on held-out texts of SST-2 and AG News. Without labels a little fewer answers are right, with labels alone many
+# more differ from the full model's.
+LABEL_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,8 @@ def profile(
 
     Args:
         engine: Engine of a trained model; its table and settings are replaced.
-        train: Texts that fill the table and teach the lexical exit (its labels, if there), or their run.
+        train: Texts that fill the table and teach the lexical exit, by the full model's probabilities and, if there,
+            by their labels; or their run.
         heldout: Texts the model was not trained on, or their run: temperatures, agreement scores and levels come from
             them.
         kind: Row of `PREDICTORS`; None: the one whose scores rank the held-out texts best.
@@ -140,12 +147,13 @@ def profile(
 
     progress("temperatures, criterion, exit table", 0, 1)
     config, separator_id = engine.model.encoder.config, _separator_id(engine)
+    taught = label_targets(seen, multi_label=many)
 
     def fit(name: str, exits: list[Tensor], lexical: Lexical | None) -> ExitPredictor:
         return fit_predictor(
             name,
             TextExits(*seen.flat, exits[0]),
-            seen.labels,
+            taught,
             TextExits(*held.flat, exits[1]),
             depths=depths,
             speeds=TABLE_SPEEDS,
@@ -184,6 +192,23 @@ def profile(
             for speed, known, fresh in zip(TABLE_SPEEDS, *(part.T.numpy() for part in exits), strict=True)
         ),
     )
+
+
+def label_targets(run: ExitRun, *, multi_label: bool) -> Tensor:
+    """What the lexical exit is taught: the full model's probabilities, a quarter labels where there are some.
+
+    The full model says of a text how near each label is, of texts without labels, too. Of those that it was trained
+    on it says hardly more than their labels, and still teaches more than these.
+
+    Returns:
+        Shape (num_texts, num_labels).
+    """
+    full = run.exit_logits[-1].float()
+    soft = torch.sigmoid(full) if multi_label else torch.softmax(full, dim=-1)
+    if run.labels is None:
+        return soft
+    gold = run.labels if multi_label else F.one_hot(run.labels, full.shape[1])
+    return torch.lerp(soft, gold.float(), LABEL_SHARE)
 
 
 def _separator_id(engine: Engine) -> int | None:

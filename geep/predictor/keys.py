@@ -278,18 +278,6 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
     return (part * NUM_BUCKETS // whole.clamp(min=1)).clamp(max=NUM_BUCKETS - 1)
 
 
-def frequent_ngrams(packed: Tensor, min_count: int, max_ngrams: int) -> HashTable:
-    """Number the most frequent n-grams in the order of their packed ids."""
-    ngrams, counts = packed.unique(return_counts=True)
-    ngrams, counts = ngrams[counts >= min_count], counts[counts >= min_count]
-    # `unique` sorts, so a stable sort by frequency leaves ties in the order of their ids.
-    kept = ngrams[counts.sort(descending=True, stable=True).indices[:max_ngrams]].sort().values
-    # Half empty: a search in a fuller table takes several times as many rounds.
-    table = HashTable(max(2 * kept.numel(), 2))
-    table.insert_or_assign(kept, torch.arange(kept.numel()))
-    return table
-
-
 def with_key_weight(keys: Keys, rows: Tensor) -> Tensor:
     """Put a column before `rows` that is 1 for every key and 0 for the neutral row: its sum counts a text's keys."""
     weight = torch.ones(keys.num_rows, 1, device=rows.device)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from geep.hash_table import HashTable
-from geep.predictor.keys import Keys, frequent_ngrams, text_of_rows
+from geep.predictor.keys import Keys, check_texts, text_of_rows
+from geep.predictor.parts import frequent_ngrams, parts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,19 +93,20 @@ class ExitTable:
         input_ids, lengths, exit_indices = input_ids.cpu(), lengths.cpu(), exit_indices.cpu()
         special_ids = tuple(sorted(set(special_ids)))
         keys = Keys(vocab_size, special_ids, ngram_order, HashTable(1), separator_id)
-        packed = keys.pack(input_ids, lengths).packed
+        check_texts(input_ids, lengths, vocab_size)
         check_exits("exit_indices", exit_indices, (lengths.numel(), len(speeds)), len(depths))
-        if packed.numel():
-            keys = replace(keys, ngrams=frequent_ngrams(packed, min_count, max_ngrams))
-        rows, offsets = keys.rows_of(input_ids, lengths)
-        text = text_of_rows(offsets, rows.numel())
-        known = rows != keys.neutral_row
-        rows, text = rows[known], text[known]
+        ngrams = frequent_ngrams(keys, input_ids, lengths, min_count=min_count, max_ngrams=max_ngrams)
+        keys = replace(keys, ngrams=ngrams)
         num_depths = len(depths)
-        counts = torch.empty((keys.num_rows, len(speeds), num_depths), dtype=torch.int32)
-        for speed in range(len(speeds)):
-            cells = rows * num_depths + exit_indices[text, speed]
-            counts[:, speed] = torch.bincount(cells, minlength=keys.num_rows * num_depths).view(-1, num_depths)
+        counts = torch.zeros((keys.num_rows, len(speeds), num_depths), dtype=torch.int32)
+        for part in parts_of(input_ids, lengths):
+            rows, offsets = keys.rows_of(part.input_ids, part.lengths)
+            known = rows != keys.neutral_row
+            text, rows = text_of_rows(offsets, rows.numel())[known], rows[known]
+            for speed in range(len(speeds)):
+                cells = rows * num_depths + exit_indices[part.texts, speed][text]
+                found = torch.bincount(cells, minlength=keys.num_rows * num_depths)
+                counts[:, speed] += found.view(-1, num_depths)
         return cls(keys, tuple(depths), tuple(speeds), counts)
 
     @property
