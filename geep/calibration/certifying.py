@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from geep.calibration.choosing import base_settings, choose, criteria
-from geep.calibration.labelling import labels_needed
+from geep.calibration.labelling import labels_wanted
 from geep.calibration.leaving import Leavers
 from geep.calibration.ordering import Order, Search
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
@@ -48,8 +48,9 @@ class Calibration:
         left_out: Further ones that were given, but that something was learned or chosen on before.
         leavers: What was lost, at the kept speed, among those of them that are answered at or before each depth.
         num_labelled: Labels that were given one by one; 0 where every text came with its own, or none was needed.
-        to_label: Positions, among the texts given, of those whose labels would let the walk go on; empty where it
-            ended otherwise.
+        to_label: Positions, among the texts given, of those whose labels would let the walk go on, as far as
+            `max_labels` reaches; empty where it ended otherwise.
+        next_step: Labels that the next speed lacks; 0 where the walk ended otherwise.
     """
 
     engine: Engine
@@ -60,6 +61,7 @@ class Calibration:
     leavers: tuple[Leavers, ...] = ()
     num_labelled: int = 0
     to_label: tuple[int, ...] = ()
+    next_step: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return in plain words and numbers what is kept of it in `calibration.json`."""
@@ -237,6 +239,12 @@ def calibrate(
     result, passed = walks[best], walks[best].num_passed
     settings = orders[best][passed - 1] if passed else replace(choice.settings, speed=0.0)
     kept = _with_certificate(engine.replace(settings=settings), promise, result, certified)
+    wanted = None if known is None else labels_wanted(certified, orders, walks, most=max_labels)
+    if wanted is not None and not labels and wanted.next_step > max_labels:
+        raise ValueError(
+            f"The first speed that changes an answer changes {wanted.next_step} of {len(certified):,} texts and takes "
+            f"as many labels, expected at most {max_labels}; allow more (max_labels, --max-labels)."
+        )
     return Calibration(
         kept,
         promise,
@@ -245,9 +253,8 @@ def calibrate(
         given - len(certified),
         leavers=_leavers(certified, settings, promise),
         num_labelled=0 if known is None else len(known),
-        to_label=()
-        if known is None
-        else tuple(rows.numpy()[labels_needed(certified, orders, walks, most=max_labels)].tolist()),
+        to_label=() if wanted is None else tuple(rows.numpy()[wanted.rows].tolist()),
+        next_step=0 if wanted is None else wanted.next_step,
     )
 
 
@@ -289,6 +296,14 @@ def _hashes(engine: Engine, part: Split | ExitRun) -> Tensor:
         return part.hashes
     batch = engine.tokenize(part.inputs).batch
     return text_hashes(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths))
+
+
+def unlearned(engine: Engine, rows: Split) -> Split:
+    """Return the rows that an engine's table was not made from, told by their token ids, in order."""
+    if engine.predictor is None:
+        return rows
+    kept = ~torch.isin(_hashes(engine, rows), engine.predictor.fitted.seen)
+    return rows.select(kept.nonzero().flatten().numpy())
 
 
 def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun, each: Promise) -> Tensor:
