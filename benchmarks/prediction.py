@@ -337,7 +337,7 @@ def _before(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> 
                 good = [trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed]
                 weighed.append(Choice(settings, trials, min(good, default=np.inf)))
         best = min(weighed, key=lambda choice: choice.least)
-        orders = Search.of(promise, tuning_has_labels=True).orders(tuned, best)
+        orders = Search.of(promise).orders(tuned, best)
         speed = max(walk(lambda settings: certified.trial(settings, each), order).speed for order in orders)
     return engine.replace(settings=replace(best.settings, speed=speed))
 

@@ -160,8 +160,8 @@ def calibrate(
         fresh: Texts to certify on, or their run. Those among them that the table was made from, or that settings are
             chosen on, are left out.
         promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
-            tuning texts, each at half of its error probability; the faster result is kept. A conditional one is
-            certified by one walk, which opens exits from the deepest on.
+            tuning texts, each at half of its error probability; the faster result is kept. One walk does where
+            `labels` are given, and for a conditional promise, whose walk opens exits from the deepest on.
         on_miss: The rule to calibrate for.
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else the
             profile's.
@@ -170,7 +170,8 @@ def calibrate(
             only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
         labels: For a promise about accuracy on fresh texts without labels, those of some of them, by their position:
             `SomeLabels.none()` to begin with. A speed is tested once every text that it answers otherwise than the
-            full model has one; `Calibration.to_label` says which are needed next. The tuning texts then need none.
+            full model has one; `Calibration.to_label` says which are needed next. Settings are then chosen by
+            agreement, and labels of the tuning texts not read.
         max_labels: Labels to ask for, in all.
         progress: Told what is being done, how much is done and how much there is.
 
@@ -192,7 +193,7 @@ def calibrate(
             "learned labels; run `geep profile` first, or leave it out."
         )
     # Where two walks share the error probability, the better of their results still keeps the promise.
-    search = Search.of(promise, tuning_has_labels=tuning.labels is not None)
+    search = Search.of(promise, few_labels=labels is not None)
     check_enough(len(fresh), search.each)
     _check_given_labels(engine, fresh, promise, labels)
     for part, what in ((tuning, "texts to choose settings on"), (fresh, "texts to certify on")):
@@ -234,7 +235,7 @@ def calibrate(
         progress=progress,
     )
     orders = search.orders(tuned, choice)
-    walks = [_walked(certified, order, search.each) for order in orders]
+    walks = [walked(certified, order, search.each) for order in orders]
     best = max(range(len(walks)), key=lambda number: (walks[number].kept is not None, walks[number].speed))
     result, passed = walks[best], walks[best].num_passed
     settings = orders[best][passed - 1] if passed else replace(choice.settings, speed=0.0)
@@ -258,7 +259,7 @@ def calibrate(
     )
 
 
-def _walked(fresh: Outcomes, order: Order, each: Promise) -> Walk:
+def walked(fresh: Outcomes, order: Order, each: Promise) -> Walk:
     """Walk settings on fresh texts, as far as there are labels to judge them."""
     testable = order if fresh.labels is None else takewhile(lambda settings: not len(fresh.lacking(settings)), order)
     return walk(lambda settings: fresh.trial(settings, each), testable)

@@ -17,8 +17,8 @@ from geep.promise import Promise, Trial
 
 Order = tuple[ExitSettings, ...]
 
-# Where the texts to choose on have no labels, settings are chosen by how often answers change, at so many times what
-# accuracy may lose: changes that spoil and changes that repair cancel in part.
+# Without labels settings are weighed by how often answers change, at so many times what accuracy may lose: changes that
+# spoil and changes that repair cancel in part.
 _CHANGED_FOR_LOST = 3.0
 
 
@@ -28,7 +28,7 @@ class Search:
 
     Attributes:
         each: What each walk has to certify: the promise at its share of the error probability.
-        weighed: What settings are weighed by on the tuning texts, which may have no labels.
+        weighed: What settings are weighed by on the tuning texts.
         num_walks: Walks that share the error probability.
     """
 
@@ -37,13 +37,16 @@ class Search:
     num_walks: int
 
     @classmethod
-    def of(cls, promise: Promise, *, tuning_has_labels: bool) -> Search:
-        """One walk where only one order is known beforehand, else two, each at half of the error probability."""
-        blind = promise.needs_labels and not tuning_has_labels
-        two = not promise.conditional and not blind
+    def of(cls, promise: Promise, *, few_labels: bool = False) -> Search:
+        """One walk for a conditional promise, and where labels are had one by one: else two, each at half of the error.
+
+        Among many texts, of which few need a label, a single one does not end the walk from speed 0. Settings are then
+        weighed by what takes no labels.
+        """
+        two = not promise.conditional and not few_labels
         each = promise.halved() if two else promise
         changed = min(_CHANGED_FOR_LOST * promise.allowed, 0.5)
-        weighed = replace(each, max_accuracy_drop=None, min_agreement=1 - changed) if blind else each
+        weighed = replace(each, max_accuracy_drop=None, min_agreement=1 - changed) if few_labels else each
         return cls(each, weighed, 1 + two)
 
     def orders(self, tuning: Outcomes, choice: Choice) -> tuple[Order, ...]:
