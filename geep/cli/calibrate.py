@@ -141,14 +141,14 @@ def calibrate_command(
         if asked is not None and known is not None and result.to_label:
             geep.write_to_label(asked, fresh, result.to_label, known=known, label_names=engine.label_names)
             summary["to_label"] = str(asked)
-        if result.to_label and not result.num_labelled:
-            show.labels_asked(console, result, asked, engine.label_names)
+        if result.to_label and (not result.num_labelled or result.walk.kept is None):
+            show.labels_asked(console, result, asked, engine.label_names, is_set=False)
             show.document({"to_label": str(asked), "num_to_label": len(result.to_label)}, as_json)
             return
         result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
         show.calibrated(console, result)
         if result.next_step:
-            show.labels_asked(console, result, asked, engine.label_names)
+            show.labels_asked(console, result, asked, engine.label_names, is_set=True)
         show.document(summary, as_json)
 
 

@@ -178,8 +178,7 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
         table.add_column(name, justify="right")
     step = 1 if len(trials) <= 12 else len(trials) // 10
-    shown = [*trials[:-1:step], trials[-1]]
-    for trial in shown:
+    for trial in (*trials[:-1:step], *trials[-1:]):
         table.add_row(
             f"{trial.speed:g}",
             f"{trial.mean_exit_layer:.2f}",
@@ -192,6 +191,9 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
         console.print(f"{result.left_out:,} texts were left out, which something was learned or chosen on.")
     _leavers(console, result)
     settings, certificate = result.engine.settings, result.engine.certificate
+    if certificate is None and not trials:
+        console.print("[red]Nothing is certified:[/] there are too few labels for any speed. It is written at speed 0.")
+        return
     if certificate is None:
         full = trials[0]
         console.print(
@@ -233,7 +235,9 @@ def _leavers(console: Console, result: geep.Calibration) -> None:
         console.print(table)
 
 
-def labels_asked(console: Console, result: geep.Calibration, path: object, names: Sequence[str]) -> None:
+def labels_asked(
+    console: Console, result: geep.Calibration, path: object, names: Sequence[str], *, is_set: bool
+) -> None:
     """Say which labels the walk waits for, and what to do."""
     if not result.to_label:
         console.print(
@@ -243,7 +247,7 @@ def labels_asked(console: Console, result: geep.Calibration, path: object, names
         )
         return
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    done = "No speed is set yet" if not result.num_labelled else "A higher speed may follow"
+    done = "A higher speed may follow" if is_set else "No speed is set yet"
     console.print(
         f"[bold]{done}: {len(result.to_label):,} of {result.num_texts:,} texts need a label.[/] "
         + escape(f'Write it to "label" in {path} (one of: {shown}), of any of them, and run the same command again.'),
