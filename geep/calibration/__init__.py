@@ -2,7 +2,7 @@
 
 Everything here is measured on the engine as deployed, on texts that the model was not trained on. The room refuses to
 know files of rows and the command line. Read `runs.py` (`leaving.py`), `profiling.py`, `choosing.py`, `ordering.py`,
-`labelling.py`, `certifying.py`.
+`labelling.py`, `certifying.py`, `keeping.py`.
 """
 
 import lazy_loader

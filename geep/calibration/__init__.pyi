@@ -11,6 +11,7 @@ from .choosing import (
     Choice as Choice,
     choose as choose,
 )
+from .keeping import kept_run as kept_run
 from .labelling import Wanted as Wanted, labels_wanted as labels_wanted
 from .leaving import Answered as Answered, Leavers as Leavers
 from .ordering import Search as Search

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from geep.cli.make import rows_to_certify
 Option = typer.Option
 
 _TO_LABEL = "to_label.jsonl"
+_WORK = "to_label.work"
 _MOST_LABELS = 300
 
 # Of the texts of a model that keeps none, one in so many is chosen on.
@@ -124,10 +126,10 @@ def calibrate_command(
         asked = (to_label or model / _TO_LABEL) if texts is not None and promise.needs_labels else None
         known = None if asked is None else _known(engine, fresh, asked, labels, labelled_by)
         with show.bars(console) as progress:
+            runs = None if asked is None else _kept_runs(engine, tuning, fresh, asked.parent / _WORK, progress)
             result = geep.calibrate(
                 engine,
-                tuning,
-                fresh,
+                *(runs or (tuning, fresh)),
                 promise,
                 on_miss=opt.on_miss(on_miss),
                 criterion=criterion,
@@ -145,6 +147,8 @@ def calibrate_command(
             show.labels_asked(console, result, asked, engine.label_names, is_set=False)
             show.document({"to_label": str(asked), "num_to_label": len(result.to_label)}, as_json)
             return
+        if asked is not None and not result.to_label:
+            shutil.rmtree(asked.parent / _WORK)
         result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
         show.calibrated(console, result)
         if result.next_step:
@@ -168,6 +172,20 @@ def _texts_to_certify(
     chosen = [int(text_id(text)[1:], 16) % _CHOSEN_ON == 0 for text in rows.inputs]
     tuning, fresh = ([row for row, is_chosen in enumerate(chosen) if is_chosen == wanted] for wanted in (True, False))
     return rows.select(tuning), rows.select(fresh)
+
+
+def _kept_runs(
+    engine: geep.Engine, tuning: geep.Split, fresh: geep.Split, folder: Path, progress: show.Report
+) -> tuple[Any, Any]:
+    """Run all exits once: while labels are written, what they said waits in a folder."""
+    from geep.calibration import kept_run
+
+    words = ("all exits, texts to choose settings on", "all exits, texts to certify the promise on")
+    first, second = (
+        kept_run(engine, part, folder, what=what, progress=progress)
+        for part, what in zip((tuning, fresh), words, strict=True)
+    )
+    return first, second
 
 
 def _known(
