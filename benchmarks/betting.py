@@ -4,8 +4,8 @@ Texts are drawn of which a share d is answered otherwise than by the full model,
 repaired. Counted is how often each bound, at 95 %, certifies that at most half a point is lost:
 
 - `exact`: `geep.promise.drop_bound` (Berger and Boos),
-- `adaptive`: capital that grows while the drop is below the half point (Waudby-Smith and Ramdas, 2024), with bets from mean
-  and variance of the texts before, stopped where it is largest,
+- `adaptive`: capital that grows while the drop is below the half point (Waudby-Smith and Ramdas, 2024), with bets from
+  mean and variance of the texts before, stopped where it is largest,
 - `mixture`: the mean capital of twenty fixed bets at the end.
 
     python benchmarks/betting.py

@@ -41,12 +41,14 @@ class Search:
         """One walk for a conditional promise, and where labels are had one by one: else two, each at half of the error.
 
         Among many texts, of which few need a label, a single one does not end the walk from speed 0. Settings are then
-        weighed by what takes no labels.
+        weighed by what takes no labels; so they are for a conditional promise, of which tuning texts that leave at one
+        exit are too few to tell more.
         """
         two = not promise.conditional and not few_labels
+        blind = promise.needs_labels and not two
         each = promise.halved() if two else promise
         changed = min(_CHANGED_FOR_LOST * promise.allowed, 0.5)
-        weighed = replace(each, max_accuracy_drop=None, min_agreement=1 - changed) if few_labels else each
+        weighed = replace(each, max_accuracy_drop=None, min_agreement=1 - changed) if blind else each
         return cls(each, weighed, 1 + two)
 
     def orders(self, tuning: Outcomes, choice: Choice) -> tuple[Order, ...]:
