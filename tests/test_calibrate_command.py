@@ -84,6 +84,7 @@ def test_labels_are_asked_for_given_back_and_certify(place: Path, name: str) -> 
         if not found["num_to_label"]:
             break
     assert found["num_labelled"] == given <= 80
+    assert not path.with_suffix(".work").exists()
     assert found["num_texts"] > 1000
     assert found["certificate"]["labels_from"] == f"{given} labels from somebody"
     assert found["leavers"][-1]["num_texts"] == found["num_texts"]

@@ -16,11 +16,11 @@ import torch
 from conftest import FRESH, HELDOUT, TRAIN, make_engine, make_model, random_texts, split, unlabelled
 from numpy.typing import NDArray
 
-from geep.calibration import ExitRun, Outcomes, ProfileResult, Search, calibrate, labels_wanted
+from geep.calibration import ExitRun, Outcomes, ProfileResult, Search, calibrate, kept_run, labels_wanted
 from geep.calibration.certifying import MAX_LABELS, walked
 from geep.cli import calibrate as command
 from geep.data import SomeLabels, Split, read_labels, text_id, unseen, write_to_label
-from geep.engine import ExitSettings
+from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, answer_of
 from geep.promise import PairedCounts, Promise, Trial, walk
 
@@ -203,6 +203,24 @@ def test_promises_by_few_labels_are_broken_no_more_often_than_they_say(
 
 
 # Files
+
+
+def test_exits_are_run_once_while_somebody_labels(
+    profiled: ProfileResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, texts = profiled.engine, FRESH.select(range(40))
+    first = kept_run(engine, texts, tmp_path, what="all exits")
+    assert first.labels is None  # those of the texts are not read: they may be no one's
+    kept_run(engine, texts.select(range(39)), tmp_path, what="all exits")
+    assert len(list(tmp_path.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitRun, "of", lambda *_, **__: pytest.fail("ran"))
+        again = kept_run(engine, texts, tmp_path, what="all exits")
+    assert torch.equal(again.exit_logits, first.exit_logits)
+    assert (again.digest, again.made_by, again.texts_from) == (first.digest, first.made_by, first.texts_from)
+    other = Engine(engine.model, engine.tokenizer, config=replace(engine.config, max_length=9))
+    kept_run(other, texts, tmp_path, what="all exits")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -16,7 +16,7 @@ from geep.cli.make import rows_to_certify
 Option = typer.Option
 
 _TO_LABEL = "to_label.jsonl"
-_WORK = "to_label.work"
+_WORK = ".work"
 _MOST_LABELS = 300
 
 # Of the texts of a model that keeps none, one in so many is chosen on.
@@ -126,10 +126,13 @@ def calibrate_command(
         asked = (to_label or model / _TO_LABEL) if texts is not None and promise.needs_labels else None
         known = None if asked is None else _known(engine, fresh, asked, labels, labelled_by)
         with show.bars(console) as progress:
-            runs = None if asked is None else _kept_runs(engine, tuning, fresh, asked.parent / _WORK, progress)
+            first, second = tuning, fresh
+            if asked is not None:
+                first, second = _kept_runs(engine, tuning, fresh, promise, asked.with_suffix(_WORK), progress)
             result = geep.calibrate(
                 engine,
-                *(runs or (tuning, fresh)),
+                first,
+                second,
                 promise,
                 on_miss=opt.on_miss(on_miss),
                 criterion=criterion,
@@ -147,9 +150,9 @@ def calibrate_command(
             show.labels_asked(console, result, asked, engine.label_names, is_set=False)
             show.document({"to_label": str(asked), "num_to_label": len(result.to_label)}, as_json)
             return
-        if asked is not None and not result.to_label:
-            shutil.rmtree(asked.parent / _WORK)
         result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
+        if asked is not None and not result.to_label:
+            shutil.rmtree(asked.with_suffix(_WORK))
         show.calibrated(console, result)
         if result.next_step:
             show.labels_asked(console, result, asked, engine.label_names, is_set=True)
@@ -175,11 +178,18 @@ def _texts_to_certify(
 
 
 def _kept_runs(
-    engine: geep.Engine, tuning: geep.Split, fresh: geep.Split, folder: Path, progress: show.Report
+    engine: geep.Engine,
+    tuning: geep.Split,
+    fresh: geep.Split,
+    promise: geep.Promise,
+    folder: Path,
+    progress: show.Report,
 ) -> tuple[Any, Any]:
     """Run all exits once: while labels are written, what they said waits in a folder."""
     from geep.calibration import kept_run
+    from geep.promise import check_enough
 
+    check_enough(len(fresh), promise)
     words = ("all exits, texts to choose settings on", "all exits, texts to certify the promise on")
     first, second = (
         kept_run(engine, part, folder, what=what, progress=progress)
