@@ -234,7 +234,7 @@ def calibrate(
         cost=cost,
         progress=progress,
     )
-    orders = search.orders(tuned, choice)
+    orders = search.orders(tuned, choice, quantised=certified.run.reference is not None)
     walks = [walked(certified, order, search.each) for order in orders]
     best = max(range(len(walks)), key=lambda number: (walks[number].kept is not None, walks[number].speed))
     result, passed = walks[best], walks[best].num_passed

@@ -51,14 +51,14 @@ class Search:
         weighed = replace(each, max_accuracy_drop=None, min_agreement=1 - changed) if blind else each
         return cls(each, weighed, 1 + two)
 
-    def orders(self, tuning: Outcomes, choice: Choice) -> tuple[Order, ...]:
+    def orders(self, tuning: Outcomes, choice: Choice, *, quantised: bool = False) -> tuple[Order, ...]:
         """Settings in the order of each walk; full model first where that, quantised, has to be certified as well."""
         if self.each.conditional:
             orders: tuple[Order, ...] = (_openings(tuning, choice, self.weighed),)
         else:
             speeds = (TRIAL_SPEEDS, _from_safest(choice.trials))[: self.num_walks]
             orders = tuple(tuple(replace(choice.settings, speed=speed) for speed in order) for order in speeds)
-        if tuning.run.reference is None:
+        if not quantised:
             return orders
         first, *others = orders
         return ((replace(choice.settings, speed=0.0), *first), *others)
