@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.predictor.keys import Keys, text_hashes, text_of, with_key_weight
+from geep.predictor.keys import Keys, text_hashes, text_of_rows, with_key_weight
 from geep.predictor.predictor import ExitPredictor
 from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows, check_exits
 
@@ -51,8 +51,8 @@ def score_by_counts(table: ExitTable, texts: TextExits, *, pseudo_count: float =
         Rows of differences from the global expectation; zero for a key that was never seen.
     """
     counts = table.counts.double()
-    # Unigrams alone: n-grams would count the same tokens again.
-    total = counts[: table.vocab_size].sum(0) + 1e-9
+    # Unigrams alone: n-grams would count the same tokens again. In pairs those of both texts are among these.
+    total = (counts if table.keys.separator_id is not None else counts[: table.vocab_size]).sum(0) + 1e-9
     prior = total / total.sum(1, keepdim=True)
     depths = torch.tensor(table.depths, dtype=torch.float64)
     smoothed = (counts + pseudo_count * prior) / (counts.sum(2, keepdim=True) + pseudo_count)
@@ -240,6 +240,7 @@ def fit_predictor(
     max_ngrams: int = 200_000,
     num_bins: int = 16,
     lexical: Lexical | None = None,
+    separator_id: int | None = None,
 ) -> ExitPredictor:
     """Fill the table and fit scores and exit 0 on training texts, and the levels on held-out ones.
 
@@ -260,6 +261,7 @@ def fit_predictor(
         num_bins: Bins of scores; see `fit_levels`.
         lexical: Exit 0 of a predictor fitted on the same texts and labels, which is not fitted again: it does not
             depend on the exits.
+        separator_id: The special id that ends the first text of a pair, `None` for single texts; see `Keys`.
 
     Returns:
         The predictor, on the CPU.
@@ -287,6 +289,7 @@ def fit_predictor(
         ngram_order=ngram_order,
         min_count=min_count,
         max_ngrams=max_ngrams,
+        separator_id=separator_id,
     )
     if lexical is None and labels is not None:
         lexical = fit_lexical(
@@ -329,8 +332,8 @@ class _Features:
 
 
 def _features(keys: Keys, input_ids: Tensor, lengths: Tensor) -> _Features:
-    rows, _ = keys.rows_of(input_ids, lengths)
-    text = text_of(lengths * keys.ngram_order, rows.numel())
+    rows, offsets = keys.rows_of(input_ids, lengths)
+    text = text_of_rows(offsets, rows.numel())
     known = rows != keys.neutral_row
     columns, places = rows[known].unique(return_inverse=True)
     shape = (lengths.numel(), columns.numel())
