@@ -14,12 +14,15 @@ from .data import (
     Dataset as Dataset,
     FetchError as FetchError,
     Parts as Parts,
+    SomeLabels as SomeLabels,
     Split as Split,
     divide as divide,
     fetch_encoder as fetch_encoder,
     load_dataset as load_dataset,
     load_split as load_split,
+    read_labels as read_labels,
     unseen as unseen,
+    write_to_label as write_to_label,
 )
 from .distilling import FitSettings as FitSettings
 from .engine import (

@@ -54,12 +54,28 @@ def test_the_documents_are_what_the_results_give() -> None:
         "prediction",
         "ablation",
         "table_scale",
+        "betting",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+def test_betting_certifies_no_more_often_than_the_exact_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    betting = load("betting")
+    betting.main(["--texts", "1500", "--rounds", "40"])
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[-3:] == ["exact", "adaptive", "mixture"]
+    assert len(rows) == len(betting.WORLDS)
+    shares = np.array([row[-3:] for row in rows], dtype=float)
+    assert (shares[:, :1] + 0.05 >= shares[:, 1:]).all()
+    assert (shares[:, 0].mean() > shares[:, 1:].mean(0) + 0.02).all()
+    assert shares[0].tolist() == [1.0, 1.0, 1.0]  # where no answer changes, each of them certifies
+    # Each holds where just more is lost than is allowed.
+    broken = betting.certified(1500, 0.0055, 1.0, rounds=200)
+    assert max(broken.values()) <= 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5
 
 
 def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

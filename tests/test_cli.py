@@ -457,8 +457,12 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "profile": dict.fromkeys(("--predictor", "--criterion", "--device", "--dtype", "--backend", "--json"), ALWAYS),
     "calibrate": {
-        **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence", "--calibration", "--on-miss"), ALWAYS),
+        **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence", "--on-miss"), ALWAYS),
         **dict.fromkeys(("--criterion", "--device", "--dtype", "--backend", "--json"), ALWAYS),
+        **dict.fromkeys(("--texts", "--conditional"), ALWAYS),
+        **dict.fromkeys(("--to-label", "--labels", "--labelled-by", "--max-labels"), ("no texts", "agreement")),
+        **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting"), ("no texts",)),
+        "--calibration": ("texts",),
         # Errors of their own where there is no table, and on a GPU.
         **dict.fromkeys(("--lexical", "--by-time"), ALWAYS),
     },
@@ -521,6 +525,9 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("train", "named data"): ["reuters-r8", "-m", encoder],
         ("train", "named encoder"): [workplace / "data"],
         ("train", "encoder folder"): [workplace / "data", "-m", encoder],
+        ("calibrate", "no texts"): [model],
+        ("calibrate", "texts"): [model, "--texts", rows],
+        ("calibrate", "agreement"): [model, "--texts", rows, "--min-agreement", "0.9"],
         ("evaluate", "no file"): [model],
         ("evaluate", "model folder"): [model, rows],
         ("predict", "text"): [model, "-t", "w1"],

@@ -1,11 +1,10 @@
-"""Settings and the order of the walk, chosen on tuning rows. The rows that certify are not known here.
+"""Settings chosen on tuning rows. The order in which they are certified, and the rows that do, are not known here.
 
 Read `choose`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,11 +43,6 @@ class Choice:
     settings: ExitSettings
     trials: tuple[Trial, ...]
     least: float
-
-    @property
-    def orders(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Speeds in the order of each of two walks: from speed 0, and from what looks safest on the tuning texts."""
-        return TRIAL_SPEEDS, _from_safest(self.trials)
 
 
 def choose(
@@ -173,14 +167,3 @@ def _with_fewer_checks(tuning: Outcomes, choice: Choice, promise: Promise, cost:
         return _weigh(tuning, replace(choice.settings, check_layers=layers), promise, cost)
 
     return weighed(thin_out(tuning.engine.depths[:-1], lambda layers: weighed(layers).least))
-
-
-def _from_safest(trials: Sequence[Trial]) -> list[float]:
-    """Speeds from the one that looks safest on the tuning texts upwards.
-
-    The walk from speed 0 has to pass where a handful of answers change: there the bound is wide and one text of bad
-    luck ends it, long before speeds at which as many answers are repaired as spoilt. This walk begins there. It may
-    fail at its first step, if what looked safest was luck: then the other walk's result stands.
-    """
-    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
-    return [trial.speed for trial in trials[safest:]]

@@ -1,4 +1,4 @@
-"""Commands that make a model: train, profile, calibrate."""
+"""Commands that make a model: train, profile; and steps that they share with others."""
 
 from __future__ import annotations
 
@@ -284,69 +284,6 @@ def profile_command(
         found = run_profile(console, engine, parts, kind=predictor, criterion=criterion)
         found.save(model)
         show.document(found.record(), as_json)
-
-
-def calibrate_command(
-    model: opt.FolderArgument,
-    max_drop: opt.MaxDrop = None,
-    min_agreement: opt.MinAgreement = None,
-    confidence: opt.Confidence = 0.95,
-    calibration: opt.CalibrationRows = None,
-    on_miss: opt.OnMissOption = "continue",
-    criterion: Annotated[
-        str | None,
-        Option(
-            help=f"agreement, {opt.names('CRITERIA')}. Default: which keeps the promise with fewest layers.",
-            rich_help_panel=opt.PROMISE,
-        ),
-    ] = None,
-    lexical: opt.Lexical = None,
-    by_time: Annotated[
-        bool,
-        Option(
-            "--by-time",
-            help="Choose settings by time on this CPU, not by layers; may ask fewer exits.",
-            rich_help_panel=opt.PROMISE,
-        ),
-    ] = False,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    backend: opt.Backend = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Find the highest speed that keeps a promise, and write it into the model folder.
-
-    The rows are those that `geep train` set aside for it; nothing was trained or chosen on them. `--calibration` names
-    others.
-
-    Examples:
-        geep calibrate models/r8 --max-drop 0.5
-
-        geep calibrate models/r8 --min-agreement 0.99 --confidence 0.99
-
-        geep calibrate models/r8 --calibration yesterday.jsonl
-    """
-    with show.errors(as_json):
-        console = show.console_for(as_json)
-        promise = opt.promise(max_drop, min_agreement, confidence)
-        engine = geep.Engine.from_pretrained(model, speed=0.0, device=device, dtype=dtype, backend=backend)
-        plan, parts = geep.parts_of(model)
-        fresh = rows_to_certify(console, calibration, parts, plan)
-        with show.bars(console) as progress:
-            result = geep.calibrate(
-                engine,
-                parts.profile,
-                fresh,
-                promise,
-                on_miss=opt.on_miss(on_miss),
-                criterion=criterion,
-                lexical_exit=lexical,
-                cost=engine.measure_cost() if by_time else None,
-                progress=progress,
-            )
-        result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
-        show.calibrated(console, result)
-        show.document(result.record(), as_json)
 
 
 # --------------------------------------------------------------------------------------------------------------------

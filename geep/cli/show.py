@@ -191,8 +191,7 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
         table.add_column(name, justify="right")
     step = 1 if len(trials) <= 12 else len(trials) // 10
-    shown = [*trials[:-1:step], trials[-1]]
-    for trial in shown:
+    for trial in (*trials[:-1:step], *trials[-1:]):
         table.add_row(
             f"{trial.speed:g}",
             f"{trial.mean_exit_layer:.2f}",
@@ -203,7 +202,11 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     console.print(table)
     if result.left_out:
         console.print(f"{result.left_out:,} texts were left out, which something was learned or chosen on.")
+    _leavers(console, result)
     settings, certificate = result.engine.settings, result.engine.certificate
+    if certificate is None and not trials:
+        console.print("[red]Nothing is certified:[/] there are too few labels for any speed. It is written at speed 0.")
+        return
     if certificate is None:
         full = trials[0]
         console.print(
@@ -224,8 +227,43 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     console.print(
         escape(
             f"Certified: {certificate.promise}, for {result.engine.deployment.deployed_as}, "
-            f"on {certificate.texts_from or 'texts of unknown origin'}."
+            f"on {certificate.texts_from or 'texts of unknown origin'}"
+            + (f", with {certificate.labels_from}." if certificate.labels_from else ".")
         ),
+        soft_wrap=True,
+    )
+
+
+def _leavers(console: Console, result: geep.Calibration) -> None:
+    """Show what those lose that are answered early; depths at which nobody is are left out."""
+    what, before = result.promise.risk.name, 0
+    table = Table(title=f"Of those answered by a layer, at speed {result.engine.settings.speed:g}", box=SIMPLE_HEAD)
+    for name in ("layer", "texts", f"{what} seen"):
+        table.add_column(name, justify="right")
+    for row in result.leavers:
+        if row.num_texts > before:
+            table.add_row(str(row.depth), f"{row.num_texts:,}", f"{row.risk:.2%}")
+            before = row.num_texts
+    if table.row_count > 1:
+        console.print(table)
+
+
+def labels_asked(
+    console: Console, result: geep.Calibration, path: object, names: Sequence[str], *, is_set: bool
+) -> None:
+    """Say which labels the walk waits for, and what to do."""
+    if not result.to_label:
+        console.print(
+            f"[yellow]The walk ended for want of labels:[/] the next speed takes {result.next_step:,} more beside the "
+            f"{result.num_labelled:,} given. More of them (--max-labels) may give a higher speed.",
+            soft_wrap=True,
+        )
+        return
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    done = "A higher speed may follow" if is_set else "No speed is set yet"
+    console.print(
+        f"[bold]{done}: {len(result.to_label):,} of {result.num_texts:,} texts need a label.[/] "
+        + escape(f'Write it to "label" in {path} (one of: {shown}), of any of them, and run the same command again.'),
         soft_wrap=True,
     )
 
