@@ -105,6 +105,7 @@ def _fine_tune_plainly(parts: geep.Parts, folder: Path, progress: show.Report) -
         AutoModelForSequenceClassification,
         AutoTokenizer,
         DataCollatorWithPadding,
+        PrinterCallback,
         Trainer,
         TrainerCallback,
         TrainingArguments,
@@ -141,6 +142,7 @@ def _fine_tune_plainly(parts: geep.Parts, folder: Path, progress: show.Report) -
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[Reporter()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
