@@ -1,5 +1,5 @@
 from ._version import __version__ as __version__
-from .acceleration import Acceleration as Acceleration, accelerate as accelerate
+from .acceleration import Acceleration as Acceleration, accelerate as accelerate, train as train
 from .backends import TokenBatch as TokenBatch
 from .calibration import (
     Calibration as Calibration,
@@ -52,5 +52,4 @@ from .training import (
     TrainResult as TrainResult,
     TrainSettings as TrainSettings,
     parts_of as parts_of,
-    train as train,
 )

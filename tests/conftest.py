@@ -133,6 +133,7 @@ def make_model(
         num_labels=num_labels,
         exit_layers=exit_layers,
         exit_head=head,
+        separator_id=SEP if head == "pair" else None,
         problem_type=problem_type,
     )
     torch.manual_seed(seed + 1)
@@ -315,7 +316,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
         model,
         tokenizer,
         encode(tokenizer, TRAIN.texts, TRAIN.labels, max_length=32),
-        settings=TrainSettings(epochs=2, batch_size=32, learning_rate=4e-3),
+        settings=TrainSettings(recipe="geep", epochs=2, batch_size=32, learning_rate=4e-3),
         checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
         device="cpu",
     )

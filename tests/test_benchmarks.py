@@ -42,7 +42,17 @@ def test_the_documents_are_what_the_results_give() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("accuracy", "study", "recipes", "report", "hash_table", "gpu", "throughput", "scaling", "plot", "prediction"),
+        "accuracy",
+        "study",
+        "recipes",
+        "report",
+        "hash_table",
+        "gpu",
+        "throughput",
+        "scaling",
+        "plot",
+        "prediction",
+        "ablation",
         "table_scale",
     ],
 )

@@ -33,6 +33,7 @@ from geep.calibration import (
     ProfileResult,
     calibrate,
     layer_quality,
+    learn_settings,
     profile,
     save_refusal,
     try_speed,
@@ -86,6 +87,33 @@ def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
         assert not found.settings.agreement
     with pytest.raises(ValueError, match="Unknown criterion 'luck'"):
         profile(trained, TRAIN, HELDOUT, criterion="luck")
+
+
+def test_speed_0_is_the_full_model_alone_whatever_is_fused(trained: Engine, profiled: ProfileResult) -> None:
+    settings = learn_settings(Outcomes(profiled.engine, profiled.heldout), "margin", by_labels=True, fuse_last=True)
+    assert set(settings.fusing) == set(trained.depths)
+    assert settings.fusing[trained.depths[-1]].table > 0
+    batch = trained.tokenize(FRESH.texts).batch
+    alone = trained.run_tokens(batch).logits / settings.temperature(trained.depths[-1])
+    assert torch.equal(profiled.engine.replace(settings=settings).run_tokens(batch).logits, alone)
+    fused = profiled.engine.replace(settings=replace(settings, speed=1e-9)).run_tokens(batch).logits
+    assert not torch.allclose(fused, alone, atol=1e-3)
+
+
+def test_a_promise_about_agreement_leaves_the_full_models_answer_alone(profiled: ProfileResult) -> None:
+    last = profiled.engine.depths[-1]
+    kept = {
+        kind: calibrate(profiled.engine, profiled.heldout, FRESH, promise).engine.settings
+        for kind, promise in PROMISES.items()
+    }
+    assert all(last not in settings.fusing for kind, settings in kept.items() if kind != "drop")
+    assert kept["drop"].fusing
+
+
+def test_settings_that_fuse_nothing_stay_so(profiled: ProfileResult) -> None:
+    engine = profiled.engine.replace(settings=replace(profiled.engine.settings, fusing={}))
+    for promise in PROMISES.values():
+        assert calibrate(engine, profiled.heldout, FRESH, promise).engine.settings.fusing == {}
 
 
 def test_a_profile_may_be_given_runs_in_the_place_of_texts(trained: Engine, profiled: ProfileResult) -> None:
@@ -249,7 +277,7 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     scores = {0: (-50.0, 0.0, 0.0), 1: (-50.0, 0.0, 0.0), 2: (-1.0, 0.5, 0.1), 3: (0.0, 1.0, 0.1)}
     doubts = {depth: AgreementScore(*weights) for depth, weights in scores.items()}
     engine, promise = profiled.engine, PROMISES[kind]
-    engine = engine.replace(settings=replace(engine.settings, agreement=doubts))
+    engine = engine.replace(settings=replace(engine.settings, agreement=doubts, fusing={}))
     runs = ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)
     free = calibrate(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 0)).engine.settings
     assert free.check_layers == (1, 2, 3)

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from geep.backends.graphs import LayerGraphs
 from geep.backends.int8 import ActivationRanges
-from geep.backends.packed import PackedBackend, embed, only_first_tokens_end, position_ids
+from geep.backends.packed import PackedBackend, embed, joined, only_first_tokens_end, position_ids
 from geep.backends.packed_layer import PackedLayer, attend_first, attend_runs, length_runs, packed_layers
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
@@ -126,6 +126,8 @@ class CudaTexts:
         offsets: Where each text begins, and the end of the last, on the device, int32, (num_texts + 1,).
         longest: Tokens of the longest text, or more.
         tiles: Where tokens lie in tiles; None where attention runs otherwise.
+        firsts: Tokens of the first text of each pair, on the host, (num_texts,); None where none is told apart.
+        firsts_there: The same on the device, int32.
     """
 
     hidden: Tensor
@@ -133,6 +135,8 @@ class CudaTexts:
     offsets: Tensor
     longest: int
     tiles: Tiles | None
+    firsts: Integers | None
+    firsts_there: Tensor | None
 
     def prefix(self, num_texts: int) -> CudaTexts:
         """Keep the first texts; hidden states are a view."""
@@ -145,6 +149,8 @@ class CudaTexts:
             self.offsets[: num_texts + 1],
             self.longest,
             None if self.tiles is None else self.tiles.prefix(num_texts, num_tokens),
+            None if self.firsts is None else self.firsts[:num_texts],
+            None if self.firsts_there is None else self.firsts_there[:num_texts],
         )
 
 
@@ -220,7 +226,7 @@ class CudaBackend:
         rows = {"input_ids": batch.input_ids, "position_ids": position_ids(batch, encoder.config)}
         if batch.token_type_ids is not None:
             rows["token_type_ids"] = batch.token_type_ids
-        found, place = self._place(batch.lengths, *rows.values())
+        found, place = self._place(batch.lengths, batch.firsts(self.model.config.separator_id), *rows.values())
         inputs = {name: row[None] for name, row in zip(rows, found, strict=True)}
         # Always given: without them Hugging Face's module would look them up by position, and would want int64.
         inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
@@ -254,6 +260,8 @@ class CudaBackend:
             hidden=hidden,
             lengths=np.concatenate([going.lengths, np.ones_like(ending)]),
             offsets=torch.cat([going.offsets, ends]),
+            firsts=live.firsts,
+            firsts_there=live.firsts_there,
         )
 
     def exit_logits(
@@ -264,30 +272,38 @@ class CudaBackend:
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
         reader: Any = self.model.head_at(layer) if head is None else head
-        return reader.forward_packed(hidden, live.offsets[start : stop + 1] - first, int(lengths.max(initial=0)))
+        firsts = None if live.firsts_there is None else live.firsts_there[start:stop]
+        offsets = live.offsets[start : stop + 1] - first
+        return reader.forward_packed(hidden, offsets, int(lengths.max(initial=0)), firsts)
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""
-        (tokens,), place = self._place(live.lengths[rows], token_positions(live.lengths, rows))
+        firsts = None if live.firsts is None else live.firsts[rows]
+        (tokens,), place = self._place(live.lengths[rows], firsts, token_positions(live.lengths, rows))
         return place(live.hidden.index_select(0, tokens))
 
     def concat(self, lives: Sequence[CudaTexts]) -> CudaTexts:
         """Put live texts one after another."""
-        _, place = self._place(np.concatenate([live.lengths for live in lives]))
+        lengths = np.concatenate([live.lengths for live in lives])
+        _, place = self._place(lengths, joined([live.firsts for live in lives]))
         return place(torch.cat([live.hidden for live in lives]))
 
-    def _place(self, lengths: Integers, *rows: Integers) -> tuple[list[Tensor], Callable[[Tensor], CudaTexts]]:
+    def _place(
+        self, lengths: Integers, firsts: Integers | None, *rows: Integers
+    ) -> tuple[list[Tensor], Callable[[Tensor], CudaTexts]]:
         """Send rows to the device, and with them where texts of these lengths lie; the latter awaits hidden states."""
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         longest = int(lengths.max(initial=0))
+        pairs = [] if firsts is None else [firsts]
         auto = self.options.attention == "auto"
         if not (longest <= TILE if auto else self.options.attention == "tiles"):
-            *found, where = self.staging.upload([*rows, offsets])
-            return found, lambda hidden: CudaTexts(hidden, lengths, where, longest, None)
-        plan = plan_tiles(lengths)
-        *found, where, source, text, slot = self.staging.upload([*rows, offsets, plan.source, plan.text, plan.slot])
-        tiles = Tiles(plan.tile, source, slot, tile_bias(text, self.model.dtype))
-        return found, lambda hidden: CudaTexts(hidden, lengths, where, longest, tiles)
+            sent, tiles = self.staging.upload([*rows, *pairs, offsets]), None
+        else:
+            plan = plan_tiles(lengths)
+            *sent, source, text, slot = self.staging.upload([*rows, *pairs, offsets, plan.source, plan.text, plan.slot])
+            tiles = Tiles(plan.tile, source, slot, tile_bias(text, self.model.dtype))
+        there = sent[len(rows)] if pairs else None
+        return sent[: len(rows)], lambda hidden: CudaTexts(hidden, lengths, sent[-1], longest, tiles, firsts, there)
 
     def _run(self, live: CudaTexts, layer: int, before: Tensor) -> Tensor:
         """Run a layer on all tokens, whose hidden states are a prefix of `before`."""

@@ -15,7 +15,7 @@ from geep.backends.packed import PackedBackend
 from geep.backends.packed_layer import packed_layers
 from geep.backends.padded import PaddedBackend
 from geep.backends.protocol import Backend, TokenBatch
-from geep.modeling import GeepForSequenceClassification, made_up_inputs
+from geep.modeling import GeepForSequenceClassification, first_lengths, made_up_inputs
 
 # What rounding may do to logits, as a part of the largest: 24 layers in float32 stay well below it, and one activation
 # in place of another, or a norm's other epsilon, does not. Of other dtypes 16 roundings.
@@ -73,7 +73,9 @@ def _by_hugging_face(model: GeepForSequenceClassification, given: dict[str, Tens
         ) from error
     states = [model.finish(found.hidden_states[layer]) for layer in depths[:-1]] + [found.last_hidden_state]
     heads = map(model.head_at, depths)
-    return torch.stack([head(state, given["attention_mask"]) for head, state in zip(heads, states, strict=True)])
+    separator, mask = model.config.separator_id, given["attention_mask"]
+    firsts = None if separator is None else first_lengths(given["input_ids"], mask, separator)
+    return torch.stack([head(state, mask, firsts) for head, state in zip(heads, states, strict=True)])
 
 
 def _by_hand(backend: Backend[Any], batch: TokenBatch, depths: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -36,21 +36,34 @@ class Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """Live texts of the packed backend: hidden states (num_tokens, hidden) and where the texts lie in them.
+    """Live texts of the packed backend.
 
     Of a text that has ended (see `Backend.advance`) only the first token may be left; its length is then 1.
+
+    Attributes:
+        hidden: Hidden states, (num_tokens, hidden).
+        lengths: Tokens of each text, (num_texts,).
+        firsts: Of these, tokens of the first text of a pair, (num_texts,); None where none is told apart.
+        runs: Runs of texts of equal length.
     """
 
     hidden: Tensor
     lengths: Integers
+    firsts: Integers | None
     runs: tuple[LengthRun, ...]
+
+    @classmethod
+    def of(cls, hidden: Tensor, lengths: Integers, firsts: Integers | None) -> Self:
+        """Find the runs."""
+        return cls(hidden, lengths, firsts, length_runs(lengths))
 
     def first(self, num_texts: int) -> PackedTexts:
         """Return the first texts; their hidden states are a view."""
         if num_texts == len(self.lengths):
             return self
         lengths = self.lengths[:num_texts]
-        return PackedTexts(self.hidden[: int(lengths.sum())], lengths, length_runs(lengths))
+        firsts = None if self.firsts is None else self.firsts[:num_texts]
+        return PackedTexts.of(self.hidden[: int(lengths.sum())], lengths, firsts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,8 @@ class PackedBackend:
         if family_of(encoder.config).has_token_type_ids:
             types = np.zeros_like(batch.input_ids) if batch.token_type_ids is None else batch.token_type_ids
             inputs["token_type_ids"] = _row(types, device)
-        return PackedTexts(embed(encoder, inputs), batch.lengths, length_runs(batch.lengths))
+        firsts = batch.firsts(self.model.config.separator_id)
+        return PackedTexts.of(embed(encoder, inputs), batch.lengths, firsts)
 
     def advance(self, live: PackedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
@@ -117,14 +131,14 @@ class PackedBackend:
             return live
         run = self.layers[layer - 1]
         if not only_first_tokens_end(self.model, layer, num_texts, continuing):
-            return PackedTexts(run(live.hidden, live.runs), live.lengths, live.runs)
+            return replace(live, hidden=run(live.hidden, live.runs))
         going, ending = live.lengths[:continuing], live.lengths[continuing:]
         border, runs = int(going.sum()), length_runs(going)
         hidden = run.first_tokens(live.hidden[border:], length_runs(ending), ending)
         if border:
             hidden = torch.cat([run(live.hidden[:border], runs), hidden])
         lengths = np.concatenate([going, np.minimum(ending, 1)])
-        return PackedTexts(hidden, lengths, length_runs(lengths))
+        return PackedTexts.of(hidden, lengths, live.firsts)
 
     def exit_logits(
         self, live: PackedTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
@@ -134,19 +148,29 @@ class PackedBackend:
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
         reader: Any = self.model.head_at(layer) if head is None else head
-        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
-        return reader.forward_packed(hidden, offsets.to(hidden.device), int(lengths.max(initial=0)))
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(hidden.device)
+        firsts = None if live.firsts is None else torch.from_numpy(live.firsts[start:stop]).to(hidden.device)
+        return reader.forward_packed(hidden, offsets, int(lengths.max(initial=0)), firsts)
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""
         tokens = torch.from_numpy(token_positions(live.lengths, rows)).to(live.hidden.device)
         lengths = live.lengths[rows]
-        return PackedTexts(live.hidden.index_select(0, tokens), lengths, length_runs(lengths))
+        firsts = None if live.firsts is None else live.firsts[rows]
+        return PackedTexts.of(live.hidden.index_select(0, tokens), lengths, firsts)
 
     def concat(self, lives: Sequence[PackedTexts]) -> PackedTexts:
         """Put live texts one after another."""
         lengths = np.concatenate([live.lengths for live in lives])
-        return PackedTexts(torch.cat([live.hidden for live in lives]), lengths, length_runs(lengths))
+        return PackedTexts.of(
+            torch.cat([live.hidden for live in lives]), lengths, joined([live.firsts for live in lives])
+        )
+
+
+def joined(parts: Sequence[Integers | None]) -> Integers | None:
+    """Put rows behind one another; all are there or none is."""
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None
 
 
 def embed(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -24,12 +24,14 @@ class PaddedTexts:
         hidden: Hidden states, (rows, seq_len, hidden).
         batch: The tokens of the rows.
         mask: 1 for tokens, 0 for padding, (rows, seq_len).
+        firsts: Tokens of the first text of each pair, (rows,); None where none is told apart.
         layers: The encoder's layer loop for these rows.
     """
 
     hidden: Tensor
     batch: TokenBatch
     mask: Tensor
+    firsts: Tensor | None
     layers: tuple[LayerCall, ...]
 
     @property
@@ -74,7 +76,9 @@ class PaddedBackend:
         mask = mask.to(model.device)
         inputs = model.encoder_inputs(ids.to(model.device), mask.to(torch.int64), types.to(model.device))
         calls = layer_calls(model.encoder, inputs)
-        return PaddedTexts(calls.embedding_output, batch, mask, calls.layers)
+        firsts = batch.firsts(model.config.separator_id)
+        where = None if firsts is None else torch.from_numpy(firsts).to(model.device)
+        return PaddedTexts(calls.embedding_output, batch, mask, where, calls.layers)
 
     def advance(self, live: PaddedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PaddedTexts:
         """Run a layer on a prefix of the rows; the prefix is a view."""
@@ -82,7 +86,7 @@ class PaddedBackend:
         if num_texts < len(batch):
             batch = batch.select(np.arange(num_texts))
         hidden = live.layers[layer - 1](live.hidden[:num_texts])
-        return PaddedTexts(hidden, batch, live.mask[:num_texts], live.layers)
+        return PaddedTexts(hidden, batch, live.mask[:num_texts], _rows(live.firsts, 0, num_texts), live.layers)
 
     def exit_logits(
         self, live: PaddedTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
@@ -90,7 +94,7 @@ class PaddedBackend:
         """Run the classifier of a layer, or another head, on a range of rows; the range is a view."""
         hidden = self.model.finish(live.hidden[start:stop])
         reader = self.model.head_at(layer) if head is None else head
-        found: Tensor = reader(hidden, live.mask[start:stop])
+        found: Tensor = reader(hidden, live.mask[start:stop], _rows(live.firsts, start, stop))
         return found
 
     def select(self, live: PaddedTexts, rows: Integers) -> PaddedTexts:
@@ -101,6 +105,7 @@ class PaddedBackend:
             live.hidden.index_select(0, index),
             live.batch.select(rows),
             live.mask.index_select(0, index),
+            None if live.firsts is None else live.firsts.index_select(0, index),
             tuple(layer.select(index, gathered) for layer in live.layers),
         )
 
@@ -114,4 +119,8 @@ class PaddedBackend:
             rows, seq_len = live.hidden.shape[0], min(live.hidden.shape[1], hidden.shape[1])
             hidden[row : row + rows, :seq_len] = live.hidden[:, :seq_len]
             row += rows
-        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.layers)
+        return PaddedTexts(hidden, fresh.batch, fresh.mask, fresh.firsts, fresh.layers)
+
+
+def _rows(values: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if values is None else values[start:stop]

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+from geep.modeling import first_lengths_packed
 
 Integers = NDArray[np.int64]
 
@@ -44,6 +47,13 @@ class TokenBatch:
         tokens = token_positions(self.lengths, rows)
         types = self.token_type_ids
         return TokenBatch(self.input_ids[tokens], None if types is None else types[tokens], self.lengths[rows])
+
+    def firsts(self, separator_id: int | None) -> Integers | None:
+        """Tokens of the first text of each pair, (num_texts,), as `first_lengths_packed` counts; None without an id."""
+        if separator_id is None:
+            return None
+        ids, lengths = torch.from_numpy(self.input_ids), torch.from_numpy(self.lengths)
+        return first_lengths_packed(ids, lengths, separator_id).numpy()
 
     @classmethod
     def concat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:

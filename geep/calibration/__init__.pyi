@@ -5,11 +5,11 @@ from .choosing import (
     Choice as Choice,
     choose as choose,
 )
+from .learning import fit_agreement as fit_agreement, learn_settings as learn_settings
 from .profiling import (
     TABLE_SPEEDS as TABLE_SPEEDS,
     PredictorQuality as PredictorQuality,
     ProfileResult as ProfileResult,
-    fit_agreement as fit_agreement,
     layer_quality as layer_quality,
     predictor_quality as predictor_quality,
     profile as profile,

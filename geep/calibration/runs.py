@@ -187,6 +187,15 @@ class Outcomes:
             return self.run.exit_logits
         return torch.cat([self.lexical_logits[None].float(), self.run.exit_logits])
 
+    def answers(self, settings: ExitSettings) -> Tensor:
+        """Logits of what would be answered at every column, (num_depths, num_texts, num_labels)."""
+        if not settings.fusing or settings.speed == 0:
+            return self.logits
+        lexical = self.lexical_logits
+        return torch.stack(
+            [settings.answered(logits, depth, lexical) for depth, logits in zip(self.depths, self.logits, strict=True)]
+        )
+
     @property
     def full_logits(self) -> Tensor:
         """Logits of the full model that everything is compared with, (num_texts, num_labels)."""
@@ -203,18 +212,21 @@ class Outcomes:
         An exit that the settings do not ask has uncertainty 1: it is never certain enough.
         """
         learned = tuple(settings.temperatures.items()), tuple(settings.agreement.items())
-        key = settings.criterion, settings.check_layers, *learned
+        fused = () if settings.speed == 0 else tuple(settings.fusing.items())
+        key = settings.criterion, settings.check_layers, fused, *learned
         if key not in self._profiles:
             depths, engine = self.depths, self.engine
             by_agreement = settings.criterion == AGREEMENT
+            # What promises are about, wherever the last exit answers otherwise.
+            last_is_full = self.run.reference is None and depths[-1] not in dict(fused)
             profile = profile_exits(
-                self.logits,
+                self.answers(settings),
                 depths,
                 criterion=settings.criterion,
                 temperatures=[settings.temperature(depth) for depth in depths],
                 agreement=[settings.agreement[depth] for depth in depths[:-1]] if by_agreement else None,
                 labels=self.run.labels,
-                reference=self.run.reference,
+                reference=None if last_is_full else self.full_logits,
                 multi_label=engine.multi_label,
             )
             silent = ~np.isin(depths, [0, *settings.asked_layers(engine.depths)])

@@ -39,8 +39,12 @@ def accelerate_command(
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),
     ] = None,
     head: Annotated[
-        str, Option(help="Exit classifier: cls, mean, mean+max.", rich_help_panel=opt.TRAINING)
-    ] = "mean+max",
+        str | None,
+        Option(
+            help="Exit classifier: cls, mean, mean+max, pair. Default: mean+max, for pairs pair.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         Option(
@@ -48,6 +52,14 @@ def accelerate_command(
             rich_help_panel=opt.TRAINING,
         ),
     ] = None,
+    any_pace: Annotated[
+        bool,
+        Option(
+            "--any-pace",
+            help="Keep a certified speed that is slower here than the full model: for another machine.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = False,
     text_column: opt.TextColumn = "text",
     text_pair_column: opt.TextPairColumn = "text_pair",
     label_column: opt.LabelColumn = "label",
@@ -107,6 +119,7 @@ def accelerate_command(
                 head=head,
                 settings=settings,
                 max_length=max_length,
+                check_pace=not any_pace,
                 device=device,
                 progress=progress,
                 **hub,

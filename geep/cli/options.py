@@ -17,8 +17,8 @@ import geep
 NAMES: dict[str, tuple[str, ...]] = {
     "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
     "ENCODERS": ("all-minilm-l6-v2",),
-    "RECIPES": ("geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
-    "HEADS": ("attention", "cls", "mean", "mean+max"),
+    "RECIPES": ("fitted", "geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
+    "HEADS": ("attention", "cls", "mean", "mean+max", "pair"),
     "PREDICTORS": ("counts", "fitted"),
     "CRITERIA": ("entropy", "confidence", "margin"),
     "BACKENDS": ("packed", "padded", "cuda"),

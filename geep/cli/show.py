@@ -120,9 +120,10 @@ def _lines(console: Console) -> Report:
 def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
     """Say how many rows there are for what."""
     test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
+    more = "" if parts.unlabelled is None else f", {len(parts.unlabelled):,} further texts without labels"
     console.print(
         f"{escape(dataset.name)}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
-        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}.",
+        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}{more}.",
         soft_wrap=True,
     )
 
@@ -133,6 +134,18 @@ def trained(console: Console, result: geep.TrainResult) -> None:
         console.print("The folder holds a model trained with these settings already; nothing was trained.")
     else:
         console.print(f"Trained {result.steps:,} steps, {result.seconds:.0f} s.")
+    _quality(console, result)
+    if result.exit_agreements:
+        named = [f"layer {layer} {share:.1%}" for layer, share in result.exit_agreements.items()]
+        console.print(
+            f"Exits fitted on {result.num_fitted:,} texts answer as the full model does, on others: "
+            f"{', '.join(named)}.",
+            soft_wrap=True,
+        )
+
+
+def _quality(console: Console, result: geep.TrainResult) -> None:
+    """How good the full model is on rows that it did not learn from, where these have labels."""
     dev = result.dev
     if dev is None:
         return
@@ -237,6 +250,7 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
     refused = result.calibration.get("refused")
     if refused is not None:
         console.print(f"[yellow]Not faster:[/] {escape(str(refused))}", soft_wrap=True)
+        _prospects(console, result)
         return
     certificate = result.calibration["certificate"]
     loss = "agreement" if result.calibration["promise"]["max_accuracy_drop"] is None else "accuracy"
@@ -252,6 +266,22 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
         )
     else:
         console.print(f"[bold]{times:.2f}x the texts a second.[/] Next: geep predict {escape(str(folder))} FILE")
+    _prospects(console, result)
+
+
+def _prospects(console: Console, result: geep.Acceleration) -> None:
+    """Say what it would take to promise more."""
+    share = result.num_certified / result.num_texts
+    for each in result.prospects:
+        if each.layers is None or each.num_texts is None:
+            console.print(f"To promise {each.promise}: no exit serves.", soft_wrap=True)
+        else:
+            texts = "" if each.num_texts <= result.num_certified else f", {each.num_texts / share:,.0f} texts in all"
+            console.print(
+                f"To promise {each.promise}: about {each.layers:.2f} layers, {each.num_texts:,} texts that "
+                f"certify{texts}.",
+                soft_wrap=True,
+            )
 
 
 def evaluated(console: Console, report: geep.EvaluationReport) -> None:

@@ -25,7 +25,7 @@ from geep.progress import Progress, no_progress
 Integers = NDArray[np.int64]
 
 # Texts between two entries of the journal: some seconds of work are lost by a kill.
-_TEXTS_AT_A_TIME = 4096
+_TEXTS_AT_A_TIME = 1024
 
 # The largest number of half precision; what lies beyond is cut rather than made infinite.
 _LARGEST = float(torch.finfo(torch.float16).max)
@@ -75,7 +75,8 @@ class FeatureCache:
             progress: Told how many texts are done.
 
         Raises:
-            ValueError: If the kind is unknown or reads tokens, there is no such exit layer, or there are no texts.
+            ValueError: If the kind is unknown or reads tokens, or reads pairs whose separator the model's config does
+                not name; if there is no such exit layer, or there are no texts.
             FloatingPointError: If the full model gives a text logits that are not finite.
         """
         head = _head(engine, kind)
@@ -133,12 +134,27 @@ class FeatureCache:
             yield torch.from_numpy(self.features[index]).float().transpose(0, 1), torch.from_numpy(self.logits[index])
 
 
-def _head(engine: Engine, kind: str) -> PooledHead:
+def check_kind(kind: str) -> None:
+    """Refuse a row of `HEADS` that cannot be fitted on features.
+
+    Raises:
+        ValueError: If it reads tokens, or there is no such row.
+    """
     if kind not in HEADS or not issubclass(HEADS[kind], PooledHead):
         known = sorted(name for name, head in HEADS.items() if issubclass(head, PooledHead))
         raise ValueError(f"Heads of kind {kind!r} cannot be fitted on features; known: {known}.")
+
+
+def _head(engine: Engine, kind: str) -> PooledHead:
+    check_kind(kind)
+    head = cast(type[PooledHead], HEADS[kind])
+    if head.reads_pairs and engine.model.config.separator_id is None:
+        raise ValueError(
+            f"Heads of kind {kind!r} tell the texts of a pair apart, found no separator_id in the config; set it "
+            "to the tokenizer's sep_token_id, or take another kind for single texts."
+        )
     with torch.device("meta"):  # what it would learn is not needed
-        return cast(PooledHead, HEADS[kind](engine.model.config))
+        return head(engine.model.config)
 
 
 def _rows_done(journal: Path, made_of: dict[str, Any]) -> int:

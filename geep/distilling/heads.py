@@ -18,6 +18,9 @@ from geep.progress import Progress, no_progress
 # Rows that a mean and a deviation are measured on.
 _STANDARDISE_ROWS = 8192
 
+# Steps that a pass over the features has at least, as long as a step has so many texts.
+_STEPS, _SMALLEST_BATCH = 32, 32
+
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
@@ -25,7 +28,7 @@ class FitSettings:
 
     Attributes:
         epochs: Passes over the features at most; fitting ends sooner where no depth improves any more.
-        batch_size: Texts to a step.
+        batch_size: Texts to a step at most: of few texts a step takes fewer, so that heads are not left unfinished.
         learning_rate: Peak rate of AdamW, reached after a tenth of the steps.
         weight_decay: Of all weights.
         dropout: Between a head's two linear layers.
@@ -72,6 +75,15 @@ class FittedHeads:
     losses: tuple[float, ...]
     epochs: int
 
+    @torch.no_grad()
+    def logits(self, texts: FeatureCache) -> Tensor:
+        """Logits of each exit, the full model's last, (num_exits + 1, num_texts, num_labels); no encoder is run."""
+        found = []
+        for features, full in texts.batches(_STANDARDISE_ROWS):
+            heads = zip(self.heads, features, strict=True)
+            found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), full]))
+        return torch.cat(found, dim=1)
+
 
 def fit_heads(
     seen: FeatureCache,
@@ -111,7 +123,8 @@ def fit_heads(
     spread = spread.clamp(min=max(0.1 * float(spread.mean()), 1e-6))
     stack = _Stack.of(first.shape[0], first.shape[2], config.hidden_size, seen.logits.shape[1], torch_generator)
     optimiser = torch.optim.AdamW(stack.weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    steps = settings.epochs * -(-len(seen) // settings.batch_size)
+    size = min(settings.batch_size, max(len(seen) // _STEPS, _SMALLEST_BATCH))
+    steps = settings.epochs * -(-len(seen) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
@@ -119,7 +132,7 @@ def fit_heads(
     kept = [weight.detach().clone() for weight in stack.weights]
     waited = epoch = 0
     while epoch < settings.epochs and waited < settings.patience:
-        for features, logits in seen.batches(settings.batch_size, generator=torch_generator):
+        for features, logits in seen.batches(size, generator=torch_generator):
             found = stack((features - mean) / spread, dropout=settings.dropout, generator=torch_generator)
             loss = _losses(found, logits, multi_label=multi_label).sum()
             optimiser.zero_grad()

@@ -22,11 +22,18 @@ from geep.modeling.heads import (
     Features,
     MeanHead,
     MeanMaxHead,
+    PairHead,
     PooledHead,
     first_linear,
     standardise_input,
 )
-from geep.modeling.inputs import check_tokenizer, longest_input, made_up_inputs
+from geep.modeling.inputs import (
+    check_tokenizer,
+    first_lengths,
+    first_lengths_packed,
+    longest_input,
+    made_up_inputs,
+)
 from geep.modeling.labels import label_names_of
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
 
@@ -45,11 +52,14 @@ __all__ = [
     "LayerCalls",
     "MeanHead",
     "MeanMaxHead",
+    "PairHead",
     "PooledHead",
     "ProblemType",
     "check_tokenizer",
     "classifier_config",
     "family_of",
+    "first_lengths",
+    "first_lengths_packed",
     "first_linear",
     "from_classifier",
     "label_loss",

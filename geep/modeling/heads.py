@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -31,6 +32,36 @@ def first_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
 
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean (batch, hidden) of the positions of padded texts where a mask is 1; zero where there is none."""
+    total = torch.einsum("bth,bt->bh", hidden, mask.to(hidden.dtype))
+    # Counted as integers: in bfloat16 a sum of ones stops at 256.
+    return total / mask.sum(1, keepdim=True).clamp(min=1).to(hidden.dtype)
+
+
+def _max(hidden: Tensor, mask: Tensor) -> Tensor:
+    """As `_mean`, the maximum."""
+    inside = mask.bool()[..., None]
+    most = torch.where(inside, hidden, torch.finfo(hidden.dtype).min).amax(1)
+    return torch.where(inside.any(1), most, 0.0)
+
+
+def _mean_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
+    """Mean (num_texts, hidden) of packed texts, which begin at `offsets` and end where the next does; or of parts."""
+    tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
+    return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
+
+
+def _max_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
+    """As `_mean_packed`, the maximum."""
+    lengths = offsets.diff()
+    text = torch.arange(len(lengths), device=hidden.device)
+    text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
+    most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
+    most = most.scatter_reduce(0, text, hidden, "amax")
+    return torch.where((lengths > 0)[:, None], most, 0.0)
+
+
 class PooledHead(nn.Module):
     """A head that makes one row of features of a text's tokens, and logits of these alone.
 
@@ -39,6 +70,8 @@ class PooledHead(nn.Module):
 
     # Whether nothing but a text's first token is read: its last layer then needs no other row.
     reads_first_token_only: ClassVar[bool] = False
+    # Whether it matters which text of a pair a token stands in.
+    reads_pairs: ClassVar[bool] = False
     # Features of a text, in widths of the encoder's hidden states.
     widths: ClassVar[int] = 1
 
@@ -58,11 +91,11 @@ class PooledHead(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(hidden, config.num_labels or 0)
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """Features (batch, widths * hidden) of padded hidden states; arguments as `forward`."""
         raise NotImplementedError
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Features (num_texts, widths * hidden) of packed texts; arguments as `forward_packed`."""
         raise NotImplementedError
 
@@ -70,19 +103,27 @@ class PooledHead(nn.Module):
         """Logits (num_texts, num_labels) of features."""
         return self.out(self.dropout(self.norm(self.activation(self.dense(features)))))
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
-        return self.classify(self.pool(hidden, attention_mask))
+    def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+        """Map padded hidden states to logits (num_texts, num_labels).
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        Args:
+            hidden: Hidden states, (batch, seq_len, hidden).
+            attention_mask: 1 for tokens, 0 for padding, (batch, seq_len).
+            firsts: Tokens of the first text of each pair, (batch,), as `first_lengths` counts; the others are of the
+                second. None: no text has a second one. Read where the head `reads_pairs`.
+        """
+        return self.classify(self.pool(hidden, attention_mask, firsts))
+
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
 
         Args:
             hidden: Hidden states of the texts' tokens, one text after another, (num_tokens, hidden).
             offsets: Where each text begins, and the end of the last: from 0 to num_tokens, (num_texts + 1,).
             longest: Tokens of the longest text.
+            firsts: As for `forward`, (num_texts,).
         """
-        return self.classify(self.pool_packed(hidden, offsets, longest))
+        return self.classify(self.pool_packed(hidden, offsets, longest, firsts))
 
 
 class ClsHead(PooledHead):
@@ -90,11 +131,11 @@ class ClsHead(PooledHead):
 
     reads_first_token_only: ClassVar[bool] = True
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """The first token's hidden state."""
         return first_token(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """The first token's hidden state."""
         if not hidden.shape[0]:
             return hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1])
@@ -106,18 +147,13 @@ class ClsHead(PooledHead):
 class MeanHead(PooledHead):
     """Masked mean of the tokens -> the same two linears; for sentence encoders, whose inner [CLS] carries little."""
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """Mean of the tokens; zero where there is none."""
-        mask = attention_mask.to(hidden.dtype)
-        total = torch.einsum("bth,bt->bh", hidden, mask)
-        # Counted as integers: in bfloat16 a sum of ones stops at 256.
-        counts = attention_mask.sum(1, keepdim=True).clamp(min=1)
-        return total / counts.to(hidden.dtype)
+        return _mean(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Mean of the tokens; zero where there is none."""
-        tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
-        return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
+        return _mean_packed(hidden, offsets)
 
 
 class MeanMaxHead(MeanHead):
@@ -125,22 +161,48 @@ class MeanMaxHead(MeanHead):
 
     widths: ClassVar[int] = 2
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """Mean and maximum of the tokens, side by side; zero where there is none."""
-        mask = attention_mask.bool()[..., None]
-        lowest = torch.finfo(hidden.dtype).min
-        most = torch.where(mask, hidden, lowest).amax(1)
-        return torch.cat([super().pool(hidden, attention_mask), torch.where(mask.any(1), most, 0.0)], dim=1)
+        return torch.cat([_mean(hidden, attention_mask), _max(hidden, attention_mask)], dim=1)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Mean and maximum of the tokens, side by side; zero where there is none."""
-        lengths = offsets.diff()
-        text = torch.arange(len(lengths), device=hidden.device)
-        text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
-        most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
-        most = most.scatter_reduce(0, text, hidden, "amax")
-        most = torch.where((lengths > 0)[:, None], most, 0.0)
-        return torch.cat([super().pool_packed(hidden, offsets, longest), most], dim=1)
+        return torch.cat([_mean_packed(hidden, offsets), _max_packed(hidden, offsets)], dim=1)
+
+
+class PairHead(PooledHead):
+    """What each text of a pair says, and in what they differ -> linear + tanh -> linear.
+
+    Of either text mean and maximum; of the two means the size of the difference and the product, in each channel. A
+    single text is a pair whose second text is empty, all of whose features are zero.
+    """
+
+    reads_pairs: ClassVar[bool] = True
+    widths: ClassVar[int] = 6
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+        """Features of both texts; arguments as `forward`."""
+        mask = attention_mask.bool()
+        place = mask.cumsum(1)  # from 1, wherever the padding is
+        border = place[:, -1:] if firsts is None else firsts[:, None]
+        parts = (mask & (place <= border), mask & (place > border))
+        return _compared([_mean(hidden, part) for part in parts], [_max(hidden, part) for part in parts])
+
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+        """Features of both texts; arguments as `forward_packed`."""
+        starts, ends = offsets[:-1], offsets[1:]
+        seconds = ends if firsts is None else starts + firsts.to(offsets.dtype)
+        borders = torch.cat([torch.stack([starts, seconds], 1).flatten(), offsets[-1:]])
+        mean, most = (
+            part.view(len(starts), 2, -1).unbind(1)
+            for part in (_mean_packed(hidden, borders), _max_packed(hidden, borders))
+        )
+        return _compared(mean, most)
+
+
+def _compared(mean: Sequence[Tensor], most: Sequence[Tensor]) -> Tensor:
+    """Features (num_texts, 6 * hidden) of mean and maximum, each (num_texts, hidden), of first and second texts."""
+    return torch.cat([*mean, (mean[0] - mean[1]).abs(), mean[0] * mean[1], *most], dim=1)
 
 
 class Features(nn.Module):
@@ -150,13 +212,13 @@ class Features(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """As `PooledHead.pool`."""
-        return self.head.pool(hidden, attention_mask)
+        return self.head.pool(hidden, attention_mask, firsts)
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """As `PooledHead.pool_packed`."""
-        return self.head.pool_packed(hidden, offsets, longest)
+        return self.head.pool_packed(hidden, offsets, longest, firsts)
 
 
 class AttentionHead(nn.Module):
@@ -178,7 +240,7 @@ class AttentionHead(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(size, config.num_labels or 0)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
         narrow = torch.tanh(self.narrow(hidden))  # (batch, seq_len, size)
         batch, seq_len, size = narrow.shape
@@ -193,7 +255,7 @@ class AttentionHead(nn.Module):
         answer = self.attention_out(mixed.transpose(1, 2).reshape(batch, size))
         return self.out(self.dropout(torch.tanh(self.dense(answer))))
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
         # Where no text has a token there is one column all the same: attention over none is undefined.
         column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
@@ -234,4 +296,5 @@ HEADS: dict[str, type[nn.Module]] = {
     "cls": ClsHead,
     "mean": MeanHead,
     "mean+max": MeanMaxHead,
+    "pair": PairHead,
 }

@@ -6,9 +6,41 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from geep.modeling.families import family_of
+
+
+def first_lengths(input_ids: Tensor, attention_mask: Tensor, separator_id: int) -> Tensor:
+    """Tokens of the first text of each padded pair, (batch,): up to its first separator, which belongs to it.
+
+    The second text is what follows. Where nothing does, the text is a single one. Told by the ids alone, so that it is
+    the same for encoders with and without segments; a separator that someone typed ends the first text, too.
+
+    Args:
+        input_ids: Token ids, (batch, seq_len).
+        attention_mask: 1 for tokens, 0 for padding on either side, (batch, seq_len).
+        separator_id: The id that the tokenizer puts behind a text.
+    """
+    mask = attention_mask.bool()
+    is_separator = ((input_ids == separator_id) & mask).int()
+    return (mask & (is_separator.cumsum(1) == is_separator)).sum(1)
+
+
+def first_lengths_packed(input_ids: Tensor, lengths: Tensor, separator_id: int) -> Tensor:
+    """As `first_lengths`, of texts without padding, one after another.
+
+    Args:
+        input_ids: Token ids, (num_tokens,).
+        lengths: Tokens of each text, (num_texts,).
+        separator_id: The id that the tokenizer puts behind a text.
+    """
+    ends = lengths.cumsum(0)
+    before = F.pad((input_ids == separator_id).cumsum(0), (1, 0))  # separators before each token
+    at_start = before[ends - lengths].repeat_interleave(lengths, output_size=input_ids.numel())
+    is_first = F.pad((before[:-1] == at_start).cumsum(0), (1, 0))
+    return is_first[ends] - is_first[ends - lengths]
 
 
 def longest_input(encoder: PreTrainedModel) -> int:

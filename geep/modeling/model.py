@@ -26,6 +26,7 @@ from transformers.utils.generic import ModelOutput
 from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.families import ProblemType, family_of, layer_calls
 from geep.modeling.heads import HEADS, PooledHead
+from geep.modeling.inputs import first_lengths
 from geep.modeling.loading import check_shapes, hub_keywords
 
 
@@ -46,6 +47,7 @@ class GeepConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the heads' initial weights.
         text_pairs: Whether the model has learned pairs of texts, or single ones; the other kind is then refused where
             it is used. None: not known.
+        separator_id: Token id that ends the first text of a pair, for heads that tell the two apart.
     """
 
     model_type = "geep"
@@ -61,6 +63,7 @@ class GeepConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
     text_pairs: bool | None = None
+    separator_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.encoder_config is None:
@@ -82,6 +85,11 @@ class GeepConfig(PreTrainedConfig):
             kind = getattr(self, name)
             if kind not in HEADS and not (kind is None and name == "teacher_head"):
                 raise ValueError(f"Unknown {name} {kind!r}; known: {sorted(HEADS)}.")
+            if self.separator_id is None and _reads_pairs(kind):
+                raise ValueError(
+                    f"{name} {kind!r} tells the texts of a pair apart and found no separator_id, the id that the "
+                    "tokenizer puts between them; give its sep_token_id, or take another head for single texts."
+                )
         if self.teacher_activation not in ACT2FN:
             raise ValueError(f"Unknown teacher_activation {self.teacher_activation!r}; known: {sorted(ACT2FN)}.")
         is_usual = (self.teacher_activation, self.teacher_norm_eps) == ("tanh", None)
@@ -113,6 +121,11 @@ class GeepConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the encoder's config, where Hugging Face looks for vocabulary and position limits."""
         return self.encoder_config  # type: ignore[return-value]
+
+
+def _reads_pairs(kind: str | None) -> bool:
+    head = None if kind is None else HEADS[kind]
+    return head is not None and issubclass(head, PooledHead) and head.reads_pairs
 
 
 def _check_labels(names: Any, num_labels: int | None) -> None:
@@ -176,6 +189,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         label_names: Sequence[str] | None = None,
         exit_layers: Sequence[int] | None = None,
         exit_head: str = "mean",
+        separator_id: int | None = None,
         problem_type: ProblemType = "single_label_classification",
         revision: str | None = None,
         token: str | bool | None = None,
@@ -190,6 +204,7 @@ class GeepForSequenceClassification(PreTrainedModel):
             label_names: Names of the labels, in the order of the label ids.
             exit_layers: See `GeepConfig`.
             exit_head: See `GeepConfig`.
+            separator_id: See `GeepConfig`.
             problem_type: "single_label_classification" or "multi_label_classification".
             revision: Branch, tag or commit of an encoder from the hub. None: the default branch.
             token: Access token of the hub, or True for the stored one.
@@ -237,6 +252,7 @@ class GeepForSequenceClassification(PreTrainedModel):
             encoder_config=pretrained.config,
             exit_layers=None if exit_layers is None else list(exit_layers),
             exit_head=exit_head,
+            separator_id=separator_id,
             problem_type=problem_type,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
@@ -323,11 +339,13 @@ class GeepForSequenceClassification(PreTrainedModel):
             raise ValueError(f"The shared exit needs the whole encoder, got exit_layer={exit_layer}; leave it out.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        separator = config.separator_id
+        firsts = None if separator is None else first_lengths(input_ids, attention_mask, separator)
         inputs = self.encoder_inputs(input_ids, attention_mask, token_type_ids)
         if not (output_exits or output_shared_exits or output_hidden_states or stop < config.num_hidden_layers):
             # The full model alone needs no look inside: the encoder runs as Hugging Face runs it.
             last = self.encoder(**{name: value for name, value in inputs.items() if value is not None})[0]
-            logits = self.teacher(last, attention_mask)
+            logits = self.teacher(last, attention_mask, firsts)
             loss = None if labels is None else label_loss(logits, labels, config.problem_type)
             output = ExitOutput(loss=loss, logits=logits)
             return output.to_tuple() if return_dict is False else output
@@ -342,10 +360,10 @@ class GeepForSequenceClassification(PreTrainedModel):
             hidden_states.append(hidden)
             if layer < stop and layer in config.exit_layers:
                 if output_exits:
-                    exits.append(self.head_at(layer)(self.finish(hidden), attention_mask))
+                    exits.append(self.head_at(layer)(self.finish(hidden), attention_mask, firsts))
                 if output_shared_exits:
-                    shared.append(self.teacher(self.finish(calls.layers[-1](hidden)), attention_mask))
-        logits = last_head(self.finish(hidden), attention_mask)
+                    shared.append(self.teacher(self.finish(calls.layers[-1](hidden)), attention_mask, firsts))
+        logits = last_head(self.finish(hidden), attention_mask, firsts)
 
         output = ExitOutput(
             loss=None if labels is None else label_loss(logits, labels, config.problem_type),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from geep.predictor.keys import Keys, text_of
+from geep.predictor.keys import Keys, text_of_rows
 from geep.predictor.parts import parts_of
 
 Floats = NDArray[np.float32]
@@ -40,9 +40,9 @@ class Features:
         num_keys, entries = np.empty(num_texts, np.float32), np.zeros(num_texts + 1, np.int64)
         document_frequency = np.zeros(keys.num_rows, np.int64)
         for part in parts_of(input_ids, lengths):
-            rows, _ = keys.rows_of(part.input_ids, part.lengths)
+            rows, offsets = keys.rows_of(part.input_ids, part.lengths)
             known = rows != keys.neutral_row
-            text = text_of(part.lengths * keys.ngram_order, rows.numel())[known]
+            text = text_of_rows(offsets, rows.numel())[known]
             each = torch.bincount(text, minlength=part.lengths.numel()).numpy()
             ends = np.concatenate([[0], each.cumsum()])
             ones, indices = np.ones(ends[-1], np.float32), rows[known].int().numpy()

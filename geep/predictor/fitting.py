@@ -59,8 +59,8 @@ def score_by_counts(table: ExitTable, texts: TextExits, *, pseudo_count: float =
     # One speed after another: the counts of all, in doubles, are by far the largest thing there is.
     for speed in range(len(table.speeds)):
         counts = table.counts[:, speed].double()
-        # Unigrams alone: n-grams would count the same tokens again.
-        total = counts[: table.vocab_size].sum(0) + 1e-9
+        # Unigrams alone: n-grams would count the same tokens again. In pairs those of both texts are among these.
+        total = (counts if table.keys.separator_id is not None else counts[: table.vocab_size]).sum(0) + 1e-9
         prior = total / total.sum()
         smoothed = (counts + pseudo_count * prior) / (counts.sum(1, keepdim=True) + pseudo_count)
         rows[:, speed], priors[speed] = (smoothed - prior) @ depths, prior @ depths
@@ -254,6 +254,7 @@ def fit_predictor(
     max_ngrams: int = 200_000,
     num_bins: int = 16,
     lexical: Lexical | None = None,
+    separator_id: int | None = None,
 ) -> ExitPredictor:
     """Fill the table and fit scores and exit 0 on training texts, and the levels on held-out ones.
 
@@ -274,6 +275,7 @@ def fit_predictor(
         num_bins: Bins of scores; see `fit_levels`.
         lexical: Exit 0 of a predictor fitted on the same texts and labels, which is not fitted again: it does not
             depend on the exits.
+        separator_id: The special id that ends the first text of a pair, `None` for single texts; see `Keys`.
 
     Returns:
         The predictor, on the CPU.
@@ -301,6 +303,7 @@ def fit_predictor(
         ngram_order=ngram_order,
         min_count=min_count,
         max_ngrams=max_ngrams,
+        separator_id=separator_id,
     )
     if lexical is None and labels is not None:
         lexical = fit_lexical(

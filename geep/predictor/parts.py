@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geep.hash_table import HashTable
-from geep.predictor.keys import Keys, is_usable, packed_ngrams
+from geep.predictor.keys import Keys
 
 MOST_TOKENS = 1 << 20
 """Tokens of a part: enough that the steps of Python between two parts cost nothing."""
@@ -48,7 +48,7 @@ def parts_of(input_ids: Tensor, lengths: Tensor, *, most_tokens: int | None = No
 def frequent_ngrams(
     keys: Keys, input_ids: Tensor, lengths: Tensor, *, min_count: int, max_ngrams: int, most_ngrams: int | None = None
 ) -> HashTable:
-    """Number the most frequent n-grams of texts in the order of their packed ids.
+    """Number the most frequent n-grams of texts, and other keys that are packed, in the order of their packed ids.
 
     Exact, in bounded memory, and the same whatever the order of the texts: n-grams are divided by a hash, and one class
     of them is counted at a time, for which the texts are read again.
@@ -61,16 +61,16 @@ def frequent_ngrams(
         max_ngrams: How many are kept; of equally frequent ones those with smaller packed ids.
         most_ngrams: How many are sorted at once, about. None: `MOST_NGRAMS`.
     """
-    num_classes = -(
-        -input_ids.numel() * (keys.ngram_order - 1) // (MOST_NGRAMS if most_ngrams is None else most_ngrams)
-    )
+    most = MOST_NGRAMS if most_ngrams is None else most_ngrams
+    # A token's own id needs no packing, but in pairs, where both texts may have it.
+    packed_by_token = keys.ngram_order - (keys.separator_id is None)
+    num_classes = -(-input_ids.numel() * packed_by_token // most)
     best, frequency = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     for each in range(num_classes):
         found = []
         for part in parts_of(input_ids, lengths):
-            usable = is_usable(part.input_ids, keys.special_ids)
-            for _, packed in packed_ngrams(part.input_ids, part.lengths, usable, keys.ngram_order):
-                found.append(packed if num_classes == 1 else packed[_class_of(packed, num_classes) == each])
+            packed = keys.pack(part.input_ids, part.lengths).packed
+            found.append(packed if num_classes == 1 else packed[_class_of(packed, num_classes) == each])
         ngrams, counts = torch.cat(found).unique(return_counts=True)
         enough = counts >= min_count
         best, order = torch.cat([best, ngrams[enough]]).sort()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geep.hash_table import HashTable
-from geep.predictor.keys import Keys, check_texts, text_of
+from geep.predictor.keys import Keys, check_texts, text_of_rows
 from geep.predictor.parts import frequent_ngrams, parts_of
 
 
@@ -61,6 +61,7 @@ class ExitTable:
         ngram_order: int = 2,
         min_count: int = 2,
         max_ngrams: int = 200_000,
+        separator_id: int | None = None,
     ) -> ExitTable:
         """Count the keys of texts whose exits are known.
 
@@ -78,6 +79,7 @@ class ExitTable:
             ngram_order: Longest n-gram, 1 to 3.
             min_count: Occurrences that an n-gram needs.
             max_ngrams: Most n-grams that get a row.
+            separator_id: The special id that ends the first text of a pair, `None` for single texts; see `Keys`.
 
         Returns:
             The table, on the CPU.
@@ -90,7 +92,7 @@ class ExitTable:
             raise ValueError(f"min_count must be >= 1 and max_ngrams >= 0, got {min_count} and {max_ngrams}.")
         input_ids, lengths, exit_indices = input_ids.cpu(), lengths.cpu(), exit_indices.cpu()
         special_ids = tuple(sorted(set(special_ids)))
-        keys = Keys(vocab_size, special_ids, ngram_order, HashTable(1))
+        keys = Keys(vocab_size, special_ids, ngram_order, HashTable(1), separator_id)
         check_texts(input_ids, lengths, vocab_size)
         check_exits("exit_indices", exit_indices, (lengths.numel(), len(speeds)), len(depths))
         ngrams = frequent_ngrams(keys, input_ids, lengths, min_count=min_count, max_ngrams=max_ngrams)
@@ -98,9 +100,9 @@ class ExitTable:
         num_depths = len(depths)
         counts = torch.zeros((keys.num_rows, len(speeds), num_depths), dtype=torch.int32)
         for part in parts_of(input_ids, lengths):
-            rows, _ = keys.rows_of(part.input_ids, part.lengths)
+            rows, offsets = keys.rows_of(part.input_ids, part.lengths)
             known = rows != keys.neutral_row
-            text, rows = text_of(part.lengths * ngram_order, rows.numel())[known], rows[known]
+            text, rows = text_of_rows(offsets, rows.numel())[known], rows[known]
             for speed in range(len(speeds)):
                 cells = rows * num_depths + exit_indices[part.texts, speed][text]
                 found = torch.bincount(cells, minlength=keys.num_rows * num_depths)
