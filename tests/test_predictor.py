@@ -218,12 +218,15 @@ def test_table_refuses_counts_of_another_shape() -> None:
         replace(table, counts=table.counts[1:])
 
 
-@given(TEXTS, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 3, 1000]), st.integers(1, 30))
+SEPARATORS = st.sampled_from([None, 2])
+
+
+@given(TEXTS, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 3, 1000]), st.integers(1, 30), SEPARATORS)
 @settings(deadline=None, max_examples=60)
 def test_ngrams_counted_a_class_at_a_time_are_those_counted_at_once(
-    texts: list[list[int]], order: int, min_count: int, max_ngrams: int, most_ngrams: int
+    texts: list[list[int]], order: int, min_count: int, max_ngrams: int, most_ngrams: int, separator_id: int | None
 ) -> None:
-    keys = Keys(VOCAB_SIZE, SPECIAL_IDS, order, HashTable(1))
+    keys = Keys(VOCAB_SIZE, SPECIAL_IDS, order, HashTable(1), separator_id)
     options = {"min_count": min_count, "max_ngrams": max_ngrams}
     once = frequent_ngrams(keys, *pack(texts), **options).state()
     found = frequent_ngrams(keys, *pack(texts), **options, most_ngrams=most_ngrams).state()
@@ -243,14 +246,17 @@ def test_parts_are_all_texts_in_order_and_no_larger_than_they_must(texts: list[l
         assert int(part.lengths.sum() + after.lengths[0]) > most
 
 
-@given(TEXTS, st.integers(1, 3))
-@settings(deadline=None, max_examples=40)
-def test_what_is_learned_does_not_depend_on_the_size_of_parts(texts: list[list[int]], order: int) -> None:
-    whole, ids = build(texts, ngram_order=order), pack(texts)
+@given(TEXTS, st.integers(1, 3), SEPARATORS)
+@settings(deadline=None, max_examples=60)
+def test_what_is_learned_does_not_depend_on_the_size_of_parts(
+    texts: list[list[int]], order: int, separator_id: int | None
+) -> None:
+    options = {"ngram_order": order, "separator_id": separator_id}
+    whole, ids = build(texts, **options), pack(texts)
     features = Features.of(whole.keys, *ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictor_parts, "MOST_TOKENS", 3)
-        assert torch.equal(build(texts, ngram_order=order).counts, whole.counts)
+        assert torch.equal(build(texts, **options).counts, whole.counts)
         cut = Features.of(whole.keys, *ids)
     assert (cut.matrix != features.matrix).nnz == 0
     assert cut.scale.tolist() == features.scale.tolist()
