@@ -34,14 +34,14 @@ class Study:
         epochs: Passes over the rows.
         max_length: Longest text in tokens.
         max_train: Rows trained on; None: all.
-        holdout: Share of the rows held out where there is no development split.
+        holdout: Share of the rows held out where there is no large development split. None: the command's.
         unlabelled: Whether exits are fitted on the other training rows, too, whose labels are not read.
     """
 
     epochs: float
     max_length: int
     max_train: int | None
-    holdout: float = 0.2
+    holdout: float | None = None
     unlabelled: bool = False
 
 
@@ -78,11 +78,13 @@ def main() -> None:
 def train(name: str, study: Study, folder: Path, args: argparse.Namespace) -> None:
     """Train, unless the folder holds this very training already."""
     limit = [] if study.max_train is None else ["--max-train", str(study.max_train)]
+    if study.holdout is not None:
+        limit += ["--holdout", str(study.holdout)]
     if study.unlabelled:
         limit += ["--unlabelled", str(next((args.data_dir / name).glob("train.*")))]
     _geep(
         *("train", name, "--data-dir", str(args.data_dir), "--model", args.model, "--output", str(folder)),
-        *("--epochs", str(study.epochs), "--max-length", str(study.max_length), "--holdout", str(study.holdout)),
+        *("--epochs", str(study.epochs), "--max-length", str(study.max_length)),
         *(*limit, "--bf16", "--no-calibrate"),
     )
 
