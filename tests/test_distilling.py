@@ -181,7 +181,7 @@ def test_several_labels_are_taught_each_by_itself(caches: tuple[FeatureCache, Fe
 def test_what_cannot_be_fitted_is_refused(caches: tuple[FeatureCache, FeatureCache], tmp_path: Path) -> None:
     texts = Split(random_texts(4))
     with pytest.raises(
-        ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max'\]"
+        ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max', 'pair'\]"
     ):
         FeatureCache.of(make_engine(), texts, tmp_path, kind="attention")
     with pytest.raises(ValueError, match="no texts to learn from"):
