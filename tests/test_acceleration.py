@@ -232,8 +232,8 @@ def test_what_does_not_belong_together_is_refused(classifier: Path, tmp_path: Pa
         accelerate(classifier, TEXTS, tmp_path, calibration=Split(texts, labels=np.full(900, 7)), **drop)
     with pytest.raises(ValueError, match="Found 1 different texts to learn from"):
         accelerate(classifier, Split(["w1"]), tmp_path, calibration=toy_split(900, seed=4, labelled=True), **drop)
-    with pytest.raises(ValueError, match="'attention' cannot be fitted"):
-        accelerate(classifier, TEXTS, tmp_path / "head", **ASKED, head="attention")
+    with pytest.raises(ValueError, match="Unknown kind of heads 'max'"):
+        accelerate(classifier, TEXTS, tmp_path / "head", **ASKED, head="max")
 
 
 def test_where_no_speed_passes_the_full_model_stays(
@@ -301,5 +301,5 @@ def test_several_labels_and_pairs_are_accelerated(classifier: Path, tmp_path: Pa
     found = accelerate(tmp_path / "many", pairs, tmp_path / "out", **{**ASKED, "promise": Promise(min_agreement=0.9)})
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert (engine.multi_label, engine.text_pairs, engine.settings.speed) == (True, True, found.speed)
-    assert (engine.model.config.exit_head, engine.model.config.separator_id) == ("pair", SEP)
+    assert (engine.model.config.exit_head, engine.model.config.separator_id) == ("conv", SEP)
     assert json.loads(json.dumps(asdict(found)))["num_texts"] == 1300

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from geep.acceleration.record import Acceleration, Pace
@@ -123,7 +122,7 @@ def accelerate(
     promise: Promise = _DEFAULT_PROMISE,
     calibration: Split | None = None,
     exit_layers: Sequence[int] | None = None,
-    head: str | None = None,
+    head: str = "conv",
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
     device: str | None = None,
@@ -147,7 +146,7 @@ def accelerate(
         calibration: Rows like those to come, which certify in the place of a fifth of the texts; labelled by the
             classifier's own label ids. Texts that are among them are not learned from.
         exit_layers: Layers with an exit. None: all but the last two.
-        head: Row of `HEADS` that pools. None: "pair" for pairs whose tokenizer has a separator, else "mean+max".
+        head: Row of `HEADS`.
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
         device: "cpu", "cuda", …; None: a GPU where there is one.
@@ -173,8 +172,6 @@ def accelerate(
     tokenizer = _tokenizer(source, hub)
     if plain.config.text_pairs:
         plain.config.separator_id = tokenizer.sep_token_id
-    if head is None:
-        head = "mean+max" if plain.config.separator_id is None else "pair"
     # Heads are taught by scores, which float32 has as they are.
     full = Engine(plain, tokenizer, config=EngineConfig(device=device, dtype="float32", max_length=max_length))
     tokenizer.model_max_length = full.deployment.max_length
@@ -330,11 +327,8 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
 
 def _run_of(engine: Engine, texts: Split, cache: FeatureCache, fitted: FittedHeads) -> ExitRun:
     """All exits of texts whose features are known, labelled by the full model: the encoder is not run again."""
-    found: list[Tensor] = []
     with torch.no_grad():
-        for features, logits in cache.batches(4096):
-            heads = zip(fitted.heads, features, strict=True)
-            found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), logits]))
+        found = [torch.cat([batch.answers(fitted.heads), batch.logits[None]]) for batch in cache.batches(1024)]
     logits = torch.cat(found, dim=1)
     answers = answer_of(logits[-1], multi_label=engine.multi_label)
     labels = answers.float() if engine.multi_label else answers
