@@ -41,7 +41,19 @@ def test_the_documents_are_what_the_results_give() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["accuracy", "study", "recipes", "report", "hash_table", "gpu", "throughput", "scaling", "plot", "prediction"],
+    [
+        "accuracy",
+        "study",
+        "recipes",
+        "heads",
+        "report",
+        "hash_table",
+        "gpu",
+        "throughput",
+        "scaling",
+        "plot",
+        "prediction",
+    ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
