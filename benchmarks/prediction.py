@@ -45,6 +45,7 @@ from geep.calibration import (
     Choice,
     ExitRun,
     Outcomes,
+    Search,
     calibrate,
     choosing,
     profile,
@@ -336,10 +337,8 @@ def _before(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> 
                 good = [trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed]
                 weighed.append(Choice(settings, trials, min(good, default=np.inf)))
         best = min(weighed, key=lambda choice: choice.least)
-        speed = max(
-            walk(lambda speed: certified.trial(replace(best.settings, speed=speed), each), order).speed
-            for order in best.orders
-        )
+        orders = Search.of(promise).orders(tuned, best)
+        speed = max(walk(lambda settings: certified.trial(settings, each), order).speed for order in orders)
     return engine.replace(settings=replace(best.settings, speed=speed))
 
 

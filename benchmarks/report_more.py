@@ -24,6 +24,9 @@ def more_parts(results: Path) -> list[str]:
     scaling = results / "scaling.jsonl"
     if scaling.exists():
         parts += ["## How time and memory grow", *scaling_part(results, read(scaling))]
+    learned = results / "table_scale.jsonl"
+    if learned.exists():
+        parts += ["## Learning a table from many texts", *table_scale_part(read(learned))]
     gpu = sorted(results.glob("gpu-*.jsonl"))
     tables = sorted(results.glob("hash_table-*.jsonl"))
     on_gpu = [path for path in tables if _is_gpu(path)]
@@ -205,6 +208,26 @@ def scaling_part(results: Path, lines: list[Line]) -> list[str]:
                 )
             )
     return parts + _figure(results, "scaling")
+
+
+def table_scale_part(lines: list[Line]) -> list[str]:
+    """A row for each case and step: seconds of the processor and the peak of memory so far."""
+    rows = [
+        [
+            f"{line['texts']:,} texts, {line['labels']} labels, n-grams up to {line['order']}: {name}",
+            f"{step['cpu_seconds']:.1f}",
+            _mib(step["peak_mib"]),
+        ]
+        for line in sorted(lines, key=lambda line: (line["texts"], line["labels"], line["order"]))
+        for name, step in line["steps"].items()
+        if "seconds" in step
+    ]
+    return [
+        "Printed by `benchmarks/table_scale.py`: made-up texts, one step after another in one process, so that each "
+        "peak is the highest so far, the texts themselves included. Seconds are the processor's, all threads together. "
+        f"Machine: {describe(lines[0]['machine'])}.",
+        table(["", "seconds", "peak memory, MiB"], rows),
+    ]
 
 
 def hash_table_part(lines: list[Line]) -> list[str]:

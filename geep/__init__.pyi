@@ -1,5 +1,5 @@
 from ._version import __version__ as __version__
-from .acceleration import Acceleration as Acceleration, accelerate as accelerate
+from .acceleration import Acceleration as Acceleration, accelerate as accelerate, train as train
 from .backends import TokenBatch as TokenBatch
 from .calibration import (
     Calibration as Calibration,
@@ -14,12 +14,15 @@ from .data import (
     Dataset as Dataset,
     FetchError as FetchError,
     Parts as Parts,
+    SomeLabels as SomeLabels,
     Split as Split,
     divide as divide,
     fetch_encoder as fetch_encoder,
     load_dataset as load_dataset,
     load_split as load_split,
+    read_labels as read_labels,
     unseen as unseen,
+    write_to_label as write_to_label,
 )
 from .distilling import FitSettings as FitSettings
 from .engine import (
@@ -52,5 +55,4 @@ from .training import (
     TrainResult as TrainResult,
     TrainSettings as TrainSettings,
     parts_of as parts_of,
-    train as train,
 )

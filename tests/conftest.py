@@ -317,7 +317,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
         model,
         tokenizer,
         encode(tokenizer, TRAIN.texts, TRAIN.labels, max_length=32),
-        settings=TrainSettings(epochs=2, batch_size=32, learning_rate=4e-3),
+        settings=TrainSettings(recipe="geep", epochs=2, batch_size=32, learning_rate=4e-3),
         checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
         device="cpu",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_LENGTH, SEP, VOCAB, make_tokenizer, toy_task
+from conftest import MAX_LENGTH, SEP, VOCAB, loud, make_tokenizer, random_texts, tiny_encoder, toy_task
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from geep.acceleration import Acceleration, accelerate, accelerating
+from geep.acceleration import Acceleration, Pace, accelerate, accelerating, fitting, looking
 from geep.acceleration.accelerating import TextsFor
+from geep.acceleration.prospects import prospects
+from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, profiling
 from geep.data import Split
 from geep.distilling import FitSettings, FittedHeads
 from geep.engine import Engine
 from geep.folder import Provenance
-from geep.promise import Promise, TooFewTextsError
+from geep.promise import PairedCounts, Promise, TooFewTextsError
 
 SETTINGS = FitSettings(epochs=4, batch_size=64)
-ASKED: dict[str, Any] = {"promise": Promise(min_agreement=0.95), "settings": SETTINGS, "device": "cpu"}
+# Of a tiny model an exit costs as much as the layers that it saves, so time decides nothing here.
+ASKED: dict[str, Any] = {
+    "promise": Promise(min_agreement=0.95), "settings": SETTINGS, "device": "cpu", "check_pace": False,
+}  # fmt: skip
 
 
 def toy_split(count: int, *, seed: int, labelled: bool = False) -> Split:
@@ -67,9 +73,24 @@ def make_toy_classifier(folder: Path) -> Path:
     return folder
 
 
-def without_labels(run_of: Any) -> Any:
+def make_late_classifier(folder: Path) -> Path:
+    """Write a classifier whose answers hang on layers that are all drawn at random: no exit foretells them."""
+    config = tiny_encoder("bert", num_hidden_layers=8).config
+    config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    torch.manual_seed(0)
+    classifier, tokenizer = AutoModelForSequenceClassification.from_config(config), make_tokenizer()
+    loud(classifier, std=0.5)
+    with torch.no_grad():  # half of the texts get either answer
+        logits = classifier.eval()(**tokenizer(random_texts(200), padding=True, return_tensors="pt")).logits
+        classifier.classifier.bias[1] -= logits.diff(dim=1).median()
+    classifier.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def no_opinion(run: ExitRun, *, multi_label: bool) -> torch.Tensor:
     """The table is taught no label, so it cannot answer in an exit's place."""
-    return lambda *arguments: replace(run_of(*arguments), labels=None)
+    return torch.full_like(run.exit_logits[-1], 1 / run.exit_logits.shape[-1])
 
 
 TEXTS = toy_split(1300, seed=1)
@@ -127,7 +148,7 @@ def test_what_was_done_is_said(made: tuple[Path, Acceleration]) -> None:
 def test_a_finished_folder_is_returned_at_once(
     classifier: Path, made: tuple[Path, Acceleration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geep.acceleration.accelerating.FeatureCache", None)
+    monkeypatch.setattr(accelerating, "fit_exits", None)
     again = accelerate(classifier, TEXTS, made[0], **ASKED)
     assert again.was_finished
     assert {**again.record(), "was_finished": False} == made[1].record()
@@ -240,7 +261,7 @@ def test_where_no_speed_passes_the_full_model_stays(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exits that learned nothing are never asked: speed 0, certified as what it is, the full model."""
-    honest = accelerating.fit_heads
+    honest = fitting.fit_heads
 
     def spoilt(*arguments: Any, **options: Any) -> FittedHeads:
         fitted = honest(*arguments, **options)
@@ -248,8 +269,8 @@ def test_where_no_speed_passes_the_full_model_stays(
             torch.nn.init.normal_(head.out.weight, generator=torch.Generator().manual_seed(0))
         return fitted
 
-    monkeypatch.setattr(accelerating, "fit_heads", spoilt)
-    monkeypatch.setattr(accelerating, "_run_of", without_labels(accelerating._run_of))
+    monkeypatch.setattr(fitting, "fit_heads", spoilt)
+    monkeypatch.setattr(profiling, "label_targets", no_opinion)
     found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
     assert found.speed == 0
     assert (found.after.layers, found.after.agreement) == (4.0, 1.0)
@@ -257,6 +278,44 @@ def test_where_no_speed_passes_the_full_model_stays(
     assert found.before.texts_per_second == found.after.texts_per_second
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert set(engine.predict_columns(TEXTS.texts[:50]).exit_layers.tolist()) == {4}
+
+
+def test_nobody_is_left_slower(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed that saves layers and no time is not kept, unless the model is for another machine."""
+    paces = accelerating._paces
+
+    def slow(*arguments: Any) -> tuple[Pace, Pace]:
+        before, after = paces(*arguments)
+        return before, after if after.layers == before.layers else replace(after, texts_per_second=0.1)
+
+    monkeypatch.setattr(accelerating, "_paces", slow)
+    found = accelerate(classifier, TEXTS, tmp_path / "here", **{**ASKED, "check_pace": True})
+    assert found.calibration["refused"].startswith("The speed that keeps the promise runs")
+    assert (found.speed, found.calibration["certificate"], found.after.layers) == (0.0, None, 4.0)
+    assert Engine.from_pretrained(tmp_path / "here", device="cpu").settings.speed == 0
+    assert accelerate(classifier, TEXTS, tmp_path / "there", **ASKED).speed > 0
+
+
+def test_what_more_would_take_is_said(made: tuple[Path, Acceleration]) -> None:
+    nearer, further = made[1].prospects
+    assert "at least 0.975" in nearer.promise
+    assert "at least 0.99" in further.promise
+    assert made[1].after.layers <= nearer.layers <= further.layers <= 4
+    needed = [Promise(min_agreement=share).halved().texts_needed for share in (0.975, 0.99)]
+    assert nearer.num_texts >= needed[0]
+    assert further.num_texts >= needed[1]
+
+
+def test_so_many_texts_do_certify_what_is_said_of_them(profiled: ProfileResult) -> None:
+    held, settings = Outcomes(profiled.engine, profiled.heldout), profiled.engine.settings
+    for each, agreement in zip(prospects(held, settings, Promise(min_agreement=0.98)), (0.99, 0.996), strict=True):
+        promise = Promise(min_agreement=agreement).halved()
+        assert each.promise == str(Promise(min_agreement=agreement))
+        assert each.num_texts is not None
+        trials = [held.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS]
+        trial = next(trial for trial in trials if trial.mean_exit_layer == each.layers)
+        counts = PairedCounts(each.num_texts, math.ceil(trial.risk * each.num_texts - 1e-9))
+        assert promise.risk.bound(counts, 1 - promise.confidence) <= promise.allowed
 
 
 def test_a_model_that_answers_all_alike_is_kept_as_it_is(classifier: Path, tmp_path: Path) -> None:
@@ -290,6 +349,66 @@ def test_another_language_is_warned_of(classifier: Path, tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         accelerate(classifier, texts, tmp_path / "out", **ASKED, progress=stop)
     assert "100 % of the tokens are unknown" in caplog.text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_that_agree_only_at_the_end_are_told_before_the_long_part(
+    late: bool, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(looking, "_LEARNED", 150)
+    model = make_late_classifier(tmp_path / "late") if late else classifier
+    texts = Split(random_texts(2000, seed=3)) if late else toy_split(2000, seed=3)
+    asked = {**ASKED, "promise": Promise(min_agreement=0.99)}
+    told: list[str] = []
+
+    def stop(what: str, done: int, total: int | None) -> None:
+        told.append(what)
+        if not what.startswith("a first look"):
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        accelerate(model, texts, tmp_path / "out", **asked, progress=stop)
+    assert told[0] == "a first look: features of all depths, texts to learn from"
+    assert ("agree only at the end" in caplog.text) == late
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model, texts, tmp_path / "out", **asked, progress=stop)
+    assert not told[0].startswith("a first look")
+
+
+def test_the_outlook_counts_what_the_surest_texts_would_save() -> None:
+    """Of 100 texts one exit at layer 2 of 4 is right about the 40 surest, and then wrong about every other one."""
+    full = torch.zeros(100, 2)
+    full[:, 0] = 9.0
+    own = torch.zeros(100, 2)
+    own[:, 0] = torch.linspace(5.0, 1.0, 100)
+    own[40::2] = own[40::2].flip(1)  # texts 40, 42, …
+    found = looking._outlook(torch.stack([own, full]), (2, 4), Promise(min_agreement=0.99), multi_label=False)
+    assert (found.layer, found.agreement, found.is_poor) == (2, pytest.approx(0.7), False)
+    assert found.saved == pytest.approx(0.42 * 0.5)  # one text may be wrong
+    strict = looking._outlook(torch.stack([own.flip(1), full]), (2, 4), Promise(min_agreement=0.99), multi_label=False)
+    assert strict.is_poor
+
+
+def test_texts_that_are_the_rows_that_certify_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    promise, rows = Promise(max_accuracy_drop=0.05), toy_split(900, seed=4, labelled=True)
+    more = Split([*rows.texts, *toy_split(300, seed=5).texts])
+    with caplog.at_level(logging.WARNING):
+        parts = TextsFor.of(more, rows, promise, seed=0)
+    assert "texts are among the rows that certify, and are not learned from" in caplog.text
+    assert not set(parts.learn.texts) & set(rows.texts)
+    with pytest.raises(ValueError, match="Found 0 different texts to learn from"):
+        TextsFor.of(Split(rows.texts), rows, promise, seed=0)
+    caplog.clear()
+    TextsFor.of(TEXTS, rows, promise, seed=0)
+    assert not caplog.text
+
+
+def test_no_texts_at_all_are_too_few() -> None:
+    with pytest.raises(TooFewTextsError, match="Of 0 different texts"):
+        TextsFor.of(Split([]), None, Promise(min_agreement=0.99), seed=0)
+    with pytest.raises(TooFewTextsError, match="Of 1 different texts"):
+        TextsFor.of(Split(["", " ", "\n"] * 900), None, Promise(min_agreement=0.99), seed=0)
 
 
 def test_several_labels_and_pairs_are_accelerated(classifier: Path, tmp_path: Path) -> None:

@@ -54,9 +54,11 @@ EAGER = {
 HEAVY: dict[str, dict[str, str]] = {
     "sklearn": {
         "geep.exits.fitting": "logistic regression of agreement scores",
-        "geep.predictor.fitting": "ridge and logistic regression of key rows, isotonic regression of levels",
+        "geep.predictor.fitting": "ridge regression of key rows, isotonic regression of levels",
     },
     "scipy": {
+        "geep.predictor.features": "sparse matrices of keys",
+        "geep.predictor.linear": "L-BFGS for logistic regression of key rows",
         "geep.predictor.fitting": "sparse matrices of keys",
         "geep.promise.bounds": "exact binomial bounds",
         "geep.calibration.profiling": "Spearman's rank correlation",

@@ -45,7 +45,6 @@ def test_the_documents_are_what_the_results_give() -> None:
         "accuracy",
         "study",
         "recipes",
-        "heads",
         "report",
         "hash_table",
         "gpu",
@@ -53,12 +52,31 @@ def test_the_documents_are_what_the_results_give() -> None:
         "scaling",
         "plot",
         "prediction",
+        "heads",
+        "ablation",
+        "table_scale",
+        "betting",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+def test_betting_certifies_no_more_often_than_the_exact_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    betting = load("betting")
+    betting.main(["--texts", "1500", "--rounds", "40"])
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[-3:] == ["exact", "adaptive", "mixture"]
+    assert len(rows) == len(betting.WORLDS)
+    shares = np.array([row[-3:] for row in rows], dtype=float)
+    assert (shares[:, :1] + 0.05 >= shares[:, 1:]).all()
+    assert (shares[:, 0].mean() > shares[:, 1:].mean(0) + 0.02).all()
+    assert shares[0].tolist() == [1.0, 1.0, 1.0]  # where no answer changes, each of them certifies
+    # Each holds where just more is lost than is allowed.
+    broken = betting.certified(1500, 0.0055, 1.0, rounds=200)
+    assert max(broken.values()) <= 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5
 
 
 def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -494,6 +512,18 @@ def test_every_result_is_drawn(rivals: None, tmp_path: Path) -> None:
     names = [path.name for path in load("plot").draw_all(tmp_path)]
     assert names == ["throughput-toy.png", "budget-toy.png", "utilisation-toy.png", "scaling.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_a_table_is_learned_from_made_up_texts_and_reported(rivals: None, tmp_path: Path) -> None:
+    bench = load("table_scale")
+    case = {"texts": 400, "length": 8, "labels": 3, "depths": 4, "vocabulary": 60, "order": 2}
+    measured = bench.measure(**case)
+    assert list(measured["steps"]) == ["texts", "table", "exit 0", "counts", "fitted", "prediction"]
+    assert measured["agreement_on_texts_learned_from"] > 0.8
+    line = {"kind": "table_scale", **case, **measured, "machine": bench.machine()}
+    (tmp_path / "table_scale.jsonl").write_text(json.dumps(line) + "\n")
+    page = "\n".join(load("report_more").more_parts(tmp_path))
+    assert "| 400 texts, 3 labels, n-grams up to 2: exit 0 | " in page
 
 
 def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from conftest import (
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from geep.backends import TokenBatch
 from geep.calibration import (
     TABLE_SPEEDS,
     TRIAL_SPEEDS,
@@ -32,10 +33,12 @@ from geep.calibration import (
     ProfileResult,
     calibrate,
     layer_quality,
+    learn_settings,
     profile,
     save_refusal,
     try_speed,
 )
+from geep.calibration.profiling import LABEL_SHARE, label_targets
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, ExitProfile, OnMiss, follow
@@ -86,6 +89,33 @@ def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
         profile(trained, TRAIN, HELDOUT, criterion="luck")
 
 
+def test_speed_0_is_the_full_model_alone_whatever_is_fused(trained: Engine, profiled: ProfileResult) -> None:
+    settings = learn_settings(Outcomes(profiled.engine, profiled.heldout), "margin", by_labels=True, fuse_last=True)
+    assert set(settings.fusing) == set(trained.depths)
+    assert settings.fusing[trained.depths[-1]].table > 0
+    batch = trained.tokenize(FRESH.texts).batch
+    alone = trained.run_tokens(batch).logits / settings.temperature(trained.depths[-1])
+    assert torch.equal(profiled.engine.replace(settings=settings).run_tokens(batch).logits, alone)
+    fused = profiled.engine.replace(settings=replace(settings, speed=1e-9)).run_tokens(batch).logits
+    assert not torch.allclose(fused, alone, atol=1e-3)
+
+
+def test_a_promise_about_agreement_leaves_the_full_models_answer_alone(profiled: ProfileResult) -> None:
+    last = profiled.engine.depths[-1]
+    kept = {
+        kind: calibrate(profiled.engine, profiled.heldout, FRESH, promise).engine.settings
+        for kind, promise in PROMISES.items()
+    }
+    assert all(last not in settings.fusing for kind, settings in kept.items() if kind != "drop")
+    assert kept["drop"].fusing
+
+
+def test_settings_that_fuse_nothing_stay_so(profiled: ProfileResult) -> None:
+    engine = profiled.engine.replace(settings=replace(profiled.engine.settings, fusing={}))
+    for promise in PROMISES.values():
+        assert calibrate(engine, profiled.heldout, FRESH, promise).engine.settings.fusing == {}
+
+
 def test_a_profile_may_be_given_runs_in_the_place_of_texts(trained: Engine, profiled: ProfileResult) -> None:
     found = profile(trained, ExitRun.of(trained, TRAIN), ExitRun.of(trained, HELDOUT))
     assert found.quality == profiled.quality
@@ -100,12 +130,33 @@ def test_agreement_is_the_share_of_texts_that_disagree_with_the_full_model(profi
         assert found.uncertainty[:, column].mean() == pytest.approx((~found.agrees[:, column]).mean(), abs=0.05)
 
 
-def test_a_profile_without_labels_has_no_lexical_exit_of_its_own(trained: Engine) -> None:
-    found = profile(trained, unlabelled(TRAIN), unlabelled(HELDOUT)).engine
-    assert found.predictor is not None
-    assert found.predictor.num_labels is None
-    assert 0 not in found.settings.temperatures
-    assert len(found.predict(FRESH.texts[:5], speed=0.5)) == 5
+def test_the_full_model_teaches_the_lexical_exit_with_and_without_labels(trained: Engine) -> None:
+    run, held = ExitRun.of(trained, TRAIN), ExitRun.of(trained, HELDOUT)
+    bare = replace(run, labels=None)
+    soft, mixed = (label_targets(each, multi_label=False) for each in (bare, run))
+    assert run.labels is not None
+    assert torch.equal(soft, run.exit_logits[-1].softmax(-1))
+    gold = torch.nn.functional.one_hot(run.labels, soft.shape[1])
+    assert torch.allclose(mixed, (1 - LABEL_SHARE) * soft + LABEL_SHARE * gold)
+    engines = [profile(trained, each, held).engine for each in (bare, run)]
+    rows = []
+    for engine in engines:
+        assert engine.predictor is not None
+        assert engine.predictor.lexical is not None
+        assert 0 in engine.settings.temperatures
+        rows.append(engine.predictor.lexical.rows)
+        found = Outcomes(engine, held)
+        assert float((found.logits[0].argmax(-1) == found.full_answers).double().mean()) > 0.8
+    assert not torch.equal(*rows)
+
+
+def test_several_labels_are_taught_by_a_probability_each() -> None:
+    logits = torch.tensor([[[0.0, 9.0]], [[-1.0, 2.0]]])
+    run = ExitRun(TokenBatch(np.array([3]), None, np.array([1])), logits, None)
+    assert torch.equal(label_targets(run, multi_label=True), logits[-1].sigmoid())
+    mixed = label_targets(replace(run, labels=torch.tensor([[1.0, 0.0]])), multi_label=True)
+    expected = (1 - LABEL_SHARE) * logits[-1].sigmoid() + LABEL_SHARE * torch.tensor([[1.0, 0.0]])
+    assert torch.allclose(mixed, expected)
 
 
 def test_nothing_to_profile_is_refused(trained: Engine) -> None:
@@ -226,7 +277,7 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     scores = {0: (-50.0, 0.0, 0.0), 1: (-50.0, 0.0, 0.0), 2: (-1.0, 0.5, 0.1), 3: (0.0, 1.0, 0.1)}
     doubts = {depth: AgreementScore(*weights) for depth, weights in scores.items()}
     engine, promise = profiled.engine, PROMISES[kind]
-    engine = engine.replace(settings=replace(engine.settings, agreement=doubts))
+    engine = engine.replace(settings=replace(engine.settings, agreement=doubts, fusing={}))
     runs = ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)
     free = calibrate(engine, *runs, promise, criterion=AGREEMENT, cost=CostModel(0, 1.0, 0, 0)).engine.settings
     assert free.check_layers == (1, 2, 3)

@@ -455,10 +455,11 @@ def test_without_labels_scores_are_the_full_models_own(trained: Engine) -> None:
     # An exit's scores are as near to the full model's as a temperature brings them.
     held = Outcomes(found.engine, found.heldout)
     full = torch.softmax(held.full_logits, -1)
+    answers = held.answers(replace(found.engine.settings, speed=1.0))
     for column, depth in enumerate(held.depths[:-1]):
 
         def loss(temperature: float, column: int = column) -> float:
-            return float(torch.nn.functional.cross_entropy(held.logits[column] / temperature, full))
+            return float(torch.nn.functional.cross_entropy(answers[column] / temperature, full))
 
         best = temperatures[depth]
         assert loss(best) <= min(loss(best * 1.05), loss(best / 1.05))
@@ -474,6 +475,10 @@ def test_settings_come_back_with_their_digest(profiled: ProfileResult) -> None:
     again = ExitSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
     assert again == settings
     assert again.digest == settings.digest != replace(settings, speed=0.3).digest
+    assert settings.fusing
+    # A folder from before answers were fused.
+    older = {name: value for name, value in settings.to_dict().items() if name != "fusing"}
+    assert ExitSettings.from_dict(json.loads(json.dumps(older))) == replace(settings, fusing={})
 
 
 def test_numbers_of_numpy_are_settings_as_well(certified: Calibration) -> None:

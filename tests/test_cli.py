@@ -62,7 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_arguments(folder: Path) -> list[str]:
     return [
         *("train", str(folder / "data"), "--output", str(folder / "model"), "--model", str(folder / "encoder")),
-        *("--epochs", "6", "--learning-rate", "1e-3", "--batch-size", "16", "--exit-layers", "1,2,3"),
+        *("--epochs", "8", "--learning-rate", "2e-3", "--batch-size", "16", "--exit-layers", "1,2,3"),
         *("--max-drop", "5", "--device", "cpu"),
     ]
 
@@ -293,6 +293,26 @@ def test_damaged_model_folders_are_refused(model: Path, workplace: Path) -> None
     assert "another model" in run("predict", model, "-t", "w1", code=2)
 
 
+def test_exits_are_fitted_on_further_texts_which_certify_nothing(workplace: Path, tmp_path: Path) -> None:
+    more = write_rows(tmp_path / "more.jsonl", 300, seed=21)
+    usual = train_arguments(workplace)
+    usual[usual.index("--epochs") + 1] = "1"
+    output = ("--output", str(tmp_path / "model"))
+    command = (*usual[:2], *usual[4:], *output, "--unlabelled", str(more))
+    shown = run(*command)
+    assert "further texts without labels" in shown
+    assert "texts answer as the full model does, on others: layer 1 " in shown
+    plan, parts = geep.parts_of(tmp_path / "model")
+    assert (plan.unlabelled, parts.unlabelled is None) == (str(more), False)
+    assert json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))["exit_head"] == "conv"
+    asked = ("calibrate", tmp_path / "model", "--min-agreement", "0.9", "--device", "cpu", "--calibration", more)
+    assert "are needed" in run(*asked, code=2)
+    assert "nothing was changed" in run(*command)
+    assert "other settings" in run(*command[:-2], code=2)
+    more.write_text(more.read_text("utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    assert "rows have changed" in run("profile", tmp_path / "model", "--device", "cpu", code=2)
+
+
 def test_training_says_how_good_the_model_is_beside_the_most_frequent_label(workplace: Path, tmp_path: Path) -> None:
     changes = ("--output", str(tmp_path / "model"), "--epochs", "2", "--gradient-accumulation", "2", "--no-calibrate")
     usual = train_arguments(workplace)
@@ -417,7 +437,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         **dict.fromkeys(("--calibration", "--exit-layers", "--head", "--max-length", "--seed"), ALWAYS),
         **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting", "--device"), ALWAYS),
-        **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json"), ALWAYS),
+        **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json", "--any-pace"), ALWAYS),
         "--label-column": ("no labelled rows",),
         "--revision": ("classifier folder",),
     },
@@ -432,11 +452,17 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         "--calibration": ("vanilla", "no-calibrate"),
         **dict.fromkeys(("--text-column", "--text-pair-column", "--label-column", "--quoting"), ("named data",)),
         "--revision": ("named encoder", "encoder folder"),
+        "--fit-exits": ("fitted",),
+        **dict.fromkeys(("--exit-head", "--unlabelled"), ("vanilla", "geep")),
     },
     "profile": dict.fromkeys(("--predictor", "--criterion", "--device", "--dtype", "--backend", "--json"), ALWAYS),
     "calibrate": {
-        **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence", "--calibration", "--on-miss"), ALWAYS),
+        **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence", "--on-miss"), ALWAYS),
         **dict.fromkeys(("--criterion", "--device", "--dtype", "--backend", "--json"), ALWAYS),
+        **dict.fromkeys(("--texts", "--conditional"), ALWAYS),
+        **dict.fromkeys(("--to-label", "--labels", "--labelled-by", "--max-labels"), ("no texts", "agreement")),
+        **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting"), ("no texts",)),
+        "--calibration": ("texts",),
         # Errors of their own where there is no table, and on a GPU.
         **dict.fromkeys(("--lexical", "--by-time"), ALWAYS),
     },
@@ -463,7 +489,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Options that 1 is no value of.
 VALUES = dict.fromkeys(("--min-agreement", "--confidence", "--threshold", "--speed", "--holdout"), "0.6")
-FLAGS = {"--calibrate", "--overwrite", "--quoting", "--scores"}
+FLAGS = {"--calibrate", "--fit-exits", "--overwrite", "--quoting", "--scores", "--any-pace"}
 
 
 def test_every_option_is_known_to_count_or_to_be_ignored() -> None:
@@ -492,11 +518,16 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("accelerate", "no labelled rows"): [encoder, "--texts", rows],
         ("accelerate", "classifier folder"): [encoder, "--texts", rows],
         ("train", "vanilla"): [workplace / "data", "-m", encoder, "--recipe", "vanilla"],
+        ("train", "geep"): [workplace / "data", "-m", encoder, "--recipe", "geep"],
+        ("train", "fitted"): [workplace / "data", "-m", encoder],
         ("train", "no-calibrate"): [workplace / "data", "-m", encoder, "--no-calibrate"],
         ("train", "large dev"): [workplace / "large", "-m", encoder],
         ("train", "named data"): ["reuters-r8", "-m", encoder],
         ("train", "named encoder"): [workplace / "data"],
         ("train", "encoder folder"): [workplace / "data", "-m", encoder],
+        ("calibrate", "no texts"): [model],
+        ("calibrate", "texts"): [model, "--texts", rows],
+        ("calibrate", "agreement"): [model, "--texts", rows, "--min-agreement", "0.9"],
         ("evaluate", "no file"): [model],
         ("evaluate", "model folder"): [model, rows],
         ("predict", "text"): [model, "-t", "w1"],

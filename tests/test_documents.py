@@ -70,7 +70,7 @@ def test_commands_of_code_blocks_exist() -> None:
 def test_an_option_is_the_same_in_every_command() -> None:
     """One meaning for each: the same kind, the same words of help and the same default, wherever it is offered."""
     own = {"--output", "--text", "--criterion", "--text-column", "--text-pair-column", "--label-column", "--max-texts"}
-    own |= {"--head", "--max-length"}
+    own |= {"--head", "--max-length", "--texts"}
     seen: dict[str, tuple[Any, ...]] = {}
     for name, command in COMMANDS.items():
         for option in options(command):

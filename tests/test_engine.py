@@ -35,12 +35,14 @@ from hypothesis import given, settings, strategies as st
 
 from geep.backends import BACKENDS
 from geep.engine import Engine, EngineConfig, EngineOptions, ExitSettings, Prediction, Predictions
-from geep.exits import AGREEMENT, AgreementScore, follow, profile_exits
+from geep.exits import AGREEMENT, AgreementScore, Fusing, follow, profile_exits
 from geep.modeling import FAMILIES
 
 TEXTS = [*random_texts(40, seed=7), "", ("w1 w2", "w3"), ("w9", ""), *random_texts(6, seed=8, longest=30)]
 SCORES = {0: (-0.5, 0.6, 0.0), 1: (-1.0, 0.5, 0.2), 2: (0.3, 0.4, -0.1), 3: (0.5, 0.9, 0.3)}
 AGREEMENTS = {depth: AgreementScore(*weights) for depth, weights in SCORES.items()}
+FUSING = {1: Fusing(0.7, 1.5), 2: Fusing(1.2, 0.4), 3: Fusing(1.0, 0.0)}
+ALL_FUSED = {**FUSING, NUM_LAYERS: Fusing(0.9, 0.8)}
 RULES = {
     "continue": ExitSettings(speed=0.3),
     "stop": ExitSettings(speed=0.3, on_miss="stop", quantile=0.7),
@@ -50,6 +52,9 @@ RULES = {
     "agreement": ExitSettings(speed=0.3, criterion=AGREEMENT, agreement=AGREEMENTS, lexical_exit=True, quantile=0.05),
     "few checks": ExitSettings(speed=0.4, check_layers=(2,), quantile=0.05),
     "few checks stop": ExitSettings(speed=0.3, check_layers=(1, 3), on_miss="stop", lexical_exit=True),
+    "fused": ExitSettings(speed=0.3, criterion=AGREEMENT, agreement=AGREEMENTS, fusing=FUSING, quantile=0.05),
+    "all fused": ExitSettings(speed=0.2, fusing=ALL_FUSED, lexical_exit=True, quantile=0.05),
+    "all fused stop": ExitSettings(speed=0.3, fusing=ALL_FUSED, on_miss="stop", quantile=0.7),
     "no checks": ExitSettings(speed=0.3, check_layers=(), lexical_exit=True),
 }
 TEMPERATURES = {0: 1.1, 1: 1.3, 2: 0.9, 3: 0.7, NUM_LAYERS: 1.2}
@@ -67,7 +72,9 @@ def expected_run(engine: Engine, batch: Any, chosen: ExitSettings) -> Expected:
     found = engine.predictor.predict(
         torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths), speed=chosen.speed, quantile=chosen.quantile
     )
-    depths, logits = (0, *depths), torch.cat([found.lexical_logits[None], logits])
+    lexical = found.lexical_logits
+    fused = [chosen.answered(each, depth, lexical) for depth, each in zip(depths, logits, strict=True)]
+    depths, logits = (0, *depths), torch.stack([lexical, *fused])
     temperatures = [chosen.temperature(depth) for depth in depths]
     scores = [chosen.agreement[depth] for depth in depths[:-1]] if chosen.agreement else None
     profile = profile_exits(

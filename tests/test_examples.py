@@ -21,8 +21,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import geep
+from geep.acceleration import training
 from geep.promise import Promise
-from geep.training import fine_tuning
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -167,7 +167,7 @@ def toy_world(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(geep, "load_dataset", toy_dataset)
     monkeypatch.setattr(geep, "fetch_encoder", lambda name: encoder)
-    monkeypatch.setattr(fine_tuning, "fetch_encoder", lambda name, **options: encoder)
+    monkeypatch.setattr(training, "fetch_encoder", lambda name, **options: encoder)
     monkeypatch.chdir(tmp_path)
 
 

@@ -14,8 +14,10 @@ from geep.exits import (
     CRITERIA,
     AgreementScore,
     ExitProfile,
+    Fusing,
     answer_of,
     fit_agreement_score,
+    fit_fusing,
     fit_temperature,
     follow,
     profile_exits,
@@ -179,6 +181,34 @@ def test_scores_that_cannot_be_are_refused() -> None:
         AgreementScore(0.0, math.nan, 0.0)
     with pytest.raises(ValueError, match="Got 1 agreement scores for 3 depths"):
         profile_exits(torch.zeros(3, 4, 2), (1, 2, 4), criterion=AGREEMENT, agreement=[AgreementScore(0.0, 1.0, 0.0)])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_fused_answers_are_the_likeliest_sum_of_the_two(multi_label: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    own, table = (3 * torch.randn(30_000, 3, generator=random) for _ in range(2))
+    true = Fusing(0.8, 0.4)
+    wanted = true(own, table)
+    if multi_label:
+        labels = (torch.rand(wanted.shape, generator=random) < wanted.sigmoid()).float()
+    else:
+        labels = torch.multinomial(wanted.softmax(-1), 1, generator=random)[:, 0]
+    soft = wanted.sigmoid() if multi_label else wanted.softmax(-1)
+    for target in (labels, soft):
+        found = fit_fusing(own, table, target, multi_label=multi_label)
+        assert (found.own, found.table) == pytest.approx((0.8, 0.4), abs=0.03)
+
+
+def test_a_table_that_says_the_contrary_is_not_fused() -> None:
+    own, table = torch.randn(2, 2000, 3, generator=torch.Generator().manual_seed(1))
+    found = fit_fusing(own, table, (own - table).softmax(-1))
+    assert found == Fusing(1 / fit_temperature(own, (own - table).softmax(-1)), 0.0)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, -0.1), (float("nan"), 0.0), (1.0, float("inf"))])
+def test_weights_that_cannot_be_are_refused(weights: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="own above 0"):
+        Fusing(*weights)
 
 
 def test_a_profile_by_agreement_lets_the_lexical_exit_vote_on_the_others() -> None:

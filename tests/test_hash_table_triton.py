@@ -168,11 +168,24 @@ def draw(count: int, seed: int, longest: int = 14) -> list[list[int]]:
     return [random.choice([0, 2, *range(4, 12)], random.integers(5, longest)).tolist() for _ in range(count)]
 
 
-def fit(*, num_labels: int | None = 3, ngram_order: int = 2, multi_label: bool = False) -> ExitPredictor:
+def said_twice(texts: list[list[int]]) -> list[list[int]]:
+    """Make pairs, whose separator is 2: much of the first text comes again in the second."""
+    return [[*text, 2, *text[1:], 5] for text in texts]
+
+
+def fit(
+    *,
+    num_labels: int | None = 3,
+    ngram_order: int = 2,
+    multi_label: bool = False,
+    separator_id: int | None = None,
+) -> ExitPredictor:
     """Fit a predictor on the CPU whose scores spread over all levels."""
     parts: list[TextExits] = []
     for seed in (0, 1):
         texts = draw(400, seed)
+        if separator_id is not None:
+            texts = [*texts[:200], *said_twice(texts[200:])]
         share = torch.tensor([sum(token > 7 for token in text) / len(text) for text in texts])
         deep = (share[:, None] * 5 - torch.arange(len(SPEEDS)) / 2).long().clamp(0, len(DEPTHS) - 1)
         parts.append(TextExits(*(tensor.cpu() for tensor in pack(texts)), deep))
@@ -192,6 +205,7 @@ def fit(*, num_labels: int | None = 3, ngram_order: int = 2, multi_label: bool =
         special_ids=SPECIAL_IDS,
         multi_label=multi_label,
         ngram_order=ngram_order,
+        separator_id=separator_id,
     )
 
 
@@ -212,6 +226,10 @@ def assert_equal_predictions(predictor: ExitPredictor, found: ExitPrediction, ex
 
 # Empty, special tokens alone, one key, and two that take several tiles.
 CORNERS = [[], [2, 2, 1], [7], *draw(2, 9, longest=90), [4] * 33, []]
+# Long pairs, also such whose separator is beyond the first tile, with equal texts, several separators, and ends that
+# would go on as the other text does if 0 came next.
+CORNERS += [[*[5, 6, 7] * 13, 2, *[6, 7, 8] * 15], [4, 5, 2, 4, 5], [2, 2, 4], [4, 2], [9, 4, 2, 2, 9, 2, 4, 9]]
+CORNERS += [*said_twice(draw(3, 11)), [5, 0, 2, 5], [5, 7, 0, 2, 6, 5, 7], [4, 5, 6, 9, 11, 2, 11, 4, 5, 6, 8, 9]]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +241,21 @@ CORNERS = [[], [2, 2, 1], [7], *draw(2, 9, longest=90), [4] * 33, []]
         ({"ngram_order": 3, "num_labels": None}, 0.5, 0.9),
         ({"multi_label": True}, 1.0, 1.0),
         ({"num_labels": 140}, 0.0, 0.5),
+        ({"ngram_order": 1, "separator_id": 2}, 0.5, 0.5),
+        ({"ngram_order": 2, "separator_id": 2}, 0.2, 0.7),
+        ({"ngram_order": 3, "separator_id": 2, "num_labels": None}, 0.8, 0.3),
     ],
-    ids=["unigrams", "bigrams", "trigrams", "no labels", "multi-label", "many labels, speed 0"],
+    ids=[
+        "unigrams",
+        "bigrams",
+        "trigrams",
+        "no labels",
+        "multi-label",
+        "many labels, speed 0",
+        "pairs, unigrams",
+        "pairs, bigrams",
+        "pairs, trigrams",
+    ],
 )
 def test_fused_prediction_equals_the_predictor(options: dict[str, Any], speed: float, quantile: float) -> None:
     predictor = fit(**options)
@@ -247,8 +278,10 @@ def test_a_score_on_an_edge_is_above_it_in_both() -> None:
     assert found.tolist() == expected.tolist() == [DEPTHS[-1]]
 
 
-def test_fused_prediction_does_not_depend_on_neighbours() -> None:
-    predictor, texts = fit(ngram_order=3).to(DEVICE, fused=True), draw(5, 6, longest=50)
+@pytest.mark.parametrize("separator_id", [None, 2], ids=["single texts", "pairs"])
+def test_fused_prediction_does_not_depend_on_neighbours(separator_id: int | None) -> None:
+    predictor = fit(ngram_order=3, separator_id=separator_id).to(DEVICE, fused=True)
+    texts = draw(5, 6, longest=50)
     together = predictor.predict(*pack(texts), speed=0.5)
     for place, text in enumerate(texts):
         alone = predictor.predict(*pack([text]), speed=0.5)
@@ -319,7 +352,7 @@ except ValueError as err:
     print(err)
 
 FLOATS = {"base", "edges", "text_scores", "text_outputs"}
-NUMBERS = {"slot_mask", "stride", "width"}
+NUMBERS = {"slot_mask", "stride", "width", "separator"}
 
 def ptx(kernel, constants, **types):
     for name in kernel.arg_names:
@@ -332,8 +365,14 @@ found = ptx(table._find_kernel, {"OF_VALUES": True, "TILE": table._TILE})
 assert "bar.sync" not in found and "atom" not in found
 inserted = ptx(table._insert_kernel, {"TILE": table._TILE})
 assert "bar.sync" not in inserted and "relaxed.max.s64" in inserted
-constants = {"ORDER": 3, "SYMBOL_BITS": 18, "SIZE_SHIFT": 54, "PLACES": 32, "COLUMNS": 8, "EDGES": 16}
-assert "atom." not in ptx(bags._reduce_kernel, constants, is_key="*i1", rows="*fp32")
+constants = {"SYMBOL_BITS": 18, "SIZE_SHIFT": 54, "PLACES": 32, "COLUMNS": 8, "EDGES": 16}
+constants |= {"SHARED_SHIFT": 56, "BUCKETS": 16}
+separator = f"[_reduce_kernel_param_{bags._reduce_kernel.arg_names.index('separator')}"
+for runs, order in ((1, 3), (2, 1), (2, 3)):
+    found = ptx(bags._reduce_kernel, constants | {"RUNS": runs, "ORDER": order}, is_key="*i1", rows="*fp32")
+    assert "atom." not in found
+    # Where texts are one run nobody looks for a separator.
+    assert (separator in found) == (runs == 2)
 print("compiled")
 """
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
@@ -365,8 +404,9 @@ def test_a_million_keys_at_load_nine_tenths_equal_the_reference(batches: int) ->
 
 @pytest.mark.gpu
 @needs_gpu
-def test_thousands_of_texts_are_predicted_on_the_gpu_as_on_the_cpu() -> None:
-    predictor = fit(ngram_order=3)
+@pytest.mark.parametrize("separator_id", [None, 2], ids=["single texts", "pairs"])
+def test_thousands_of_texts_are_predicted_on_the_gpu_as_on_the_cpu(separator_id: int | None) -> None:
+    predictor = fit(ngram_order=3, separator_id=separator_id)
     ids, lengths = pack(draw(20_000, 8, longest=80))
     moved = predictor.to("cuda")
     assert type(moved.table.keys.ngrams) is TritonHashTable

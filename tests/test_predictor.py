@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from geep.folder import TABLE_NAME, digest_tensors
 from geep.hash_table import HashTable
 from geep.predictor import (
     ABSENT_LOGIT,
+    LEXICAL_PENALTIES,
     PREDICTORS,
     ExitPrediction,
     ExitPredictor,
@@ -33,8 +35,13 @@ from geep.predictor import (
     fit_levels,
     fit_lexical,
     fit_predictor,
+    parts as predictor_parts,
     score_by_ridge,
 )
+from geep.predictor.features import Features
+from geep.predictor.keys import with_key_weight
+from geep.predictor.linear import SIGMOIDS, SOFTMAX, LinearModel, fit_linear
+from geep.predictor.parts import frequent_ngrams, parts_of
 
 VOCAB_SIZE = 50
 SPECIAL_IDS = (0, 1, 2)
@@ -209,6 +216,57 @@ def test_table_refuses_counts_of_another_shape() -> None:
     table = build([[3, 4]])
     with pytest.raises(ValueError, match="counts must be torch.int32"):
         replace(table, counts=table.counts[1:])
+
+
+SEPARATORS = st.sampled_from([None, 2])
+
+
+@given(TEXTS, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 3, 1000]), st.integers(1, 30), SEPARATORS)
+@settings(deadline=None, max_examples=60)
+def test_ngrams_counted_a_class_at_a_time_are_those_counted_at_once(
+    texts: list[list[int]], order: int, min_count: int, max_ngrams: int, most_ngrams: int, separator_id: int | None
+) -> None:
+    keys = Keys(VOCAB_SIZE, SPECIAL_IDS, order, HashTable(1), separator_id)
+    options = {"min_count": min_count, "max_ngrams": max_ngrams}
+    once = frequent_ngrams(keys, *pack(texts), **options).state()
+    found = frequent_ngrams(keys, *pack(texts), **options, most_ngrams=most_ngrams).state()
+    assert all(torch.equal(tensor, once[name]) for name, tensor in found.items())
+
+
+@given(TEXTS, st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_parts_are_all_texts_in_order_and_no_larger_than_they_must(texts: list[list[int]], most: int) -> None:
+    ids, lengths = pack(texts)
+    parts = list(parts_of(ids, lengths, most_tokens=most))
+    assert [each for part in parts for each in range(len(texts))[part.texts]] == list(range(len(texts)))
+    for name, whole in (("input_ids", ids), ("lengths", lengths)):
+        assert torch.equal(torch.cat([whole[:0], *(getattr(part, name) for part in parts)]), whole)
+    for part, after in zip(parts[:-1], parts[1:], strict=True):
+        assert part.lengths.numel() == 1 or int(part.lengths.sum()) <= most
+        assert int(part.lengths.sum() + after.lengths[0]) > most
+
+
+@given(TEXTS, st.integers(1, 3), SEPARATORS)
+@settings(deadline=None, max_examples=60)
+def test_what_is_learned_does_not_depend_on_the_size_of_parts(
+    texts: list[list[int]], order: int, separator_id: int | None
+) -> None:
+    options = {"ngram_order": order, "separator_id": separator_id}
+    whole, ids = build(texts, **options), pack(texts)
+    features = Features.of(whole.keys, *ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor_parts, "MOST_TOKENS", 3)
+        assert torch.equal(build(texts, **options).counts, whole.counts)
+        cut = Features.of(whole.keys, *ids)
+    assert (cut.matrix != features.matrix).nnz == 0
+    assert cut.scale.tolist() == features.scale.tolist()
+    expected = torch.zeros(len(texts), whole.num_rows)
+    for text, bag in enumerate(split_rows(whole, texts)):
+        for row in bag:
+            expected[text, row] += 1
+    assert features.columns.tolist() == expected.any(0).nonzero().flatten().tolist()
+    assert np.array_equal(features.matrix.toarray(), expected[:, features.columns].numpy())
+    assert features.num_keys.tolist() == expected.sum(1).clamp(min=1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -436,11 +494,65 @@ def test_few_labels_present_work(num_present: int, num_labels: int) -> None:
 def test_two_labels_are_a_softmax_with_the_right_odds() -> None:
     texts, _, labels = planted(300, 0)
     keys = build(texts).keys
-    two = fit_lexical(keys, *pack(texts), labels % 2, num_labels=2)
+    two = fit_lexical(keys, *pack(texts), labels % 2, num_labels=2, penalty=1.0)
     assert torch.allclose(two.rows[:, 0], -two.rows[:, 1])
     sigmoids = torch.stack([labels % 2 == 0, labels % 2 == 1], 1).float()
-    ovr = fit_lexical(keys, *pack(texts), sigmoids, num_labels=2, multi_label=True)
-    assert torch.allclose(two.rows[:, 1] - two.rows[:, 0], ovr.rows[:, 1], atol=1e-2)
+    ovr = fit_lexical(keys, *pack(texts), sigmoids, num_labels=2, multi_label=True, penalty=1.0)
+    assert torch.allclose(two.rows[:, 1] - two.rows[:, 0], ovr.rows[:, 1], atol=0.05)
+    assert float(ovr.rows.abs().max()) > 5
+
+
+def test_label_ids_are_probabilities_of_one() -> None:
+    texts, _, labels = planted(300, 0)
+    keys = build(texts).keys
+    hard = fit_lexical(keys, *pack(texts), labels, num_labels=4)
+    soft = fit_lexical(keys, *pack(texts), torch.nn.functional.one_hot(labels, 4).double(), num_labels=4)
+    assert torch.equal(hard.rows, soft.rows)
+    assert torch.equal(hard.bias, soft.bias)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_probabilities_that_hang_on_a_token_are_learned(multi_label: bool) -> None:
+    texts, _, labels = planted(2000, 0)
+    says = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.7, 0.05], [0.3, 0.3, 0.4]])
+    lexical = fit_lexical(build(texts).keys, *pack(texts), says[labels], num_labels=3, multi_label=multi_label)
+    asked, _, known = planted(200, 1)
+    rows, offsets = build(texts).keys.rows_of(*pack(asked))
+    sums = torch.nn.functional.embedding_bag(
+        rows, with_key_weight(build(texts).keys, lexical.rows), offsets, mode="sum"
+    )
+    logits = sums[:, 1:] * sums[:, :1].rsqrt() + lexical.bias
+    found = logits.sigmoid() if multi_label else logits.softmax(1)
+    assert torch.allclose(found, says[known], atol=0.06)
+    assert float((found - says[known]).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_hard_labels_give_what_scikit_learn_gives(multi_label: bool) -> None:
+    texts, _, labels = planted(400, 0)
+    features = Features.of(build(texts).keys, *pack(texts))
+    matrix = features.weighted(exponent=0.5)
+    if multi_label:
+        targets, hard, loss = (labels == 1).float()[:, None].numpy(), (labels == 1).numpy(), SIGMOIDS
+    else:
+        targets, hard, loss = torch.nn.functional.one_hot(labels).float().numpy(), labels.numpy(), SOFTMAX
+    start = LinearModel(np.zeros((matrix.shape[1], targets.shape[1])), np.zeros(targets.shape[1]))
+    found = fit_linear(matrix, targets, loss, penalty=2.0, start=start).outputs(matrix)
+    model = LogisticRegression(C=0.5, tol=1e-8, max_iter=1000).fit(matrix, hard)
+    expected = model.decision_function(matrix).reshape(found.shape)
+    if not multi_label:
+        expected -= expected.mean(1, keepdims=True)
+        found = found - found.mean(1, keepdims=True)
+    assert np.allclose(found, expected, atol=0.05)
+
+
+def test_the_penalty_is_the_one_that_foretells_texts_it_was_not_fitted_to() -> None:
+    texts, _, labels = planted(300, 0)
+    keys, noise = build(texts).keys, labels[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    for given_labels, is_strongest in ((labels, False), (noise, True)):
+        found = fit_lexical(keys, *pack(texts), given_labels, num_labels=3)
+        strongest = fit_lexical(keys, *pack(texts), given_labels, num_labels=3, penalty=LEXICAL_PENALTIES[0])
+        assert torch.allclose(found.rows, strongest.rows, atol=0.02) == is_strongest
 
 
 def test_multi_label_has_a_sigmoid_for_each_label() -> None:
@@ -485,7 +597,8 @@ def test_texts_without_keys_leave_the_label_frequencies(multi_label: bool) -> No
     [
         (torch.tensor([0, 3]), False, ValueError, "labels must be within 0..2"),
         (torch.tensor([0, -1]), False, ValueError, "leave texts without a label out"),
-        (torch.tensor([0.0, 1.0]), False, TypeError, "set multi_label=True"),
+        (torch.tensor([0.0, 1.0]), False, TypeError, "a probability for each label"),
+        (torch.full((2, 3), 0.5), False, ValueError, "must sum to 1"),
         (torch.tensor([0]), False, ValueError, "labels must have shape"),
         (torch.tensor([0, 1]), True, ValueError, "labels must have shape"),
         (torch.full((2, 3), 2.0), True, ValueError, "within"),

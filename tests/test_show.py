@@ -27,7 +27,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(name: str) -> tuple[Any, Any]:
-    parts = SimpleNamespace(train=[0], profile=[0], calibration=[0])
+    parts = SimpleNamespace(train=[0], profile=[0], calibration=[0], unlabelled=None)
     return SimpleNamespace(name=name, label_names=("a", "b"), test=None), parts
 
 
@@ -39,6 +39,8 @@ def trained(name: str) -> Any:
         seconds=1.0,
         dev=SimpleNamespace(**dev, best_epoch=1.0),
         learned_nothing=f"always answers {name}",
+        exit_agreements={1: 0.75, 2: 1.0},
+        num_fitted=1200,
     )
 
 
@@ -125,3 +127,11 @@ def test_a_classifier_is_said_to_be_faster_only_where_it_is(
     )
     show.accelerated(show.console_for(False), found, "a[1]")
     assert shown in " ".join(capsys.readouterr().out.split())
+
+
+def test_fitted_exits_are_said_to_be_near_the_full_model(capsys: pytest.CaptureFixture[str]) -> None:
+    show.trained(show.console_for(False), trained("red"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Exits fitted on 1,200 texts answer as the full model does, on others: layer 1 75.0%, layer 2 100.0%." in said
+    )

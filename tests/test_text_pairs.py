@@ -12,12 +12,13 @@ import pytest
 from conftest import make_model, make_tokenizer, tiny_encoder, toy_task
 from typer.testing import CliRunner
 
+from geep.acceleration import train
 from geep.cli import app
 from geep.data import DataPlan, Parts, Split
 from geep.engine import Engine, EngineConfig
 from geep.modeling import GeepConfig
 from geep.scoring import score_file
-from geep.training import TrainSettings, train
+from geep.training import TrainSettings
 
 PAIRED = ("w1 w2", "w3")
 

@@ -39,13 +39,13 @@ from geep.training import (
     distillation_loss,
     encode,
     exit_label_loss,
+    fine_tune,
     fine_tuning,
     full_model_loss,
     guided_shared_exit_loss,
     run_recipe,
     shared_exit_loss,
     standardise_heads,
-    train,
     weighted_joint_loss,
 )
 from geep.training.arguments import TAKEN
@@ -245,7 +245,7 @@ def test_every_recipe_learns(recipe: str, tokenizer: PreTrainedTokenizerFast, tm
     after, accuracies = evaluate(model, tokenizer, row.stages[0])
     assert after < 0.8 * before
     assert accuracies[-1] > 0.7
-    if row.has_exits:
+    if row.trains_exits:
         assert min(accuracies) > 0.6  # chance is a third
     steps = [int(np.ceil(4 * stage.epochs_scale * 16)) for stage in row.stages]
     assert result.steps == sum(steps)
@@ -433,7 +433,7 @@ def test_what_else_lies_in_the_folder_of_checkpoints_is_left_alone(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("recipe", [name for name, row in RECIPES.items() if row.has_exits])
+@pytest.mark.parametrize("recipe", [name for name, row in RECIPES.items() if row.trains_exits])
 def test_a_recipe_with_exits_needs_exits(recipe: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"'{recipe}' trains exits.*4 layers has none.*'vanilla'"):
         run(fresh(exit_layers=()), tokenizer, toy_rows(tokenizer, 8), tmp_path, settings=settings(recipe))
@@ -818,15 +818,15 @@ def plan(tmp_path: Path) -> DataPlan:
     return DataPlan(str(path), holdout=0.3)
 
 
-def fine_tune(asked: DataPlan, folder: Path, encoder: str, **options: Any) -> TrainResult:
+def trained(asked: DataPlan, folder: Path, encoder: str, **options: Any) -> TrainResult:
     options = {"settings": settings(epochs=3, max_length=32), "plan": asked, "device": "cpu"} | options
-    return train(asked.parts(), folder, encoder=encoder, **options)
+    return fine_tune(asked.parts(), folder, encoder=encoder, **options)
 
 
 def test_train_writes_a_whole_folder(plan: DataPlan, encoder_folder: str, tmp_path: Path) -> None:
     said: set[str] = set()
     folder = tmp_path / "out" / "model"
-    result = fine_tune(
+    result = trained(
         plan, folder, encoder_folder, exit_layers=[1, 3], progress=lambda what, done, total: said.add(what)
     )
     assert result.dev is not None
@@ -848,9 +848,9 @@ def test_a_finished_folder_is_not_trained_again(
     plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    first = fine_tune(plan, folder, encoder_folder)
+    first = trained(plan, folder, encoder_folder)
     monkeypatch.setattr("geep.training.fine_tuning.run_recipe", None)
-    assert fine_tune(plan, folder, encoder_folder) == replace(first, was_finished=True)
+    assert trained(plan, folder, encoder_folder) == replace(first, was_finished=True)
     for changes in (
         {"settings": settings(epochs=2, max_length=32)},
         {"head": "cls"},
@@ -859,14 +859,14 @@ def test_a_finished_folder_is_not_trained_again(
         {"plan": None},
     ):
         with pytest.raises(ValueError, match="trained with other settings or data"):
-            fine_tune(plan, folder, encoder_folder, **changes)
+            trained(plan, folder, encoder_folder, **changes)
 
 
 def test_a_part_of_many_rows_is_enough_to_judge_by(
     plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("geep.training.fine_tuning._MOST_DEV_ROWS", 10)
-    result = fine_tune(plan, tmp_path / "model", encoder_folder, settings=settings(epochs=1))
+    result = trained(plan, tmp_path / "model", encoder_folder, settings=settings(epochs=1))
     assert result.dev is not None
     assert result.dev.num_rows == 10
 
@@ -887,19 +887,19 @@ def test_a_folder_of_an_older_version_is_finished_too(plan: DataPlan, encoder_fo
         "rows": len(plan.parts().train),
     }
     Provenance(about, {"steps": 7, "seconds": 1.5}, [{"loss": 1.0}]).write(folder)
-    assert fine_tune(plan, folder, encoder_folder, exit_layers=[1, 2]) == TrainResult(
+    assert trained(plan, folder, encoder_folder, exit_layers=[1, 2]) == TrainResult(
         7, 1.5, ({"loss": 1.0},), was_finished=True
     )
     assert Provenance.read(folder).data == data
     with pytest.raises(ValueError, match="other settings"):
-        fine_tune(plan, folder, encoder_folder, exit_layers=[1, 3])
+        trained(plan, folder, encoder_folder, exit_layers=[1, 3])
 
 
 @pytest.mark.parametrize("when", ["while the model is saved", "before the last file"])
 def test_train_killed_after_the_last_step_runs_no_step_again(
     when: str, plan: DataPlan, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fine_tune(plan, tmp_path / "whole", encoder_folder)
+    expected = trained(plan, tmp_path / "whole", encoder_folder)
     folder = tmp_path / "model"
     save = GeepForSequenceClassification.save_pretrained
 
@@ -917,11 +917,11 @@ def test_train_killed_after_the_last_step_runs_no_step_again(
         else:
             patch.setattr(GeepForSequenceClassification, "save_pretrained", killed)
         with pytest.raises(Interruption):
-            fine_tune(plan, folder, encoder_folder)
+            trained(plan, folder, encoder_folder)
     assert (folder / "checkpoints").exists()
     assert not (folder / "training.json").exists()
     said: list[str] = []
-    result = fine_tune(plan, folder, encoder_folder, progress=lambda what, done, total: said.append(what))
+    result = trained(plan, folder, encoder_folder, progress=lambda what, done, total: said.append(what))
     assert set(said) == {"tokenising"}
     assert (result.steps, result.dev) == (expected.steps, expected.dev)
     one, two = (GeepForSequenceClassification.from_pretrained(path) for path in (tmp_path / "whole", folder))
@@ -935,21 +935,21 @@ def test_train_without_a_plan_tells_rows_apart_by_their_texts(
 ) -> None:
     options: dict[str, Any] = {"encoder": encoder_folder, "settings": settings(epochs=1), "device": "cpu"}
     parts = plan.parts()
-    first = train(parts, tmp_path / "model", **options)
-    assert train(parts, tmp_path / "model", **options) == replace(first, was_finished=True)
+    first = fine_tune(parts, tmp_path / "model", **options)
+    assert fine_tune(parts, tmp_path / "model", **options) == replace(first, was_finished=True)
     with pytest.raises(ValueError, match="without plan="):
         Provenance.read(tmp_path / "model").data  # noqa: B018
     turned = replace(parts, train=parts.train.select(np.arange(len(parts.train))[::-1]))
     with pytest.raises(ValueError, match="other settings or data"):
-        train(turned, tmp_path / "model", **options)
+        fine_tune(turned, tmp_path / "model", **options)
 
 
 def test_train_of_rows_without_labels_is_refused(plan: DataPlan, encoder_folder: str, tmp_path: Path) -> None:
     parts = plan.parts()
     with pytest.raises(ValueError, match="training rows have no labels"):
-        train(replace(parts, train=Split(parts.train.texts)), tmp_path / "model", encoder=encoder_folder)
+        fine_tune(replace(parts, train=Split(parts.train.texts)), tmp_path / "model", encoder=encoder_folder)
     bare = replace(parts, profile=Split(parts.profile.texts))
-    found = train(bare, tmp_path / "m", encoder=encoder_folder, settings=settings(epochs=1), device="cpu")
+    found = fine_tune(bare, tmp_path / "m", encoder=encoder_folder, settings=settings(epochs=1), device="cpu")
     assert found.dev is None
 
 
@@ -1008,7 +1008,7 @@ def test_of_several_processes_the_first_one_writes(
     monkeypatch.setattr(OtherProcess, "folder", tmp_path / "model", raising=False)
     monkeypatch.setattr(fine_tuning, "PartialState", OtherProcess)
     options: dict[str, Any] = {"encoder": encoder_folder, "settings": settings(epochs=1), "device": "cpu"}
-    found = train(plan.parts(), tmp_path / "model", plan=plan, **options)
+    found = fine_tune(plan.parts(), tmp_path / "model", plan=plan, **options)
     assert found.steps > 0
     assert [path.name for path in OtherProcess.waited] == ["checkpoints"]
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["checkpoints"]

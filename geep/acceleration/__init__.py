@@ -1,6 +1,7 @@
-"""Any fine-tuned classifier, faster and otherwise as it is: exits are learned of texts without labels.
+"""Exits for a full model that stays as it is: for one that is fine-tuned first, and for any classifier of others.
 
-The room refuses to know files of rows and the command line. Read `record.py` (what comes of it), `accelerating.py`.
+The room refuses to know files of rows and the command line. Read `fitting.py`, then `training.py` (rows with labels),
+`record.py` (what comes of accelerating), `looking.py`, `accelerating.py` (texts without labels).
 """
 
 import lazy_loader

@@ -12,21 +12,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_exits
+from geep.acceleration.looking import look_ahead
+from geep.acceleration.prospects import prospects
 from geep.acceleration.record import Acceleration, Pace
 from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
 from geep.data import Split, distinct, halves, unseen
-from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
+from geep.distilling import FitSettings
 from geep.engine import Engine, EngineConfig
-from geep.exits import answer_of
 from geep.folder import TRAINING_FILE, HubOptions, Provenance, reachable
-from geep.modeling import GeepConfig, from_classifier
+from geep.modeling import from_classifier
 from geep.progress import Progress, no_progress
 from geep.promise import NothingCertifiedError, Promise, check_enough
 
@@ -43,8 +44,6 @@ _TIMED = 400
 
 # Texts by which a language is told that the tokenizer does not know.
 _LOOKED_AT = 500
-
-_WORK = "work"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +105,16 @@ class TextsFor:
                 tune, certify = parts.profile, parts.calibration
             check_enough(len(certify), each, note=" Half of the rows given certify." if promise.needs_labels else "")
             rows = unseen(rows, calibration)
+            if len(rows) < count / 2:
+                logger.warning(
+                    "%d of %d texts are among the rows that certify, and are not learned from: they would certify "
+                    "themselves. Was another file meant?",
+                    count - len(rows),
+                    count,
+                )
             learn, choose = round((1 - _CHOOSE) * len(rows)), len(rows)
         if learn < 1 or choose - learn < 1:
-            raise ValueError(f"Found {count:,} different texts to learn from, expected some thousands.")
+            raise ValueError(f"Found {len(rows):,} different texts to learn from, expected some thousands.")
         order = np.random.default_rng(seed).permutation(len(rows))
         cuts = [rows.select(np.sort(part)) for part in np.split(order, [learn, choose])]
         return cls(cuts[0], cuts[1], tune, cuts[2] if calibration is None else certify, count, copies)
@@ -125,6 +131,7 @@ def accelerate(
     head: str = "conv",
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
+    check_pace: bool = True,
     device: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -149,6 +156,8 @@ def accelerate(
         head: Row of `HEADS`.
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
+        check_pace: Whether a certified speed that is slower here than the full model is refused, so that the full model
+            answers. False: the model is for another machine.
         device: "cpu", "cuda", …; None: a GPU where there is one.
         revision: Branch, tag or commit of a model of the hub.
         token: Access token of the hub, or True for the stored one.
@@ -164,7 +173,7 @@ def accelerate(
     """
     started = time.perf_counter()
     parts = TextsFor.of(texts, calibration, promise, seed=settings.seed)
-    folder, work = Path(output), Path(output) / _WORK
+    folder, work = Path(output), Path(output) / WORK
     source = str(Path(model).resolve()) if Path(model).exists() else str(model)
     hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only))
     plain = from_classifier(source, **hub.keywords())
@@ -200,65 +209,55 @@ def accelerate(
             check_labels(full, rows)
     _warn_of_unknown_words(full, parts.learn)
 
-    done = _certified(_learned(full, parts, folder, head, exit_layers, settings, progress), parts, promise, progress)
+    options: dict[str, Any] = {
+        "head": head,
+        "exit_layers": exit_layers,
+        "settings": settings,
+        "progress": progress,
+    }
+    look_ahead(full, parts.learn, parts.choose, promise, work, **options)
+    fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
+    save_with_exits(full, fitted.heads, folder)
+    done = _certified(full, fitted, folder, parts, promise, check_pace=check_pace, progress=progress)
     done = replace(done, seconds=round(time.perf_counter() - started, 1))
     Provenance(asked, done.record(), []).write(folder)
     shutil.rmtree(work)
     return done
 
 
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """A folder with a model whose exits are fitted, and all exits of the texts that they learned from."""
-
-    folder: Path
-    device: str
-    fitted: FittedHeads
-    seen: ExitRun
-
-
-def _learned(
+def _certified(
     full: Engine,
-    parts: TextsFor,
+    fitted: FittedExits,
     folder: Path,
-    head: str,
-    exit_layers: Sequence[int] | None,
-    settings: FitSettings,
+    parts: TextsFor,
+    promise: Promise,
+    *,
+    check_pace: bool,
     progress: Progress,
-) -> _Learned:
-    """Fit exits and write the model, without a table."""
-
-    def features(rows: Split, name: str, what: str) -> FeatureCache:
-        place, what = folder / _WORK / name, f"features of all depths, texts to {what}"
-        return FeatureCache.of(full, rows, place, kind=head, exit_layers=exit_layers, what=what, progress=progress)
-
-    seen, heldout = features(parts.learn, "learn", "learn from"), features(parts.choose, "choose", "choose on")
-    config = cast(GeepConfig, full.model.config)
-    fitted = fit_heads(seen, heldout, config, settings=settings, multi_label=full.multi_label, progress=progress)
-    with_exits(full.model, fitted).save_pretrained(folder)
-    full.tokenizer.save_pretrained(folder)
-    return _Learned(folder, full.model.device.type, fitted, _run_of(full, parts.learn, seen, fitted))
-
-
-def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Progress) -> Acceleration:
+) -> Acceleration:
     """Teach the table, find the speed and write both; say what was gained."""
-    engine = Engine.from_pretrained(made.folder, exits=False, device=made.device)
-    found = profile(engine, made.seen, parts.choose, progress=progress)
+    engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type)
+    found = profile(engine, _run_of(full, parts.learn, fitted), parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
-    tuning = found.heldout if parts.tune is None else parts.tune
+    tuning = found.heldout
+    if parts.tune is not None:
+        tuning = ExitRun.of(engine, parts.tune, what="all exits, texts to choose settings on", progress=progress)
     options: dict[str, Any] = {"profile": found.record(), "asked": asdict(promise)}
     try:
         result = calibrate(found.engine, tuning, certified, promise, progress=progress)
         _check_that_it_pays(result.engine, certified)
+        progress("timing", 0, 1)
+        before, after = _paces(result.engine, certified, parts.certify)
+        if check_pace:
+            _check_pace(before, after)
     except NothingCertifiedError as refusal:
         logger.warning("%s", refusal)
-        save_refusal(found.engine, made.folder, refusal, **options)
+        save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
+        before, after = _paces(kept, certified, parts.certify)
     else:
-        result.save(made.folder, **options)
+        result.save(folder, **options)
         kept, said = result.engine, result.record()
-    progress("timing", 0, 1)
-    before, after = _paces(kept, certified, parts.certify)
     progress("timing", 1, 1)
     return Acceleration(
         promise=str(promise),
@@ -266,13 +265,14 @@ def _certified(made: _Learned, parts: TextsFor, promise: Promise, progress: Prog
         before=before,
         after=after,
         calibration=json.loads(json.dumps(said)),
-        depths=made.fitted.depths,
-        losses=made.fitted.losses,
+        depths=fitted.heads.depths,
+        losses=fitted.heads.losses,
         num_texts=parts.num_texts,
         copies=parts.copies,
         num_learned=len(parts.learn),
         num_chosen=len(parts.choose),
         num_certified=len(parts.certify),
+        prospects=prospects(Outcomes(kept, tuning), kept.settings, promise),
     )
 
 
@@ -305,9 +305,9 @@ def _finished(folder: Path, asked: dict[str, Any]) -> Acceleration | None:
                 f"{folder} holds a model that was made otherwise: found another {', '.join(other)}. Nothing was "
                 "changed; choose another output, or delete it."
             )
-        shutil.rmtree(folder / _WORK, ignore_errors=True)
+        shutil.rmtree(folder / WORK, ignore_errors=True)
         return replace(Acceleration.from_record(record.result), was_finished=True)
-    if (folder / "config.json").exists() and not (folder / _WORK).exists():
+    if (folder / "config.json").exists() and not (folder / WORK).exists():
         raise ValueError(f"{folder} holds a model already, which is not touched; choose another output.")
     return None
 
@@ -325,14 +325,9 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
         )
 
 
-def _run_of(engine: Engine, texts: Split, cache: FeatureCache, fitted: FittedHeads) -> ExitRun:
-    """All exits of texts whose features are known, labelled by the full model: the encoder is not run again."""
-    with torch.no_grad():
-        found = [torch.cat([batch.answers(fitted.heads), batch.logits[None]]) for batch in cache.batches(1024)]
-    logits = torch.cat(found, dim=1)
-    answers = answer_of(logits[-1], multi_label=engine.multi_label)
-    labels = answers.float() if engine.multi_label else answers
-    return ExitRun(engine.tokenize(texts.inputs).batch, logits, labels, texts_from=texts.origin)
+def _run_of(engine: Engine, texts: Split, fitted: FittedExits) -> ExitRun:
+    """All exits of the texts that they learned from: the encoder is not run again."""
+    return ExitRun(engine.tokenize(texts.inputs).batch, fitted.heads.logits(fitted.seen), None, texts_from=texts.origin)
 
 
 def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:
@@ -346,6 +341,21 @@ def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:
         raise NothingCertifiedError(
             f"No speed that keeps the promise answers any of {len(run):,} texts before the last layer: the full model "
             "answers (speed 0), as before. More texts to learn from, or a lower promise, would help."
+        )
+
+
+def _check_pace(before: Pace, after: Pace) -> None:
+    """Refuse a speed that saves layers and no time: nobody is left slower.
+
+    Raises:
+        NothingCertifiedError: If the full model is faster.
+    """
+    if after.texts_per_second < before.texts_per_second:
+        raise NothingCertifiedError(
+            f"The speed that keeps the promise runs {after.layers:.2f} of {before.layers:g} layers, but on this "
+            f"machine it answers {after.texts_per_second:,.1f} texts a second and the full model "
+            f"{before.texts_per_second:,.1f}: the full model answers (speed 0), as before. To keep the speed, "
+            "for another machine: check_pace=False (--any-pace)."
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from geep.acceleration.prospects import Prospect
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -39,6 +41,7 @@ class Acceleration:
         num_learned: Texts that exits and table learned from.
         num_chosen: Texts that settings were chosen on.
         num_certified: Texts that certify.
+        prospects: What stricter promises would take.
         seconds: What it took, without what was done before it was stopped.
         was_finished: Whether the folder was there already, and nothing was done.
     """
@@ -55,6 +58,7 @@ class Acceleration:
     num_learned: int
     num_chosen: int
     num_certified: int
+    prospects: tuple[Prospect, ...] = ()
     seconds: float = 0.0
     was_finished: bool = False
 
@@ -68,4 +72,5 @@ class Acceleration:
         fields: dict[str, Any] = dict(found)
         fields |= {name: tuple(found[name]) for name in ("depths", "losses")}
         fields |= {name: Pace(**found[name]) for name in ("before", "after")}
+        fields["prospects"] = tuple(Prospect(**each) for each in found.get("prospects", ()))
         return cls(**fields)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geep.calibration.choosing import Choice, base_settings, choose, criteria
+from geep.calibration.choosing import base_settings, choose, criteria
+from geep.calibration.labelling import labels_wanted
+from geep.calibration.leaving import Leavers
+from geep.calibration.ordering import Order, Search
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
-from geep.data import Split
-from geep.engine import Certificate, Engine, StoredExits
+from geep.data import SomeLabels, Split
+from geep.engine import Certificate, Engine, ExitSettings, StoredExits
 from geep.exits import OnMiss
 from geep.folder import CalibrationFile
 from geep.predictor import text_hashes
@@ -26,6 +30,9 @@ from geep.promise import ConstantModelError, NothingCertifiedError, Promise, Wal
 from geep.scheduler import CostModel
 
 logger = logging.getLogger(__name__)
+
+MAX_LABELS = 300
+"""Labels that `calibrate` asks for unless told otherwise: an hour or two of a person's work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,11 @@ class Calibration:
         walk: The trials of the better walk.
         num_texts: Texts that the speed was certified on.
         left_out: Further ones that were given, but that something was learned or chosen on before.
+        leavers: What was lost, at the kept speed, among those of them that are answered at or before each depth.
+        num_labelled: Labels that were given one by one; 0 where every text came with its own, or none was needed.
+        to_label: Positions, among the texts given, of those whose labels would let the walk go on, as far as
+            `max_labels` reaches; empty where it ended otherwise.
+        next_step: Labels that the next speed lacks; 0 where the walk ended otherwise.
     """
 
     engine: Engine
@@ -46,6 +58,10 @@ class Calibration:
     walk: Walk
     num_texts: int
     left_out: int = 0
+    leavers: tuple[Leavers, ...] = ()
+    num_labelled: int = 0
+    to_label: tuple[int, ...] = ()
+    next_step: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return in plain words and numbers what is kept of it in `calibration.json`."""
@@ -60,6 +76,9 @@ class Calibration:
             "promise": asdict(self.promise),
             "num_texts": self.num_texts,
             "left_out": self.left_out,
+            "leavers": [asdict(leavers) for leavers in self.leavers],
+            "num_labelled": self.num_labelled,
+            "num_to_label": len(self.to_label),
             "certificate": None if self.engine.certificate is None else self.engine.certificate.to_dict(),
             "trials": [asdict(trial) for trial in self.walk.trials],
         }
@@ -125,6 +144,8 @@ def calibrate(
     criterion: str | None = None,
     lexical_exit: bool | None = None,
     cost: CostModel | None = None,
+    labels: SomeLabels | None = None,
+    max_labels: int = MAX_LABELS,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Set an engine to the highest speed that keeps a promise.
@@ -139,13 +160,19 @@ def calibrate(
         fresh: Texts to certify on, or their run. Those among them that the table was made from, or that settings are
             chosen on, are left out.
         promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
-            tuning texts, each at half of its error probability; the faster result is kept.
+            tuning texts, each at half of its error probability; the faster result is kept. One walk does where
+            `labels` are given, and for a conditional promise, whose walk opens exits from the deepest on.
         on_miss: The rule to calibrate for.
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else the
             profile's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time, and where a check costs time
             only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
+        labels: For a promise about accuracy on fresh texts without labels, those of some of them, by their position:
+            `SomeLabels.none()` to begin with. A speed is tested once every text that it answers otherwise than the
+            full model has one; `Calibration.to_label` says which are needed next. Settings are then chosen by
+            agreement, and labels of the tuning texts not read.
+        max_labels: Labels to ask for, in all.
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
@@ -165,24 +192,30 @@ def calibrate(
             "lexical_exit=True (--lexical) asks for answers by the table alone, found a model without a table that has "
             "learned labels; run `geep profile` first, or leave it out."
         )
-    # Two walks share the error probability, so that the better of their results still keeps the promise.
-    each = promise.halved()
-    check_enough(len(fresh), each)
+    # Where two walks share the error probability, the better of their results still keeps the promise.
+    search = Search.of(promise, few_labels=labels is not None)
+    check_enough(len(fresh), search.each)
+    _check_given_labels(engine, fresh, promise, labels)
     for part, what in ((tuning, "texts to choose settings on"), (fresh, "texts to certify on")):
         if isinstance(part, Split):
             check_labels(engine, part)
-        if promise.needs_labels and part.labels is None:
+        if promise.needs_labels and part.labels is None and labels is None:
             raise ValueError(
-                f"The {what} have no labels, which max_accuracy_drop (--max-drop) needs; give them, or promise "
-                "agreement with the full model: min_agreement (--min-agreement)."
+                f"The {what} have no labels, which max_accuracy_drop (--max-drop) needs; give them, have some "
+                "labelled (labels=, --texts), or promise agreement with the full model: min_agreement "
+                "(--min-agreement)."
             )
-    given = len(fresh)
-    fresh = _unused(engine, tuning, fresh, each)
+    rows, given = _unused(engine, tuning, fresh, search.each), len(fresh)
+    if len(rows) < given:
+        fresh = fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
+    known = None if labels is None else labels.at(rows.numpy())
     tuned, certified = (
-        Outcomes(engine, part if isinstance(part, ExitRun) else ExitRun.of(engine, part, what=what, progress=progress))
-        for part, what in (
-            (tuning, "all exits, texts to choose settings on"),
-            (fresh, "all exits, texts to certify the promise on"),
+        Outcomes(
+            engine, part if isinstance(part, ExitRun) else ExitRun.of(engine, part, what=what, progress=progress), some
+        )
+        for part, what, some in (
+            (tuning, "all exits, texts to choose settings on", None),
+            (fresh, "all exits, texts to certify the promise on", known),
         )
     )
     for outcomes in (tuned, certified):
@@ -193,12 +226,70 @@ def calibrate(
             )
     _check_not_constant(tuned, certified)
     choice = choose(
-        tuned, each, on_miss=on_miss, criterion=criterion, lexical_exit=lexical_exit, cost=cost, progress=progress
+        tuned,
+        replace(search.weighed, conditional=False),
+        on_miss=on_miss,
+        criterion=criterion,
+        lexical_exit=lexical_exit,
+        cost=cost,
+        progress=progress,
     )
-    result = _certify(certified, choice, each)
-    kept = engine.replace(settings=replace(choice.settings, speed=result.speed))
-    kept = _with_certificate(kept, promise, result, certified.run)
-    return Calibration(kept, promise, result, len(certified), given - len(certified))
+    orders = search.orders(tuned, choice, quantised=certified.run.reference is not None)
+    walks = [walked(certified, order, search.each) for order in orders]
+    best = max(range(len(walks)), key=lambda number: (walks[number].kept is not None, walks[number].speed))
+    result, passed = walks[best], walks[best].num_passed
+    settings = orders[best][passed - 1] if passed else replace(choice.settings, speed=0.0)
+    kept = _with_certificate(engine.replace(settings=settings), promise, result, certified)
+    wanted = None if known is None else labels_wanted(certified, orders, walks, most=max_labels)
+    if wanted is not None and not labels and wanted.next_step > max_labels:
+        raise ValueError(
+            f"The first speed that changes an answer changes {wanted.next_step} of {len(certified):,} texts and takes "
+            f"as many labels, expected at most {max_labels}; allow more (max_labels, --max-labels)."
+        )
+    return Calibration(
+        kept,
+        promise,
+        result,
+        len(certified),
+        given - len(certified),
+        leavers=_leavers(certified, settings, promise),
+        num_labelled=0 if known is None else len(known),
+        to_label=() if wanted is None else tuple(rows.numpy()[wanted.rows].tolist()),
+        next_step=0 if wanted is None else wanted.next_step,
+    )
+
+
+def walked(fresh: Outcomes, order: Order, each: Promise) -> Walk:
+    """Walk settings on fresh texts, as far as there are labels to judge them."""
+    testable = order if fresh.labels is None else takewhile(lambda settings: not len(fresh.lacking(settings)), order)
+    return walk(lambda settings: fresh.trial(settings, each), testable)
+
+
+def _leavers(fresh: Outcomes, settings: ExitSettings, promise: Promise) -> tuple[Leavers, ...]:
+    """What was lost among those that leave by each depth; nothing where labels are lacking to tell, in int8."""
+    if len(fresh.lacking(settings)):
+        return ()
+    return fresh.judged(settings).leavers(promise, fresh.asked(settings))
+
+
+def _check_given_labels(engine: Engine, fresh: Split | ExitRun, promise: Promise, labels: SomeLabels | None) -> None:
+    """Refuse labels of some texts where they are of no use, or of none of the texts."""
+    if labels is None:
+        return
+    if not promise.needs_labels:
+        raise ValueError(
+            "Labels of some texts (labels=) were given for a promise of agreement, which needs none; leave them out."
+        )
+    if fresh.labels is not None:
+        raise ValueError(
+            "The texts to certify on have labels, and some were given beside them (labels=); expected one or the other."
+        )
+    if len(labels):
+        if labels.rows[-1] >= len(fresh):
+            raise ValueError(
+                f"Found the label of text {labels.rows[-1]} (from 0) of {len(fresh)}; are these the texts?"
+            )
+        check_labels(engine, Split([""] * len(labels), labels=labels.labels, origin=labels.labelled_by))
 
 
 def _hashes(engine: Engine, part: Split | ExitRun) -> Tensor:
@@ -208,8 +299,19 @@ def _hashes(engine: Engine, part: Split | ExitRun) -> Tensor:
     return text_hashes(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.lengths))
 
 
-def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun, each: Promise) -> Split | ExitRun:
-    """The fresh texts that nothing was learned or chosen on, told by their token ids: case and blanks may differ.
+def unlearned(engine: Engine, rows: Split) -> Split:
+    """Return the rows that an engine's table was not made from, told by their token ids, in order."""
+    if engine.predictor is None:
+        return rows
+    kept = ~torch.isin(_hashes(engine, rows), engine.predictor.fitted.seen)
+    return rows.select(kept.nonzero().flatten().numpy())
+
+
+def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun, each: Promise) -> Tensor:
+    """Fresh texts that nothing was learned or chosen on, told by their token ids: case and blanks may differ.
+
+    Returns:
+        Their positions, ascending.
 
     Raises:
         TooFewTextsError: If they are too few, or too few of them different: copies of a text are no further draws.
@@ -229,40 +331,25 @@ def _unused(engine: Engine, tuning: Split | ExitRun, fresh: Split | ExitRun, eac
             count,
             distinct,
         )
-    if not left_out:
-        return fresh
-    return fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
+    return rows
 
 
-def _certify(fresh: Outcomes, choice: Choice, each: Promise) -> Walk:
-    """Walk the chosen settings' speeds on fresh texts, in both orders, and return the faster walk.
-
-    At speed 0 an engine is the reference itself, unless it is quantised: then that has to pass as well.
-    """
-    upwards, from_safest = choice.orders
-    if fresh.run.reference is not None:
-        upwards = (0.0, *upwards)
-    walks = [
-        walk(lambda speed: fresh.trial(replace(choice.settings, speed=speed), each), order)
-        for order in (upwards, from_safest)
-    ]
-    return max(walks, key=lambda found: (found.kept is not None, found.speed))
-
-
-def _with_certificate(engine: Engine, promise: Promise, result: Walk, fresh: ExitRun) -> Engine:
+def _with_certificate(engine: Engine, promise: Promise, result: Walk, fresh: Outcomes) -> Engine:
     """Say of an engine what was certified; nothing where no speed passed and the full model is not the reference."""
-    if result.kept is None and fresh.reference is not None:
+    run, labels = fresh.run, fresh.labels
+    if result.kept is None and run.reference is not None:
         return engine
     return engine.replace(
         certificate=Certificate(
             promise=promise,
-            reference=engine.deployment.dtype if fresh.reference is None else "float32",
+            reference=engine.deployment.dtype if run.reference is None else "float32",
             risk=0.0 if result.kept is None else result.kept.risk,
             bound=0.0 if result.kept is None else result.kept.bound,
-            num_texts=len(fresh),
+            num_texts=len(run),
             texts=fresh.digest,
-            texts_from=fresh.texts_from,
+            texts_from=run.texts_from,
             made_with=engine.made_with,
+            labels_from=f"{len(labels):,} labels from {labels.labelled_by or 'an unknown source'}" if labels else "",
         )
     )
 

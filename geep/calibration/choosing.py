@@ -1,16 +1,16 @@
-"""Settings and the order of the walk, chosen on tuning rows. The rows that certify are not known here.
+"""Settings chosen on tuning rows. The order in which they are certified, and the rows that do, are not known here.
 
 Read `choose`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geep.calibration.learning import learn_settings
 from geep.calibration.runs import Outcomes
 from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, CRITERIA, OnMiss
@@ -44,11 +44,6 @@ class Choice:
     trials: tuple[Trial, ...]
     least: float
 
-    @property
-    def orders(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Speeds in the order of each of two walks: from speed 0, and from what looks safest on the tuning texts."""
-        return TRIAL_SPEEDS, _from_safest(self.trials)
-
 
 def choose(
     tuning: Outcomes,
@@ -73,15 +68,18 @@ def choose(
         progress: Told what is being done.
     """
     base = base_settings(tuning.engine, on_miss)
+    judged = [
+        replace(learned, criterion=judge)
+        for learned in _fused(tuning, base, promise)
+        for judge in criteria(base, criterion)
+    ]
     weighed = []
-    judges = criteria(base, criterion)
-    for number, judge in enumerate(judges):
-        progress("settings", number, len(judges))
+    for number, each in enumerate(judged):
+        progress("settings", number, len(judged))
         weighed += [
-            _weigh(tuning, settings, promise, cost)
-            for settings in _candidates(tuning.engine, replace(base, criterion=judge), lexical_exit)
+            _weigh(tuning, settings, promise, cost) for settings in _candidates(tuning.engine, each, lexical_exit)
         ]
-    progress("settings", len(judges), len(judges))
+    progress("settings", len(judged), len(judged))
     best = min(weighed, key=lambda choice: choice.least)
     if cost is not None and on_miss == "continue":
         best = _with_fewer_checks(tuning, best, promise, cost)
@@ -91,6 +89,26 @@ def choose(
 def base_settings(engine: Engine, on_miss: OnMiss) -> ExitSettings:
     """The engine's settings without what will be chosen."""
     return replace(engine.settings, speed=0.0, on_miss=on_miss, lexical_exit=False, check_layers=None)
+
+
+def _fused(tuning: Outcomes, base: ExitSettings, promise: Promise) -> list[ExitSettings]:
+    """Ways to fuse answers with the table's: as the profile has learned it, and as the promise wants it.
+
+    One about accuracy wants what is right, and may fuse the last answer as well; one about agreement wants what the
+    full model says, whatever the labels. Settings that fuse nothing stay so.
+    """
+    if not base.fusing or not (promise.needs_labels or tuning.run.labels is not None):
+        return [base]
+    learned = learn_settings(
+        tuning,
+        AGREEMENT if base.agreement else base.criterion,
+        by_labels=promise.needs_labels,
+        fuse_last=promise.needs_labels,
+    )
+    return [
+        base,
+        replace(base, fusing=learned.fusing, temperatures=learned.temperatures, agreement=learned.agreement),
+    ]
 
 
 def criteria(base: ExitSettings, asked: str | None) -> list[str]:
@@ -149,14 +167,3 @@ def _with_fewer_checks(tuning: Outcomes, choice: Choice, promise: Promise, cost:
         return _weigh(tuning, replace(choice.settings, check_layers=layers), promise, cost)
 
     return weighed(thin_out(tuning.engine.depths[:-1], lambda layers: weighed(layers).least))
-
-
-def _from_safest(trials: Sequence[Trial]) -> list[float]:
-    """Speeds from the one that looks safest on the tuning texts upwards.
-
-    The walk from speed 0 has to pass where a handful of answers change: there the bound is wide and one text of bad
-    luck ends it, long before speeds at which as many answers are repaired as spoilt. This walk begins there. It may
-    fail at its first step, if what looked safest was luck: then the other walk's result stands.
-    """
-    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
-    return [trial.speed for trial in trials[safest:]]

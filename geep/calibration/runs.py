@@ -5,7 +5,7 @@ Read `ExitRun`, then `Outcomes`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geep.backends import TokenBatch
-from geep.data import Split
+from geep.calibration.leaving import Answered
+from geep.data import SomeLabels, Split
 from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, ExitProfile, OnMiss, answer_of, follow, profile_exits
 from geep.folder import digest_tensors
 from geep.predictor import ExitPrediction, text_hashes
 from geep.progress import Progress, no_progress
-from geep.promise import PairedCounts, Promise, Trial
+from geep.promise import Promise, Trial
 
 Integers = NDArray[np.int64]
 
@@ -149,11 +150,17 @@ class Outcomes:
     the exits, the full model last. The table and the criteria are asked once for each of their answers.
     """
 
-    def __init__(self, engine: Engine, run: ExitRun) -> None:
+    def __init__(self, engine: Engine, run: ExitRun, labels: SomeLabels | None = None) -> None:
         """Read a run of this very engine, whatever its table and settings.
 
+        Args:
+            engine: The engine.
+            run: All exits of some texts.
+            labels: Labels of some of the texts, for a run that has none: a setting can be judged on all of them as
+                soon as those have one that it answers otherwise than the full model (`lacking`).
+
         Raises:
-            ValueError: If the run is known to be of another engine.
+            ValueError: If the run is known to be of another engine, or has labels already.
         """
         mine = run_of(engine)
         if run.made_by is not None and run.made_by != mine:
@@ -162,12 +169,22 @@ class Outcomes:
                 f"The run is of an engine with another {' and '.join(other)}, expected one of this engine; run the "
                 "texts on it (`ExitRun.of`)."
             )
-        self.engine, self.run = engine, run
+        if labels is not None and run.labels is not None:
+            raise ValueError("The run has labels of all its texts, and was given some more; expected one or the other.")
+        self.engine, self.run, self.labels = engine, run, labels
         self._foretold: dict[tuple[int, float], ExitPrediction] = {}
         self._profiles: dict[object, ExitProfile] = {}
 
     def __len__(self) -> int:
         return len(self.run)
+
+    @property
+    def digest(self) -> str:
+        """Digest of all texts' token ids, in order, and of the labels that are known."""
+        if not self.labels:
+            return self.run.digest
+        known = {"rows": self.labels.rows, "labels": self.labels.labels}
+        return digest_tensors({name: torch.from_numpy(each) for name, each in known.items()}, self.run.digest)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -187,6 +204,15 @@ class Outcomes:
             return self.run.exit_logits
         return torch.cat([self.lexical_logits[None].float(), self.run.exit_logits])
 
+    def answers(self, settings: ExitSettings) -> Tensor:
+        """Logits of what would be answered at every column, (num_depths, num_texts, num_labels)."""
+        if not settings.fusing or settings.speed == 0:
+            return self.logits
+        lexical = self.lexical_logits
+        return torch.stack(
+            [settings.answered(logits, depth, lexical) for depth, logits in zip(self.depths, self.logits, strict=True)]
+        )
+
     @property
     def full_logits(self) -> Tensor:
         """Logits of the full model that everything is compared with, (num_texts, num_labels)."""
@@ -203,18 +229,21 @@ class Outcomes:
         An exit that the settings do not ask has uncertainty 1: it is never certain enough.
         """
         learned = tuple(settings.temperatures.items()), tuple(settings.agreement.items())
-        key = settings.criterion, settings.check_layers, *learned
+        fused = () if settings.speed == 0 else tuple(settings.fusing.items())
+        key = settings.criterion, settings.check_layers, fused, *learned
         if key not in self._profiles:
             depths, engine = self.depths, self.engine
             by_agreement = settings.criterion == AGREEMENT
+            # What promises are about, wherever the last exit answers otherwise.
+            last_is_full = self.run.reference is None and depths[-1] not in dict(fused)
             profile = profile_exits(
-                self.logits,
+                self.answers(settings),
                 depths,
                 criterion=settings.criterion,
                 temperatures=[settings.temperature(depth) for depth in depths],
                 agreement=[settings.agreement[depth] for depth in depths[:-1]] if by_agreement else None,
                 labels=self.run.labels,
-                reference=self.run.reference,
+                reference=None if last_is_full else self.full_logits,
                 multi_label=engine.multi_label,
             )
             silent = ~np.isin(depths, [0, *settings.asked_layers(engine.depths)])
@@ -238,14 +267,57 @@ class Outcomes:
         """Column at which the engine would answer each text, (num_texts,)."""
         return follow(self.profile(settings), self.planned(settings), speed=settings.speed, on_miss=settings.on_miss)
 
+    def asked(self, settings: ExitSettings) -> list[int]:
+        """Columns at which the engine may answer, ascending."""
+        layers = [self.depths[-1]] if settings.speed == 0 else settings.asked_layers(self.engine.depths).tolist()
+        layers += [0] if settings.lexical_exit and settings.speed > 0 else []
+        return [column for column, depth in enumerate(self.depths) if depth in layers]
+
+    def judged(self, settings: ExitSettings) -> Answered:
+        """Where the engine would answer each text, and how the answers compare with the full model's.
+
+        Raises:
+            ValueError: If a text that is answered otherwise is not labelled, while others are.
+        """
+        found = Answered.of(self.profile(settings), self.answered(settings))
+        if self.labels is None:
+            return found
+        lacking = self._lacking(found)
+        if len(lacking):
+            raise ValueError(
+                f"{len(lacking)} texts that speed {settings.speed:g} answers otherwise have no label, expected one for "
+                "each of them (`Outcomes.lacking`)."
+            )
+        return Answered.of(self._filled.profile(settings), found.column)
+
+    def lacking(self, settings: ExitSettings) -> Integers:
+        """Texts whose label is needed and not known, ascending: the engine would answer them otherwise."""
+        return self._lacking(Answered.of(self.profile(settings), self.answered(settings)))
+
+    def _lacking(self, found: Answered) -> Integers:
+        known = np.arange(len(self)) if self.labels is None else self.labels.rows
+        return np.setdiff1d(np.flatnonzero(found.changed), known)
+
+    @cached_property
+    def _filled(self) -> Outcomes:
+        """The run with labels for all texts, made up where none is known.
+
+        Asked only of settings that answer all these texts as the full model does: whatever their label, they are
+        neither spoilt nor repaired.
+        """
+        shape, kind = ((len(self.engine.label_names),), torch.float32) if self.engine.multi_label else ((), torch.int64)
+        labels = torch.zeros(len(self), *shape, dtype=kind)
+        if self.labels is not None and len(self.labels):
+            labels[torch.from_numpy(self.labels.rows)] = torch.from_numpy(self.labels.labels)
+        return Outcomes(self.engine, replace(self.run, labels=labels))
+
     def trial(self, settings: ExitSettings, promise: Promise) -> Trial:
         """Hold an engine with these settings against a promise.
 
         Raises:
-            ValueError: If the promise is about accuracy and the texts have no labels.
+            ValueError: If the promise is about accuracy and the texts have no labels, or not those that are needed.
         """
-        profile, planned = self.profile(settings), self.planned(settings)
-        return try_speed(profile, planned, promise, speed=settings.speed, on_miss=settings.on_miss)
+        return _trial(self.judged(settings), promise, self.asked(settings), settings.speed)
 
 
 def try_speed(profile: ExitProfile, planned: Integers, promise: Promise, *, speed: float, on_miss: OnMiss) -> Trial:
@@ -254,19 +326,17 @@ def try_speed(profile: ExitProfile, planned: Integers, promise: Promise, *, spee
     Args:
         profile: Profile of the texts.
         planned: Column at which each text is asked first, (num_texts,).
-        promise: What must be kept.
+        promise: What must be kept; a conditional one among the texts answered by each column.
         speed: The speed.
         on_miss: The engine's rule, see `geep.exits.follow`.
 
     Raises:
         ValueError: If the promise is about accuracy and the profile has no labels.
     """
-    rows, column = np.arange(len(profile)), follow(profile, planned, speed=speed, on_miss=on_miss)
-    changed = int((~profile.agrees[rows, column]).sum())
-    counts = PairedCounts(len(rows), changed)
-    if profile.correct is not None and profile.reference_correct is not None:
-        full, deployed = profile.reference_correct, profile.correct[rows, column]
-        spoilt, repaired = int((full & ~deployed).sum()), int((~full & deployed).sum())
-        counts = PairedCounts(len(rows), changed, spoilt, repaired)
-    layers = np.asarray(profile.depths)[column]
-    return Trial.of(promise, counts, speed=float(speed), mean_exit_layer=float(layers.mean()))
+    found = Answered.of(profile, follow(profile, planned, speed=speed, on_miss=on_miss))
+    return _trial(found, promise, range(len(profile.depths)), speed)
+
+
+def _trial(found: Answered, promise: Promise, asked: Sequence[int], speed: float) -> Trial:
+    strata = found.strata(promise, asked)
+    return Trial.of(promise, *strata, speed=float(speed), mean_exit_layer=found.mean_exit_layer)

@@ -5,7 +5,7 @@ A thin coat over the public API: commands parse arguments, call what any Python 
 machines: one JSON document on standard output, everything else on standard error.
 
 Nothing here imports torch: `geep` looks its names up when they are first asked for, so that help is there at once.
-Read `options.py`, `accelerate.py`, `make.py`, `use.py`, `demo.py`, `show.py`.
+Read `options.py`, `accelerate.py`, `make.py`, `calibrate.py`, `use.py`, `demo.py`, `show.py`.
 """
 
 import sys
@@ -15,8 +15,9 @@ import typer
 
 from geep._version import __version__
 from geep.cli.accelerate import accelerate_command
+from geep.cli.calibrate import calibrate_command
 from geep.cli.demo import demo_command
-from geep.cli.make import calibrate_command, profile_command, train_command
+from geep.cli.make import profile_command, train_command
 from geep.cli.use import evaluate_command, predict_command
 
 app = typer.Typer(

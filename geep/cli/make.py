@@ -1,4 +1,4 @@
-"""Commands that make a model: train, profile, calibrate."""
+"""Commands that make a model: train, profile; and steps that they share with others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,31 @@ def train_command(
     recipe: Annotated[
         str, Option(help=f"One of {opt.names('RECIPES')}.", rich_help_panel=opt.TRAINING)
     ] = geep.TrainSettings.recipe,
-    head: Annotated[str, Option(help=f"Exit classifier: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)] = "mean",
+    fit_exits: Annotated[
+        bool,
+        Option(
+            "--fit-exits",
+            help="After a recipe that trains exits, fit others in their place, as `fitted` does.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = geep.TrainSettings.fit_exits,
+    unlabelled: Annotated[
+        Path | None,
+        Option(
+            help="File of further texts, labels in it are not read: exits are fitted on them, too.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
+    head: Annotated[
+        str,
+        Option(
+            help=f"The full model's classifier, and that of exits which the recipe trains: {opt.names('HEADS')}.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = "mean",
+    exit_head: Annotated[
+        str, Option(help=f"Classifier of exits that are fitted: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)
+    ] = "conv",
     exit_layers: Annotated[
         str | None,
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),
@@ -101,22 +125,26 @@ def train_command(
 ) -> None:
     """Train a classifier with exits, learn its exit table and calibrate it: a folder ready for `geep predict`.
 
-    Interrupted, the same command goes on from the last epoch.
+    The encoder is fine-tuned as usual, then exits are fitted to its answers; `--recipe geep-paper` is the paper's
+    training in one step. Interrupted, the same command goes on where it stopped.
 
     Examples:
         geep train reuters-r8 -o models/r8 --max-length 64
 
         geep train my-folder/ -o models/mine -m bert-base-uncased --bf16 --max-drop 1.0
 
-        geep train sst2 --data-dir data -o models/sst2 --recipe fastbert --set lr_scheduler_type=cosine
+        geep train sst2 --data-dir data -o models/sst2 --unlabelled more.jsonl
+
+        geep train sst2 --data-dir data -o models/sst2-fb --recipe fastbert --set lr_scheduler_type=cosine
     """
     with show.errors(as_json, goes_on=True):
         console = show.console_for(as_json)
         # Refused before an hour of training and not after it.
-        _refuse_ignored(context, model, recipe, calibrate)
+        _refuse_ignored(context, model, recipe, fit_exits, calibrate)
         asked = opt.promise(max_drop, min_agreement, confidence)
         settings = geep.TrainSettings(
             recipe=recipe,
+            fit_exits=fit_exits,
             epochs=epochs,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
@@ -126,7 +154,7 @@ def train_command(
             arguments=opt.training_arguments(set_ or []),
         )
         is_in_data_dir = data_dir is not None and (data_dir / data).exists()
-        if data in opt.NAMES["DATASETS"] and not is_in_data_dir and calibration is None:
+        if data in opt.NAMES["DATASETS"] and not is_in_data_dir and calibration is None and unlabelled is None:
             columns = ("text_column", "text_pair_column", "label_column", "quoting")
             opt.refuse_ignored(context, columns, f"with {data}, which has columns of its own")
         plan = geep.DataPlan(
@@ -139,9 +167,12 @@ def train_command(
             text_pair_column,
             label_column,
             quoting=quoting,
+            unlabelled=None if unlabelled is None else str(unlabelled.resolve()),
         )
+        fitting = geep.FitSettings()
         if seed is not None:
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
+            fitting = replace(fitting, seed=seed)
         dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
         from geep.data.parts import is_halved
 
@@ -161,6 +192,8 @@ def train_command(
                 encoder=model,
                 settings=settings,
                 head=head,
+                exit_head=exit_head,
+                fitting=fitting,
                 exit_layers=opt.layers(exit_layers),
                 plan=plan,
                 device=device,
@@ -177,8 +210,10 @@ def train_command(
             "seconds": result.seconds,
             "dev": result.dev and asdict(result.dev),
             "learned_nothing": result.learned_nothing,
+            "exit_agreements": result.exit_agreements,
+            "num_fitted": result.num_fitted,
         }
-        if calibrate and geep.RECIPES[recipe].has_exits:
+        if calibrate and settings.makes_exits:
             words = {**requested, "rows": certifying.digest()}
             before = calibration_of(output) if result.was_finished else None
             if before is None:
@@ -194,14 +229,20 @@ def train_command(
         show.document(summary, as_json)
 
 
-def _refuse_ignored(context: typer.Context, model: str, recipe: str, calibrate: bool) -> None:
+def _refuse_ignored(context: typer.Context, model: str, recipe: str, fit_exits: bool, calibrate: bool) -> None:
     """Refuse options of `geep train` that others rule out."""
     promised = ("max_drop", "min_agreement", "confidence", "calibration")
     if not calibrate:
         opt.refuse_ignored(context, promised, "with --no-calibrate")
-    if recipe in opt.NAMES["RECIPES"] and not geep.RECIPES[recipe].has_exits:
-        asked = ("exit_layers", *(["calibrate"] if calibrate else []), *promised)
-        opt.refuse_ignored(context, asked, f"with recipe {recipe!r}, which has no exits")
+    if recipe in opt.NAMES["RECIPES"]:
+        row = geep.RECIPES[recipe]
+        if row.fits_exits:
+            opt.refuse_ignored(context, ["fit_exits"], f"with recipe {recipe!r}, which does so")
+        elif not fit_exits:
+            opt.refuse_ignored(context, ["exit_head", "unlabelled"], f"with recipe {recipe!r} and no --fit-exits")
+        if not (row.fits_exits or row.trains_exits or fit_exits):
+            asked = ("exit_layers", *(["calibrate"] if calibrate else []), *promised)
+            opt.refuse_ignored(context, asked, f"with recipe {recipe!r}, which has no exits")
     if model in opt.NAMES["ENCODERS"] or Path(model).is_dir():
         opt.refuse_ignored(context, ["revision"], f"with {model}, which is not from the hub")
 
@@ -241,69 +282,6 @@ def profile_command(
         show.document(found.record(), as_json)
 
 
-def calibrate_command(
-    model: opt.FolderArgument,
-    max_drop: opt.MaxDrop = None,
-    min_agreement: opt.MinAgreement = None,
-    confidence: opt.Confidence = 0.95,
-    calibration: opt.CalibrationRows = None,
-    on_miss: opt.OnMissOption = "continue",
-    criterion: Annotated[
-        str | None,
-        Option(
-            help=f"agreement, {opt.names('CRITERIA')}. Default: which keeps the promise with fewest layers.",
-            rich_help_panel=opt.PROMISE,
-        ),
-    ] = None,
-    lexical: opt.Lexical = None,
-    by_time: Annotated[
-        bool,
-        Option(
-            "--by-time",
-            help="Choose settings by time on this CPU, not by layers; may ask fewer exits.",
-            rich_help_panel=opt.PROMISE,
-        ),
-    ] = False,
-    device: opt.Device = None,
-    dtype: opt.Dtype = None,
-    backend: opt.Backend = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Find the highest speed that keeps a promise, and write it into the model folder.
-
-    The rows are those that `geep train` set aside for it; nothing was trained or chosen on them. `--calibration` names
-    others.
-
-    Examples:
-        geep calibrate models/r8 --max-drop 0.5
-
-        geep calibrate models/r8 --min-agreement 0.99 --confidence 0.99
-
-        geep calibrate models/r8 --calibration yesterday.jsonl
-    """
-    with show.errors(as_json):
-        console = show.console_for(as_json)
-        promise = opt.promise(max_drop, min_agreement, confidence)
-        engine = geep.Engine.from_pretrained(model, speed=0.0, device=device, dtype=dtype, backend=backend)
-        plan, parts = geep.parts_of(model)
-        fresh = rows_to_certify(console, calibration, parts, plan)
-        with show.bars(console) as progress:
-            result = geep.calibrate(
-                engine,
-                parts.profile,
-                fresh,
-                promise,
-                on_miss=opt.on_miss(on_miss),
-                criterion=criterion,
-                lexical_exit=lexical,
-                cost=engine.measure_cost() if by_time else None,
-                progress=progress,
-            )
-        result.save(model, asked={**asdict(promise), "rows": fresh.digest()})
-        show.calibrated(console, result)
-        show.document(result.record(), as_json)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Steps that several commands take
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,7 +293,7 @@ def rows_to_certify(console: Console, calibration: Path | None, parts: geep.Part
     if calibration is not None:
         kind: dict[str, Any] = {"label_names": parts.label_names, "multi_label": parts.multi_label}
         rows, where = geep.load_split(calibration, **kind, **plan.columns), f"the rows of {calibration}"
-    fresh = geep.unseen(rows, parts.train, parts.profile)
+    fresh = geep.unseen(rows, *parts.learned)
     if len(fresh) < len(rows):
         console.print(
             f"[yellow]{len(rows) - len(fresh):,} of {escape(where)} were trained or profiled on and are left out.[/]",

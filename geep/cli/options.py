@@ -17,7 +17,7 @@ import geep
 NAMES: dict[str, tuple[str, ...]] = {
     "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
     "ENCODERS": ("all-minilm-l6-v2",),
-    "RECIPES": ("geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
+    "RECIPES": ("fitted", "geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
     "HEADS": ("attention", "cls", "conv", "mean", "mean+max"),
     "PREDICTORS": ("counts", "fitted"),
     "CRITERIA": ("entropy", "confidence", "margin"),
@@ -34,6 +34,7 @@ def names(table: str) -> str:
 
 # Panels of `--help`, in the order in which a newcomer needs them.
 DATA, TRAINING, PROMISE, RUNNING, HUB = "Data", "Training", "Promise", "How it runs", "Hugging Face hub"
+FEW_LABELS = "Few labels"
 
 DataArgument = Annotated[
     str,
@@ -88,6 +89,14 @@ CalibrationRows = Annotated[
         "--calibration",
         help="File of rows like those to come, on which the promise is certified instead of the held-out rows; those "
         "that were trained on are left out.",
+        rich_help_panel=PROMISE,
+    ),
+]
+Conditional = Annotated[
+    bool,
+    typer.Option(
+        "--conditional",
+        help="The promise must also hold among the texts that are answered by each layer: early ones pay no more.",
         rich_help_panel=PROMISE,
     ),
 ]
@@ -175,7 +184,9 @@ def inputs(texts: Sequence[str], second: Sequence[str]) -> list[str] | list[tupl
     return list(zip(texts, second, strict=True))
 
 
-def promise(max_drop: float | None, min_agreement: float | None, confidence: float) -> geep.Promise:
+def promise(
+    max_drop: float | None, min_agreement: float | None, confidence: float, *, conditional: bool = False
+) -> geep.Promise:
     """The promise that options name; half a point of accuracy if they name none.
 
     Raises:
@@ -195,7 +206,7 @@ def promise(max_drop: float | None, min_agreement: float | None, confidence: flo
         raise ValueError(f"--min-agreement is a share, above 0 and below 1: 0.99 is 99 %; got {min_agreement:g}.")
     if not 0.5 <= confidence < 1:
         raise ValueError(f"--confidence is a share, at least 0.5 and below 1: 0.95 is 95 %; got {confidence:g}.")
-    return geep.Promise(None if max_drop is None else max_drop / 100, min_agreement, confidence)
+    return geep.Promise(None if max_drop is None else max_drop / 100, min_agreement, confidence, conditional)
 
 
 def on_miss(value: str) -> Literal["stop", "continue"]:

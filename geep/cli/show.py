@@ -120,9 +120,10 @@ def _lines(console: Console) -> Report:
 def rows(console: Console, dataset: geep.Dataset, parts: geep.Parts) -> None:
     """Say how many rows there are for what."""
     test = "no test split" if dataset.test is None else f"{len(dataset.test):,} test"
+    more = "" if parts.unlabelled is None else f", {len(parts.unlabelled):,} further texts without labels"
     console.print(
         f"{escape(dataset.name)}: {len(dataset.label_names)} labels; {len(parts.train):,} rows to train on, "
-        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}.",
+        f"{len(parts.profile):,} to profile, {len(parts.calibration):,} to calibrate, {test}{more}.",
         soft_wrap=True,
     )
 
@@ -133,6 +134,18 @@ def trained(console: Console, result: geep.TrainResult) -> None:
         console.print("The folder holds a model trained with these settings already; nothing was trained.")
     else:
         console.print(f"Trained {result.steps:,} steps, {result.seconds:.0f} s.")
+    _quality(console, result)
+    if result.exit_agreements:
+        named = [f"layer {layer} {share:.1%}" for layer, share in result.exit_agreements.items()]
+        console.print(
+            f"Exits fitted on {result.num_fitted:,} texts answer as the full model does, on others: "
+            f"{', '.join(named)}.",
+            soft_wrap=True,
+        )
+
+
+def _quality(console: Console, result: geep.TrainResult) -> None:
+    """How good the full model is on rows that it did not learn from, where these have labels."""
     dev = result.dev
     if dev is None:
         return
@@ -178,8 +191,7 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     for name in ("speed", "mean exit layer", f"{what} seen", "its bound", ""):
         table.add_column(name, justify="right")
     step = 1 if len(trials) <= 12 else len(trials) // 10
-    shown = [*trials[:-1:step], trials[-1]]
-    for trial in shown:
+    for trial in (*trials[:-1:step], *trials[-1:]):
         table.add_row(
             f"{trial.speed:g}",
             f"{trial.mean_exit_layer:.2f}",
@@ -190,7 +202,11 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     console.print(table)
     if result.left_out:
         console.print(f"{result.left_out:,} texts were left out, which something was learned or chosen on.")
+    _leavers(console, result)
     settings, certificate = result.engine.settings, result.engine.certificate
+    if certificate is None and not trials:
+        console.print("[red]Nothing is certified:[/] there are too few labels for any speed. It is written at speed 0.")
+        return
     if certificate is None:
         full = trials[0]
         console.print(
@@ -211,8 +227,43 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
     console.print(
         escape(
             f"Certified: {certificate.promise}, for {result.engine.deployment.deployed_as}, "
-            f"on {certificate.texts_from or 'texts of unknown origin'}."
+            f"on {certificate.texts_from or 'texts of unknown origin'}"
+            + (f", with {certificate.labels_from}." if certificate.labels_from else ".")
         ),
+        soft_wrap=True,
+    )
+
+
+def _leavers(console: Console, result: geep.Calibration) -> None:
+    """Show what those lose that are answered early; depths at which nobody is are left out."""
+    what, before = result.promise.risk.name, 0
+    table = Table(title=f"Of those answered by a layer, at speed {result.engine.settings.speed:g}", box=SIMPLE_HEAD)
+    for name in ("layer", "texts", f"{what} seen"):
+        table.add_column(name, justify="right")
+    for row in result.leavers:
+        if row.num_texts > before:
+            table.add_row(str(row.depth), f"{row.num_texts:,}", f"{row.risk:.2%}")
+            before = row.num_texts
+    if table.row_count > 1:
+        console.print(table)
+
+
+def labels_asked(
+    console: Console, result: geep.Calibration, path: object, names: Sequence[str], *, is_set: bool
+) -> None:
+    """Say which labels the walk waits for, and what to do."""
+    if not result.to_label:
+        console.print(
+            f"[yellow]The walk ended for want of labels:[/] the next speed takes {result.next_step:,} more beside the "
+            f"{result.num_labelled:,} given. More of them (--max-labels) may give a higher speed.",
+            soft_wrap=True,
+        )
+        return
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    done = "A higher speed may follow" if is_set else "No speed is set yet"
+    console.print(
+        f"[bold]{done}: {len(result.to_label):,} of {result.num_texts:,} texts need a label.[/] "
+        + escape(f'Write it to "label" in {path} (one of: {shown}), of any of them, and run the same command again.'),
         soft_wrap=True,
     )
 
@@ -237,6 +288,7 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
     refused = result.calibration.get("refused")
     if refused is not None:
         console.print(f"[yellow]Not faster:[/] {escape(str(refused))}", soft_wrap=True)
+        _prospects(console, result)
         return
     certificate = result.calibration["certificate"]
     loss = "agreement" if result.calibration["promise"]["max_accuracy_drop"] is None else "accuracy"
@@ -252,6 +304,22 @@ def accelerated(console: Console, result: geep.Acceleration, folder: object) -> 
         )
     else:
         console.print(f"[bold]{times:.2f}x the texts a second.[/] Next: geep predict {escape(str(folder))} FILE")
+    _prospects(console, result)
+
+
+def _prospects(console: Console, result: geep.Acceleration) -> None:
+    """Say what it would take to promise more."""
+    share = result.num_certified / result.num_texts
+    for each in result.prospects:
+        if each.layers is None or each.num_texts is None:
+            console.print(f"To promise {each.promise}: no exit serves.", soft_wrap=True)
+        else:
+            texts = "" if each.num_texts <= result.num_certified else f", {each.num_texts / share:,.0f} texts in all"
+            console.print(
+                f"To promise {each.promise}: about {each.layers:.2f} layers, {each.num_texts:,} texts that "
+                f"certify{texts}.",
+                soft_wrap=True,
+            )
 
 
 def evaluated(console: Console, report: geep.EvaluationReport) -> None:

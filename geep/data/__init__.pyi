@@ -8,6 +8,12 @@ from .formats import (
     read_header as read_header,
     read_rows as read_rows,
 )
+from .labelling import (
+    SomeLabels as SomeLabels,
+    read_labels as read_labels,
+    text_id as text_id,
+    write_to_label as write_to_label,
+)
 from .parts import (
     DataPlan as DataPlan,
     Halves as Halves,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from geep.data.datasets import load_dataset
 from geep.data.rows import PAIR_COLUMN
-from geep.data.splits import Dataset, Split, folded
+from geep.data.splits import Dataset, Split, folded, load_split
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class Parts:
         calibration: Rows that nothing was trained or chosen on: promises are certified on them.
         label_names: Names of the labels, by id.
         multi_label: Whether a row has any number of labels and not exactly one.
+        unlabelled: Further texts, whose labels are not known or not read: exits are fitted on them, too. None: there
+            are none.
     """
 
     train: Split
@@ -124,14 +126,33 @@ class Parts:
     calibration: Split
     label_names: tuple[str, ...]
     multi_label: bool
+    unlabelled: Split | None = None
+
+    def __post_init__(self) -> None:
+        more = self.unlabelled
+        if more is not None and (more.text_pairs is None) != (self.train.text_pairs is None):
+            kinds = ["single texts" if part.text_pairs is None else "pairs" for part in (self.train, more)]
+            raise ValueError(
+                f"The training rows are {kinds[0]} and the texts without labels {kinds[1]}, expected both alike."
+            )
 
     def origins(self) -> dict[str, str]:
         """Return where the rows of each part came from, in words."""
-        return {name: getattr(self, name).origin for name in ("train", "profile", "calibration")}
+        return {name: part.origin for name, part in self._there.items()}
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each part: the same rows in the same part give the same ones."""
-        return {name: getattr(self, name).digest() for name in ("train", "profile", "calibration")}
+        return {name: part.digest() for name, part in self._there.items()}
+
+    @property
+    def _there(self) -> dict[str, Split]:
+        parts = {"train": self.train, "profile": self.profile, "calibration": self.calibration}
+        return parts if self.unlabelled is None else {**parts, "unlabelled": self.unlabelled}
+
+    @property
+    def learned(self) -> tuple[Split, ...]:
+        """All parts that certify nothing, since something was learned or chosen on them."""
+        return (self.train, self.profile, *([] if self.unlabelled is None else [self.unlabelled]))
 
 
 def unseen(rows: Split, *used: Split) -> Split:
@@ -163,7 +184,13 @@ def _hash(text: Sequence[str]) -> int:
 
 
 def divide(
-    dataset: Dataset, *, fraction: float = 0.2, max_heldout: int = 8000, max_train: int | None = None, seed: int = 0
+    dataset: Dataset,
+    *,
+    fraction: float = 0.2,
+    max_heldout: int = 8000,
+    max_train: int | None = None,
+    seed: int = 0,
+    unlabelled: Split | None = None,
 ) -> Parts:
     """Decide which rows of a data set are learned from, profiled and calibrated on; the test rows are not touched.
 
@@ -184,12 +211,17 @@ def divide(
         max_heldout: Limit on the training rows held out.
         max_train: Limit on the rows learned from, drawn after holding out. None: all.
         seed: Seed of the cuts.
+        unlabelled: Further texts that exits may be fitted on. Those that are in a part already, or in the test split,
+            are left out, and so are copies; labels are not looked at.
+
+    Raises:
+        ValueError: If none of the further texts is left, or they are pairs and the rows are not, or the reverse.
     """
     dev = dataset.dev
     if dev is not None and is_halved(dev):
         train, _ = _limited(dataset.train, max_train, seed)
-        parts = halves(_from(dev, "half of the development split"), seed=seed)
-        profile, calibration = parts.profile, parts.calibration
+        cut_in_two = halves(_from(dev, "half of the development split"), seed=seed)
+        profile, calibration = cut_in_two.profile, cut_in_two.calibration
     elif dev is not None and len(dev) >= ROWS_TO_CERTIFY:
         train, left_out = _limited(dataset.train, max_train, seed)
         if len(left_out) < ROWS_TO_CERTIFY:
@@ -219,9 +251,31 @@ def divide(
                 "beside them" if is_alike else "in their place, since only one of the two has labels",
             )
             held = _from(dev, "the development split").join(held) if is_alike else held
-        parts = halves(held, seed=seed)
-        profile, calibration = parts.profile, parts.calibration
-    return Parts(train, profile, calibration, dataset.label_names, dataset.multi_label)
+        cut_in_two = halves(held, seed=seed)
+        profile, calibration = cut_in_two.profile, cut_in_two.calibration
+    parts = Parts(train, profile, calibration, dataset.label_names, dataset.multi_label)
+    return parts if unlabelled is None else replace(parts, unlabelled=_further(unlabelled, parts, dataset.test))
+
+
+def _further(texts: Split, parts: Parts, test: Split | None) -> Split:
+    """Texts that are in no part and not in the test split, without labels and copies."""
+    replace(parts, unlabelled=texts)  # pairs or single texts, as the rows are
+    different = distinct(Split(texts.texts, texts.text_pairs, origin=texts.origin))
+    found = different if test is None else unseen(different, test)
+    if len(found) < len(different):
+        logger.warning(
+            "%d of %d texts without labels are in the test split, and are left out: what is reported on a text proves "
+            "little once exits have learned from it.",
+            len(different) - len(found),
+            len(different),
+        )
+    found = unseen(found, parts.train, parts.profile, parts.calibration)
+    if not len(found):
+        raise ValueError(
+            f"Of {len(texts)} texts without labels none is left that is not in the data set, expected further ones; "
+            "leave them out."
+        )
+    return found
 
 
 def is_halved(dev: Split) -> bool:
@@ -278,6 +332,7 @@ class DataPlan:
         label_column: Column of the label.
         seed: Seed of the cuts.
         quoting: Whether fields of CSV and TSV may be quoted; see `geep.data.read_rows`.
+        unlabelled: File of further texts that exits are fitted on; see `divide`. None: there is none.
     """
 
     name: str
@@ -289,6 +344,7 @@ class DataPlan:
     label_column: str = "label"
     seed: int = 0  # folders made before it was noted have 0
     quoting: bool | None = None
+    unlabelled: str | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -306,8 +362,12 @@ class DataPlan:
         return load_dataset(self.name, data_dir=self.data_dir, **options, **self.columns)
 
     def divide(self, dataset: Dataset) -> Parts:
-        """Divide the data set that `load` gave."""
-        return divide(dataset, fraction=self.holdout, max_train=self.max_train, seed=self.seed)
+        """Divide the data set that `load` gave, and read the file of further texts."""
+        further = None
+        if self.unlabelled is not None:
+            columns = {name: value for name, value in self.columns.items() if name != "label_column"}
+            further = load_split(self.unlabelled, **columns)
+        return divide(dataset, fraction=self.holdout, max_train=self.max_train, seed=self.seed, unlabelled=further)
 
     def parts(self) -> Parts:
         """Load and divide."""

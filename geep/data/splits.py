@@ -187,7 +187,12 @@ def warn_of_similar(path: Path, labels: Iterable[str]) -> None:
         )
 
 
-def _row_label(row: Row) -> str | tuple[str, ...] | None:
+def row_label(row: Row) -> str | tuple[str, ...] | None:
+    """The label of a row as names; None where it has none.
+
+    Raises:
+        ValueError: If it is no label.
+    """
     if row.label is None:
         return None
     if isinstance(row.label, list | tuple):
@@ -215,7 +220,7 @@ def read_table(path: str | os.PathLike[str], columns: Columns, *, with_labels: b
             label = None
             if isinstance(row, Row) and with_labels:
                 try:
-                    label = _row_label(row)
+                    label = row_label(row)
                 except ValueError as err:
                     row = BadRow(row.line, str(err))
             if isinstance(row, BadRow):

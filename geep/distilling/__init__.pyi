@@ -1,4 +1,4 @@
-from .features import FeatureCache as FeatureCache
+from .features import FeatureCache as FeatureCache, check_kind as check_kind
 from .heads import (
     FitSettings as FitSettings,
     FittedHeads as FittedHeads,

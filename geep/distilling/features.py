@@ -184,9 +184,18 @@ class FeatureCache:
         return FeatureBatch(features, offsets, firsts, torch.from_numpy(self.logits[texts]))
 
 
-def _reader(engine: Engine, kind: str) -> Features:
+def check_kind(kind: str) -> None:
+    """Refuse what is no row of `HEADS`.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if kind not in HEADS:
         raise ValueError(f"Unknown kind of heads {kind!r}; known: {sorted(HEADS)}.")
+
+
+def _reader(engine: Engine, kind: str) -> Features:
+    check_kind(kind)
     with torch.device("meta"):  # what it would learn is not needed
         return Features(HEADS[kind](engine.model.config))
 

@@ -17,6 +17,9 @@ from geep.progress import Progress, no_progress
 # Rows that a mean and a deviation are measured on.
 _STANDARDISE_ROWS = 16384
 
+# Steps that a pass over the features has at least, as long as a step has so many texts.
+_STEPS, _SMALLEST_BATCH = 32, 32
+
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
@@ -24,7 +27,7 @@ class FitSettings:
 
     Attributes:
         epochs: Passes over the features at most; fitting ends sooner where no depth improves any more.
-        batch_size: Texts to a step.
+        batch_size: Texts to a step at most: of few texts a step takes fewer, so that heads are not left unfinished.
         learning_rate: Peak rate of AdamW, reached after a tenth of the steps.
         weight_decay: Of all weights.
         dropout: Before a head's last linear layer.
@@ -70,6 +73,12 @@ class FittedHeads:
     heads: tuple[nn.Module, ...]
     losses: tuple[float, ...]
     epochs: int
+
+    @torch.no_grad()
+    def logits(self, texts: FeatureCache) -> Tensor:
+        """Logits of each exit, the full model's last, (num_exits + 1, num_texts, num_labels); no encoder is run."""
+        found = [torch.cat([batch.answers(self.heads), batch.logits[None]]) for batch in texts.batches(1024)]
+        return torch.cat(found, dim=1)
 
 
 def fit_heads(
@@ -122,7 +131,8 @@ def _fitted(
     generator = torch.Generator().manual_seed(settings.seed)
     weights = [weight for head in heads for weight in head.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    steps = settings.epochs * -(-len(seen) // settings.batch_size)
+    size = min(settings.batch_size, max(len(seen) // _STEPS, _SMALLEST_BATCH))
+    steps = settings.epochs * -(-len(seen) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
@@ -130,7 +140,7 @@ def _fitted(
     kept = [copy.deepcopy(head.state_dict()) for head in heads]
     waited = epoch = 0
     while epoch < settings.epochs and waited < settings.patience:
-        for batch in seen.batches(settings.batch_size, generator=generator):
+        for batch in seen.batches(size, generator=generator):
             loss = _losses(scale(batch).answers(heads), batch.logits, multi_label=multi_label).sum()
             optimiser.zero_grad()
             loss.backward()

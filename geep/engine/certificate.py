@@ -27,6 +27,8 @@ class Certificate:
         texts: Digest of these texts and their labels.
         texts_from: In words, where they came from.
         made_with: All that answers depend on: `Engine.made_with` of the engine that was certified.
+        labels_from: In words, how many labels were given one by one, and by whom; empty where every text came with
+            its own, or none was needed.
     """
 
     promise: Promise
@@ -37,6 +39,7 @@ class Certificate:
     texts: str
     texts_from: str
     made_with: Mapping[str, Any]
+    labels_from: str = ""
 
     def differences(self, made_with: Mapping[str, Any]) -> list[str]:
         """In words, what is otherwise with an engine made of these; nothing: the certificate speaks of it."""

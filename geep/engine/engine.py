@@ -30,7 +30,6 @@ from geep.engine.run import Course, RunResult
 from geep.engine.settings import ExitSettings
 from geep.engine.stored import StoredExits
 from geep.engine.tokens import TextEncoder, TextInput, TokenizedTexts, check_texts, in_parts, tokenized_ahead
-from geep.exits import AGREEMENT
 from geep.folder import HubOptions, UploadOptions, fingerprint, reachable, upload
 from geep.modeling import GeepForSequenceClassification, family_of, label_names_of
 from geep.predictor import ExitPredictor
@@ -417,9 +416,9 @@ class Engine:
             unknown = sorted(set(np.unique(exit_layers).tolist()) - set(self.depths))
             if unknown:
                 raise ValueError(f"No exit at layers {unknown}; exits and the full model are at {list(self.depths)}.")
-            # The table's guess is read where an exit's answer is judged, which "stop" never does.
-            judged = settings.criterion == AGREEMENT and settings.on_miss == "continue"
-            guess = self.planner.plan(batch, settings).lexical_logits if judged else None
+            # The table's guess is read where it is part of an answer, or where one is judged, which "stop" never does.
+            read = bool(settings.fusing) or (settings.reads_table and settings.on_miss == "continue")
+            guess = self.planner.plan(batch, settings).lexical_logits if read else None
             plan = Plan(np.asarray(exit_layers, dtype=np.int64), guess)
         return self.course.run(batch, plan, settings)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from geep.backends import Backend, TokenBatch
 from geep.engine.planning import Plan
 from geep.engine.settings import ExitSettings
-from geep.exits import AGREEMENT
 from geep.progress import Progress, no_progress
 from geep.scheduler import budget_cuts, schedule
 
@@ -127,7 +126,7 @@ class Run:
         self.backend = course.backend
         num_texts = len(plan.predicted_layers)
         self.logits = torch.full((num_texts, course.num_labels), torch.nan)
-        self.waiting: list[tuple[Integers, Tensor]] = []
+        self.waiting: list[tuple[Integers, Tensor, int]] = []
         self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
         self.pools: dict[int, list[tuple[Any, Integers]]] = {}
 
@@ -169,10 +168,15 @@ class Run:
         asked = texts[start:stop]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
         if self._is_final(layer):
-            self._answer(asked, logits, layer)
+            if logits.device.type == "cpu":
+                self._answer(asked, self.settings.answered(logits, layer, self._guess(asked)), layer)
+            else:
+                # What the device says stays there until the end: fetching it now would wait for it.
+                self.exit_layers[asked] = layer
+                self.waiting.append((asked, logits, layer))
             return
         # The one wait for the device: who is certain enough decides who goes on.
-        logits = logits.cpu()
+        logits = self.settings.answered(logits.cpu(), layer, self._guess(asked))
         unsure = self.settings.uncertainty(
             logits, layer, multi_label=self.course.multi_label, lexical=self._guess(asked)
         )
@@ -189,21 +193,16 @@ class Run:
         return self.settings.on_miss == "stop" or layer == self.course.depths[-1]
 
     def _guess(self, texts: Integers) -> Tensor | None:
-        """The table's logits of some texts, where the criterion reads them."""
+        """The table's logits of some texts, where exits read them."""
         guess = self.plan.lexical_logits
-        if guess is None or self.settings.criterion != AGREEMENT:
+        if guess is None or not self.settings.reads_table:
             return None
         return guess[torch.from_numpy(texts)]
 
     def _answer(self, texts: Integers, logits: Tensor, depth: int) -> None:
         if len(texts):
             self.exit_layers[texts] = depth
-            scaled = logits / self.settings.temperature(depth)
-            # What the device says stays there until the end: fetching it now would wait for it.
-            if scaled.device.type == "cpu":
-                self.logits[torch.from_numpy(texts)] = scaled
-            else:
-                self.waiting.append((texts, scaled))
+            self.logits[torch.from_numpy(texts)] = logits / self.settings.temperature(depth)
 
     def _merged(self, pool: list[tuple[Any, Integers]], budget: int) -> list[tuple[Any, Integers]]:
         """Pack the pieces of a pool into as few batches as the budget allows."""
@@ -225,6 +224,8 @@ class Run:
     def result(self) -> RunResult:
         """Fetch what waits on the device, in one copy."""
         if self.waiting:
-            texts = np.concatenate([texts for texts, _ in self.waiting])
-            self.logits[torch.from_numpy(texts)] = torch.cat([logits for _, logits in self.waiting]).cpu()
+            fetched = torch.cat([logits for _, logits, _ in self.waiting]).cpu()
+            pieces = fetched.split([len(texts) for texts, _, _ in self.waiting])
+            for (texts, _, depth), logits in zip(self.waiting, pieces, strict=True):
+                self._answer(texts, self.settings.answered(logits, depth, self._guess(texts)), depth)
         return RunResult(self.logits, self.exit_layers, self.plan.predicted_layers)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geep.exits import AGREEMENT, CRITERIA, AgreementScore, OnMiss, uncertainty
+from geep.exits import AGREEMENT, CRITERIA, AgreementScore, Fusing, OnMiss, uncertainty
 
 Integers = NDArray[np.int64]
 
@@ -27,6 +27,8 @@ class ExitSettings:
         criterion: Row of `CRITERIA`, or "agreement" (`AgreementScore`).
         temperatures: Divides the logits at each depth (0 is the lexical exit), so that scores mean the same everywhere.
         agreement: Score of each depth but the last, for the criterion "agreement"; empty where none were learned.
+        fusing: Weights of each depth's logits and the table's in what is answered there; a depth that is left out
+            answers by itself. All layers are fused for a promise about accuracy alone, and never at speed 0.
         on_miss: "continue": an answer at the predicted exit that is not certain enough goes on and is asked again.
             "stop" (the paper): it is final.
         quantile: Of a text's distribution over exits, the quantile that is its predicted layer. Low quantiles ask
@@ -40,6 +42,7 @@ class ExitSettings:
     criterion: str = "entropy"
     temperatures: dict[int, float] = field(default_factory=dict)
     agreement: dict[int, AgreementScore] = field(default_factory=dict)
+    fusing: dict[int, Fusing] = field(default_factory=dict)
     on_miss: OnMiss = "continue"
     quantile: float = 0.5
     check_layers: tuple[int, ...] | None = None
@@ -80,11 +83,27 @@ class ExitSettings:
         asked = depths if self.check_layers is None else (*self.check_layers, depths[-1])
         return np.asarray(asked, dtype=np.int64)
 
+    def answered(self, logits: Tensor, depth: int, lexical: Tensor | None) -> Tensor:
+        """What is answered at a depth: logits (..., num_labels), fused with the table's where these settings say so.
+
+        Args:
+            logits: Of the exit, or of the full model.
+            depth: Layers run.
+            lexical: The table's logits of the same texts; None where it was not asked, as at speed 0.
+        """
+        fusing = None if lexical is None or self.speed == 0 else self.fusing.get(depth)
+        return logits if fusing is None or lexical is None else fusing(logits, lexical)
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether answers at the exits depend on what the table says of the label."""
+        return self.criterion == AGREEMENT or bool(self.fusing)
+
     def uncertainty(self, logits: Tensor, depth: int, *, multi_label: bool, lexical: Tensor | None = None) -> Tensor:
         """Uncertainty of logits (num_texts, num_labels) of the exit at a depth, (num_texts,).
 
         Args:
-            logits: Of an exit other than the full model.
+            logits: Of an exit other than the full model, as `answered`.
             depth: Layers run; 0 is the lexical exit.
             multi_label: Whether several labels may hold at once.
             lexical: The table's logits of the same texts, where there are some; the criterion "agreement" reads them.
@@ -113,6 +132,10 @@ class ExitSettings:
                 )
         needs = ["on_miss='stop'"] if self.on_miss == "stop" and self.speed > 0 else []
         needs += ["lexical_exit=True"] if self.lexical_exit else []
+        needs += ["fusing"] if self.fusing and self.speed > 0 else []
+        strange = sorted(set(self.fusing) - set(depths))
+        if strange:
+            raise ValueError(f"fusing names layers {strange}, the model has exits at {list(depths)}.")
         if table_depths is None and needs:
             raise ValueError(f"{' and '.join(needs)} needs an exit table, found none; run `geep profile` first.")
         if table_depths is not None and table_depths != depths:
@@ -125,7 +148,8 @@ class ExitSettings:
         """Plain words and numbers, for a file; `from_dict` makes equal settings of them."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["temperatures"] = {str(depth): value for depth, value in self.temperatures.items()}
-        values["agreement"] = {str(depth): astuple(score) for depth, score in self.agreement.items()}
+        for name in ("agreement", "fusing"):
+            values[name] = {str(depth): astuple(weights) for depth, weights in values[name].items()}
         return values
 
     @classmethod
@@ -136,9 +160,10 @@ class ExitSettings:
             ValueError: If it is no such thing.
         """
         try:
-            scores = found["agreement"].items()
+            scores, weights = found["agreement"].items(), found.get("fusing", {}).items()
             agreement = {int(depth): AgreementScore(*map(float, score)) for depth, score in scores}
-            return cls(**{**found, "temperatures": found["temperatures"], "agreement": agreement})
+            fusing = {int(depth): Fusing(*map(float, pair)) for depth, pair in weights}
+            return cls(**{**found, "temperatures": found["temperatures"], "agreement": agreement, "fusing": fusing})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The settings in calibration.json are damaged ({error}); run `geep calibrate` again, or delete it."

@@ -93,7 +93,7 @@ def evaluate(
             if number:  # round 0 fills caches and is not counted
                 seconds[rival.name].append(time.perf_counter() - begin)
             else:  # what is timed has to be what the quality was taken from
-                expected = rival.outcomes.logits[rival.columns[timed], timed].argmax(-1).numpy()
+                expected = rival.outcomes.answers(rival.settings)[rival.columns[timed], timed].argmax(-1).numpy()
                 verified[rival.name] = float((answers == expected).mean())
             done += 1
             progress(f"timing {len(rivals)} rivals, {rounds} rounds and a warm-up", done, steps)
@@ -141,7 +141,7 @@ def _row(
     *,
     verified: float,
 ) -> EvaluationRow:
-    profile, batch = rival.outcomes.profile(rival.outcomes.engine.settings), rival.outcomes.run.batch
+    profile, batch = rival.outcomes.profile(rival.settings), rival.outcomes.run.batch
     texts, depths = np.arange(len(profile)), np.asarray(profile.depths)
     layers = depths[rival.columns]
     tokens = batch.lengths[timed]

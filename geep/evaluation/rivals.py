@@ -15,8 +15,8 @@ from transformers import pipeline
 
 from geep.backends import BACKENDS, Backend
 from geep.calibration import Outcomes
-from geep.engine import Engine, RunResult
-from geep.exits import AGREEMENT, ExitProfile, follow
+from geep.engine import Engine, ExitSettings, RunResult
+from geep.exits import ExitProfile, follow
 
 Integers = NDArray[np.int64]
 
@@ -35,6 +35,7 @@ class Rival:
         run: What is timed: answers the timed texts and returns their most likely labels, (num_timed,).
         outcomes: Exits of all texts in the dtype that it runs in, from which its quality is taken.
         columns: Exit column of every text of the split, (num_texts,).
+        settings: How exits answer.
         deployed: Whether it is the engine as it was given.
     """
 
@@ -44,6 +45,7 @@ class Rival:
     run: Callable[[], Integers]
     outcomes: Outcomes
     columns: Integers
+    settings: ExitSettings
     deployed: bool = False
 
     @property
@@ -87,6 +89,7 @@ def _full_models(
 ) -> list[Rival]:
     """All layers for every text: Hugging Face's pipeline, and the engine."""
     everyone = np.full(len(outcomes.run), len(outcomes.depths) - 1)
+    unfused = replace(outcomes.engine.settings, speed=0.0)
     hf = _HfPipeline.of(plain.engine)
     arrival = _fastest(sizes, lambda size: hf(trial, size, by_length=False))
     by_length = _fastest(sizes, lambda size: hf(trial, size, by_length=True))
@@ -94,13 +97,15 @@ def _full_models(
     for size in sorted({arrival, 32}):
         note = "best batch size" if size == arrival else "common batch size"
         run = _bind(hf, texts, size, by_length=False)
-        rivals.append(Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, plain, everyone))
+        rivals.append(
+            Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, plain, everyone, unfused)
+        )
     run = _bind(hf, texts, by_length, by_length=True)
     name = f"HF pipeline, length-sorted, batch {by_length}"
-    rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone))
+    rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone, unfused))
     run = _bind(_run_predict, outcomes.engine, texts, speed=0.0)
     name = f"full model, {outcomes.engine.deployment.backend_name}"
-    rivals.append(Rival(name, "full", "speed 0", run, outcomes, everyone))
+    rivals.append(Rival(name, "full", "speed 0", run, outcomes, everyone, unfused))
     return rivals
 
 
@@ -111,10 +116,11 @@ def _constants(outcomes: Outcomes, texts: Sequence[Any]) -> list[Rival]:
         everyone = np.full(len(outcomes.run), column)
         if depth == 0:
             run = _bind(_run_lexical, engine, texts)
-            rivals.append(Rival("the table alone", "lexical", "no encoder", run, outcomes, everyone))
+            rivals.append(Rival("the table alone", "lexical", "no encoder", run, outcomes, everyone, engine.settings))
         else:
             run = _bind(_run_at, engine, texts, np.full(len(texts), depth))
-            rivals.append(Rival(f"constant depth {depth}", "constant", f"{depth} layers", run, outcomes, everyone))
+            name, setting = f"constant depth {depth}", f"{depth} layers"
+            rivals.append(Rival(name, "constant", setting, run, outcomes, everyone, engine.settings))
     return rivals
 
 
@@ -128,7 +134,7 @@ def _fastbert(plain: Outcomes, texts: Sequence[Any], trial: Sequence[Any], sizes
     columns = follow(profile, first, speed=settings.speed, on_miss="continue")
     run = _bind(shrinking, texts, size)
     name = f"FastBERT, shrinking batch {size}"
-    return Rival(name, "fastbert", f"speed {settings.speed:g}", run, plain, columns)
+    return Rival(name, "fastbert", f"speed {settings.speed:g}", run, plain, columns, settings)
 
 
 def _ours(
@@ -146,7 +152,7 @@ def _ours(
     shuffled = generator.permutation(without_lexical)
     run = _bind(_run_at, engine, texts, np.asarray(outcomes.depths)[shuffled][timed])
     setting = f"speed {deployed.speed:g}"
-    rivals = [Rival("random depths, stop's histogram", "random", setting, run, outcomes, shuffled)]
+    rivals = [Rival("random depths, stop's histogram", "random", setting, run, outcomes, shuffled, deployed)]
     for settings in (stop, going_on):
         is_deployed = settings is deployed
         speeds = [deployed.speed, *(speed for speed in sweep if speed != deployed.speed)] if is_deployed else []
@@ -156,15 +162,16 @@ def _ours(
             name = f"GEEP {settings.on_miss}" + (f", speed {speed:g}" if number else "")
             group, setting = f"geep-{settings.on_miss}", f"speed {speed:g}"
             is_ours = is_deployed and number == 0
-            rivals.append(Rival(name, group, setting, run, outcomes, outcomes.answered(at), is_ours))
+            rivals.append(Rival(name, group, setting, run, outcomes, outcomes.answered(at), at, is_ours))
     return rivals
 
 
 def _oracle(outcomes: Outcomes, texts: Sequence[Any], timed: Integers) -> Rival:
-    profile = outcomes.profile(outcomes.engine.settings)
+    settings = outcomes.engine.settings
+    profile = outcomes.profile(settings)
     columns = stable_oracle(profile.from_depth(1)) + int(np.searchsorted(profile.depths, 1))
     run = _bind(_run_at, outcomes.engine, texts, np.asarray(profile.depths)[columns][timed])
-    return Rival("oracle", "oracle", "answer never changes again", run, outcomes, columns)
+    return Rival("oracle", "oracle", "answer never changes again", run, outcomes, columns, settings)
 
 
 def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Integers]:
@@ -269,7 +276,7 @@ class ShrinkingBatch:
         engine, backend, settings = self.engine, self.backend, self.engine.settings
         batch = engine.tokenize(texts).batch
         out = torch.empty(len(texts), len(engine.label_names))
-        guess = engine.planner.plan(batch, settings).lexical_logits if settings.criterion == AGREEMENT else None
+        guess = engine.planner.plan(batch, settings).lexical_logits if settings.reads_table else None
         with torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(texts)))
@@ -278,11 +285,12 @@ class ShrinkingBatch:
                     live = backend.advance(live, layer, len(rows))
                     if layer not in engine.depths:
                         continue
+                    lexical = None if guess is None else guess[torch.from_numpy(rows)]
                     logits = backend.exit_logits(live, layer, 0, len(rows)).float().cpu()
+                    logits = settings.answered(logits, layer, lexical)
                     if layer == engine.depths[-1]:
                         sure = np.ones(len(rows), dtype=bool)
                     else:
-                        lexical = None if guess is None else guess[torch.from_numpy(rows)]
                         unsure = settings.uncertainty(logits, layer, multi_label=engine.multi_label, lexical=lexical)
                         sure = unsure.numpy() < settings.speed
                     out[torch.from_numpy(rows[sure])] = logits[torch.from_numpy(sure)]

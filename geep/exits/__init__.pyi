@@ -6,5 +6,10 @@ from .criteria import (
     answer_of as answer_of,
     uncertainty as uncertainty,
 )
-from .fitting import fit_agreement_score as fit_agreement_score, fit_temperature as fit_temperature
+from .fitting import (
+    fit_agreement_score as fit_agreement_score,
+    fit_fusing as fit_fusing,
+    fit_temperature as fit_temperature,
+)
+from .fusing import Fusing as Fusing
 from .profile import ExitProfile as ExitProfile, follow as follow, profile_exits as profile_exits

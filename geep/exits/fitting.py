@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geep.exits.criteria import AgreementScore, margins
+from geep.exits.fusing import Fusing, limited
 
 Flags = NDArray[np.bool_]
 
@@ -28,8 +29,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False
     The loss is convex in the inverse temperature, so a golden-section search over [1/20, 20] finds the one minimum.
     """
     logits = logits.float()
-    is_teacher = labels.ndim == logits.ndim and not (multi_label and bool(((labels == 0) | (labels == 1)).all()))
-    doubt = 0.0 if is_teacher else 2 / (len(logits) + 2)
+    doubt = _doubt(logits, labels, multi_label=multi_label)
     if multi_label:
         target = labels.float() * (1 - doubt) + doubt / 2
 
@@ -47,6 +47,49 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, multi_label: bool = False
         else:
             low = left
     return 2 / (low + high)
+
+
+def _doubt(logits: Tensor, labels: Tensor, *, multi_label: bool) -> float:
+    """How little labels are trusted; a teacher's probabilities are, as they stand."""
+    is_teacher = labels.ndim == logits.ndim and not (multi_label and bool(((labels == 0) | (labels == 1)).all()))
+    return 0.0 if is_teacher else 2 / (len(logits) + 2)
+
+
+def fit_fusing(logits: Tensor, lexical: Tensor, labels: Tensor, *, multi_label: bool = False) -> Fusing:
+    """Weights of an exit's logits and the table's that minimise the log-loss of their sum on held-out texts.
+
+    The loss is convex in the two weights. Where the table is of no use, or says the contrary, its weight is 0 and the
+    other an inverse temperature.
+
+    Args:
+        logits: Of the exit, (num_texts, num_labels).
+        lexical: The table's logits of the same texts, which it was not made from.
+        labels: As in `fit_temperature`: ids, flags, or a teacher's probabilities.
+        multi_label: Whether several labels may hold at once.
+    """
+    own, table = logits.double(), limited(lexical).double()
+    doubt = _doubt(logits, labels, multi_label=multi_label)
+    target = labels.double() * (1 - doubt) + doubt / 2 if multi_label else labels
+    target = target.double() if target.is_floating_point() else target
+    weights = torch.tensor([1.0, 0.1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=60, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        found = weights[0] * own + weights[1] * table
+        if multi_label:
+            loss = F.binary_cross_entropy_with_logits(found, target)
+        else:
+            loss = F.cross_entropy(found, target, label_smoothing=doubt)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    first, second = weights.tolist()
+    if not (1 / 20 <= first <= 20 and 0 <= second <= 20):
+        return Fusing(1 / fit_temperature(logits, labels, multi_label=multi_label), 0.0)
+    return Fusing(first, second)
 
 
 # scikit-learn's C on standardised margins: exits near the top disagree on a handful of texts only.

@@ -1,7 +1,8 @@
 """Exit layers from token ids, and a first guess at the label.
 
 The room knows token ids and exits. It refuses to know models, tokenizers and schedules: who wants a table tells it
-where the texts left. Read `keys.py`, `table.py`, `predictor.py`, then `file.py` and `fitting.py`.
+where the texts left. Read `keys.py`, `parts.py`, `table.py`, `predictor.py`, then `file.py`. How all is learned stands
+in `features.py`, `linear.py` and `fitting.py`.
 """
 
 import lazy_loader

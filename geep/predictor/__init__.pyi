@@ -1,5 +1,6 @@
 from .fitting import (
     ABSENT_LOGIT as ABSENT_LOGIT,
+    LEXICAL_PENALTIES as LEXICAL_PENALTIES,
     PREDICTORS as PREDICTORS,
     RIDGE_ALPHAS as RIDGE_ALPHAS,
     TextExits as TextExits,

@@ -32,6 +32,11 @@ class _Header:
     special_ids: tuple[int, ...]
     ngram_order: int
     multi_label: bool
+    separator_id: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is written; tables of single texts name no separator, as those from before there were pairs'."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def write_table(path: Path, fitted: FittedTable, *, fingerprint: dict[str, str]) -> None:
@@ -43,7 +48,7 @@ def write_table(path: Path, fitted: FittedTable, *, fingerprint: dict[str, str])
         fingerprint: What it belongs to, such as hashes of tokenizer and model. `read_table` asks for the same.
     """
     tensors, config = _contents(fitted)
-    header = {"format": _FORMAT, "config": asdict(config), "fingerprint": fingerprint}
+    header = {"format": _FORMAT, "config": config.fields(), "fingerprint": fingerprint}
     text = json.dumps(header, sort_keys=True)
     # One entry for both: safetensors writes the entries of its metadata in an order that changes from run to run.
     signed = {"header": text, "sha256": digest_tensors(tensors, text)}
@@ -53,7 +58,7 @@ def write_table(path: Path, fitted: FittedTable, *, fingerprint: dict[str, str])
 def digest_table(fitted: FittedTable) -> str:
     """Digest all that a table's answers depend on, and its counts; whose table it is does not matter."""
     tensors, config = _contents(fitted)
-    return digest_tensors(tensors, json.dumps(asdict(config), sort_keys=True))
+    return digest_tensors(tensors, json.dumps(config.fields(), sort_keys=True))
 
 
 def _contents(fitted: FittedTable) -> tuple[dict[str, Tensor], _Header]:
@@ -84,6 +89,7 @@ def _contents(fitted: FittedTable) -> tuple[dict[str, Tensor], _Header]:
         special_ids=fitted.table.keys.special_ids,
         ngram_order=fitted.table.keys.ngram_order,
         multi_label=fitted.multi_label,
+        separator_id=fitted.table.keys.separator_id,
     )
     return tensors, config
 
@@ -135,7 +141,7 @@ def _from_tensors(fields: dict[str, Any], tensors: dict[str, Tensor]) -> FittedT
     values = tensors["ngram_values"][tensors["ngram_keys"] != EMPTY_KEY].sort().values
     if not torch.equal(values, torch.arange(len(ngrams))):
         raise ValueError(f"Found n-gram rows other than 0..{len(ngrams) - 1}.")
-    keys = Keys(config.vocab_size, tuple(config.special_ids), config.ngram_order, ngrams)
+    keys = Keys(config.vocab_size, tuple(config.special_ids), config.ngram_order, ngrams, config.separator_id)
     rows, counts, score_rows = tensors["rows"], tensors["counts"], tensors["score_rows"]
     if (
         rows.dtype != torch.int64

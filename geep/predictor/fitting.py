@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.isotonic import isotonic_regression
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.predictor.keys import Keys, text_hashes, text_of, with_key_weight
+from geep.predictor.features import Features
+from geep.predictor.keys import Keys, text_hashes, with_key_weight
+from geep.predictor.linear import SIGMOIDS, SOFTMAX, fit_best, for_choosing
+from geep.predictor.parts import parts_of
 from geep.predictor.predictor import ExitPredictor
 from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows, check_exits
 
@@ -50,13 +54,17 @@ def score_by_counts(table: ExitTable, texts: TextExits, *, pseudo_count: float =
     Returns:
         Rows of differences from the global expectation; zero for a key that was never seen.
     """
-    counts = table.counts.double()
-    # Unigrams alone: n-grams would count the same tokens again.
-    total = counts[: table.vocab_size].sum(0) + 1e-9
-    prior = total / total.sum(1, keepdim=True)
     depths = torch.tensor(table.depths, dtype=torch.float64)
-    smoothed = (counts + pseudo_count * prior) / (counts.sum(2, keepdim=True) + pseudo_count)
-    return ScoreRows(((smoothed - prior) @ depths).float(), (prior @ depths).float())
+    rows, priors = torch.empty(table.num_rows, len(table.speeds)), torch.empty(len(table.speeds))
+    # One speed after another: the counts of all, in doubles, are by far the largest thing there is.
+    for speed in range(len(table.speeds)):
+        counts = table.counts[:, speed].double()
+        # Unigrams alone: n-grams would count the same tokens again. In pairs those of both texts are among these.
+        total = (counts if table.keys.separator_id is not None else counts[: table.vocab_size]).sum(0) + 1e-9
+        prior = total / total.sum()
+        smoothed = (counts + pseudo_count * prior) / (counts.sum(1, keepdim=True) + pseudo_count)
+        rows[:, speed], priors[speed] = (smoothed - prior) @ depths, prior @ depths
+    return ScoreRows(rows, priors)
 
 
 def score_by_ridge(table: ExitTable, texts: TextExits, *, alpha: float | None = None) -> ScoreRows:
@@ -68,27 +76,27 @@ def score_by_ridge(table: ExitTable, texts: TextExits, *, alpha: float | None = 
     Args:
         table: The keys.
         texts: Texts to fit on, with their exits.
-        alpha: Ridge penalty. `None` takes the one of `RIDGE_ALPHAS` that best predicts every eighth text, all speeds
-            together, from the others.
+        alpha: Ridge penalty. `None` takes the one of `RIDGE_ALPHAS` that best predicts some texts, all speeds together,
+            from others (`for_choosing`).
 
     Returns:
         Rows of weights; zero for a key that was never seen.
     """
-    features = _features(table.keys, texts.input_ids, texts.lengths)
-    layers = np.asarray(table.depths, dtype=np.float64)[texts.exit_indices.numpy()]
+    features = Features.of(table.keys, texts.input_ids, texts.lengths)
+    layers = np.asarray(table.depths, dtype=np.float32)[texts.exit_indices.numpy()]
     rows = torch.zeros(table.num_rows, len(table.speeds))
-    if not features.columns.size:
-        return ScoreRows(rows, torch.from_numpy(layers.mean(0)).float())
-    matrix = features.weighted(exponent=1.0)
-    is_check = np.arange(len(layers)) % 8 == 7
-    if alpha is None and is_check.any():
-        fits = [_ridge(matrix[~is_check], layers[~is_check], each).predict(matrix[is_check]) for each in RIDGE_ALPHAS]
-        errors = [np.square(fit.reshape(-1, len(table.speeds)) - layers[is_check]).sum() for fit in fits]
+    if not features.columns.numel():
+        return ScoreRows(rows, torch.from_numpy(layers.mean(0)))
+    matrix, few = features.weighted(exponent=1.0), for_choosing(len(layers))
+    if alpha is None and few.check.size:
+        learned, checked = (matrix[few.learn], layers[few.learn]), matrix[few.check]
+        fits = [_ridge(*learned, each).predict(checked) for each in RIDGE_ALPHAS]
+        errors = [np.square(fit.reshape(-1, len(table.speeds)) - layers[few.check]).sum() for fit in fits]
         alpha = RIDGE_ALPHAS[int(np.argmin(errors))]
     elif alpha is None:
         alpha = RIDGE_ALPHAS[-1]
     model = _ridge(matrix, layers, alpha)
-    rows[torch.from_numpy(features.columns)] = features.rows(model.coef_)
+    rows[features.columns] = features.rows(np.atleast_2d(model.coef_).T)
     return ScoreRows(rows, torch.from_numpy(np.atleast_1d(model.intercept_)).float())
 
 
@@ -168,9 +176,12 @@ def fit_lexical(
     *,
     num_labels: int,
     multi_label: bool = False,
-    inverse_penalty: float = 1.0,
+    penalty: float | None = None,
 ) -> Lexical:
     """Fit a logistic regression from a text's keys to its label: softmax, or a sigmoid per label if `multi_label`.
+
+    Taught by a full model's probabilities it learns more of a text than its most likely label, and labels that people
+    gave can be mixed in: any probabilities will do.
 
     Keys weigh by their inverse document frequency and texts by 1 / sqrt(number of keys). Both fold into the rows and
     one number a text, so prediction stays a sum. Chosen on the development splits of TREC, SST-2, AG News and
@@ -180,47 +191,50 @@ def fit_lexical(
         keys: The keys and their rows.
         input_ids: Token ids of the texts one after another, int64, shape (num_tokens,).
         lengths: Tokens of each text, int64, shape (num_texts,).
-        labels: int64, shape (num_texts,); if `multi_label`, numbers within [0, 1], shape (num_texts, num_labels),
-            where 0.5 and above counts as true.
-        num_labels: Number of labels. One that no text has gets the bias `ABSENT_LOGIT`.
+        labels: Probabilities within [0, 1], shape (num_texts, num_labels), which sum to 1 unless `multi_label`; or
+            label ids, int64, shape (num_texts,).
+        num_labels: Number of labels. One that no text has (0 for all) gets the bias `ABSENT_LOGIT`.
         multi_label: Whether a text may have several labels.
-        inverse_penalty: scikit-learn's C.
+        penalty: Half of it times the squared weights is added to the loss (scikit-learn's 1 / C). `None` takes the one
+            of `LEXICAL_PENALTIES` that best foretells every eighth text.
 
     Returns:
         The rows, on the CPU; zero for a key that was never seen.
 
     Raises:
-        TypeError: If hard labels are not int64.
+        TypeError: If label ids are not int64.
         ValueError: If there is no text, or shapes or labels are off.
     """
-    targets = _check_labels(labels.cpu(), lengths.numel(), num_labels, multi_label)
-    features = _features(keys, input_ids.cpu(), lengths.cpu())
-    rows, bias = torch.zeros(keys.num_rows, num_labels), torch.zeros(num_labels)
-    matrix, columns = features.weighted(exponent=0.5), torch.from_numpy(features.columns)
+    targets = _check_targets(labels.cpu(), lengths.numel(), num_labels, multi_label)
+    features = Features.of(keys, input_ids.cpu(), lengths.cpu())
+    share = targets.mean(0, dtype=np.float64)
+    penalties = LEXICAL_PENALTIES if penalty is None else (penalty,)
+    rows, bias = torch.zeros(keys.num_rows, num_labels), torch.full((num_labels,), ABSENT_LOGIT)
+    is_open = (share > 0) & (share < 1) if multi_label else share > 0
+    columns = torch.from_numpy(np.flatnonzero(is_open))
     if multi_label:
-        for label in range(num_labels):
-            share = targets[:, label].mean()
-            if share in (0.0, 1.0) or not columns.numel():
-                bias[label] = float(np.log(share / (1 - share))) if 0 < share < 1 else ABSENT_LOGIT * (1 - 2 * share)
-            else:
-                model = _logistic(matrix, targets[:, label], inverse_penalty)
-                rows[columns, label] = features.rows(model.coef_)[:, 0]
-                bias[label] = float(model.intercept_[0])
+        bias[torch.from_numpy(share == 1)] = -ABSENT_LOGIT
+    if not columns.numel() or (columns.numel() == 1 and not multi_label):
+        # No doubt about any label.
+        bias[columns] = 0.0
         return Lexical(rows, bias)
-    present, frequency = np.unique(targets, return_counts=True)
-    bias.fill_(ABSENT_LOGIT)
-    if len(present) == 1 or not columns.numel():
-        bias[torch.from_numpy(present)] = torch.from_numpy(np.log(frequency / frequency.sum())).float()
-        return Lexical(rows, bias)
-    model = _logistic(matrix, targets, inverse_penalty)
-    weights, intercept = model.coef_, model.intercept_
-    if len(present) == 2:
-        # Of two labels scikit-learn keeps one log-odds; half of it to each side is the same softmax.
-        weights, intercept = np.concatenate([-weights, weights]) / 2, np.concatenate([-intercept, intercept]) / 2
-    places = torch.from_numpy(present)
-    rows[columns[:, None], places[None, :]] = features.rows(weights)
-    bias[places] = torch.from_numpy(intercept).float()
+    targets = targets[:, is_open]
+    is_odds = not multi_label and columns.numel() == 2
+    if is_odds:
+        # Of two labels one log-odds, half of it to each side, is the same softmax.
+        targets = targets[:, 1:]
+    matrix, loss = features.weighted(exponent=0.5), SIGMOIDS if multi_label or is_odds else SOFTMAX
+    model = fit_best(matrix, np.ascontiguousarray(targets), loss, penalties)
+    weights, intercept = features.rows(model.weights), torch.from_numpy(model.bias).float()
+    if is_odds:
+        weights, intercept = torch.cat([-weights, weights], 1) / 2, torch.cat([-intercept, intercept]) / 2
+    rows[features.columns[:, None], columns[None, :]] = weights
+    bias[columns] = intercept
     return Lexical(rows, bias)
+
+
+LEXICAL_PENALTIES: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""Penalties that `fit_lexical` tries, from strong to weak: short texts took the strong ones, long texts the weak."""
 
 
 def fit_predictor(
@@ -240,13 +254,14 @@ def fit_predictor(
     max_ngrams: int = 200_000,
     num_bins: int = 16,
     lexical: Lexical | None = None,
+    separator_id: int | None = None,
 ) -> ExitPredictor:
     """Fill the table and fit scores and exit 0 on training texts, and the levels on held-out ones.
 
     Args:
         kind: A row of `PREDICTORS`: "counts" is the paper's, "fitted" a ridge regression.
         seen: Texts that fill the table.
-        labels: Their labels as in `fit_lexical`, or `None` for no exit 0.
+        labels: Their label ids or probabilities as in `fit_lexical`, or `None` for no exit 0.
         heldout: Texts that the model was not trained on.
         depths: Layers of each possible exit, increasing; the last is the full model.
         speeds: The speeds at which the texts were run, increasing, within [0, 1].
@@ -260,6 +275,7 @@ def fit_predictor(
         num_bins: Bins of scores; see `fit_levels`.
         lexical: Exit 0 of a predictor fitted on the same texts and labels, which is not fitted again: it does not
             depend on the exits.
+        separator_id: The special id that ends the first text of a pair, `None` for single texts; see `Keys`.
 
     Returns:
         The predictor, on the CPU.
@@ -287,6 +303,7 @@ def fit_predictor(
         ngram_order=ngram_order,
         min_count=min_count,
         max_ngrams=max_ngrams,
+        separator_id=separator_id,
     )
     if lexical is None and labels is not None:
         lexical = fit_lexical(
@@ -297,50 +314,9 @@ def fit_predictor(
     sums = F.embedding_bag(rows, with_key_weight(table.keys, score_rows.rows), offsets, mode="sum")
     scores = sums[:, 1:] / sums[:, :1].clamp(min=1) + score_rows.prior
     levels = fit_levels(scores, heldout.exit_indices, num_depths=len(depths), num_bins=num_bins)
-    hashes = [text_hashes(part.input_ids, part.lengths) for part in (seen, heldout)]
-    known = torch.cat(hashes).unique()
+    parts = (part for texts in (seen, heldout) for part in parts_of(texts.input_ids, texts.lengths))
+    known = torch.cat([text_hashes(part.input_ids, part.lengths) for part in parts]).unique()
     return ExitPredictor(FittedTable(kind, table, score_rows, levels, lexical, multi_label, known))
-
-
-@dataclass(frozen=True, eq=False)
-class _Features:
-    """How often each key stands in each text, only for the keys that stand in any.
-
-    Args:
-        matrix: Occurrences, shape (num_texts, num_columns).
-        columns: The row of each column's key, shape (num_columns,), increasing.
-        num_keys: Keys of each text, at least 1, shape (num_texts,).
-        scale: Inverse document frequency of each column, shape (num_columns,).
-    """
-
-    matrix: sparse.csr_matrix
-    columns: np.ndarray[Any, np.dtype[np.int64]]
-    num_keys: np.ndarray[Any, np.dtype[np.float64]]
-    scale: np.ndarray[Any, np.dtype[np.float64]]
-
-    def weighted(self, *, exponent: float) -> sparse.csr_matrix:
-        """Return occurrences times the keys' scale, each text divided by its number of keys to the `exponent`."""
-        by_text = sparse.diags_array(self.num_keys**-exponent)
-        return sparse.csr_matrix(by_text @ self.matrix @ sparse.diags_array(self.scale))
-
-    def rows(self, weights: np.ndarray[Any, Any]) -> Tensor:
-        """Fold the scale into a model's weights: shape (num_columns, num_outputs)."""
-        return torch.from_numpy(np.atleast_2d(weights).T * self.scale[:, None]).float()
-
-
-def _features(keys: Keys, input_ids: Tensor, lengths: Tensor) -> _Features:
-    rows, _ = keys.rows_of(input_ids, lengths)
-    text = text_of(lengths * keys.ngram_order, rows.numel())
-    known = rows != keys.neutral_row
-    columns, places = rows[known].unique(return_inverse=True)
-    shape = (lengths.numel(), columns.numel())
-    pairs = (np.ones(places.numel()), (text[known].numpy(), places.numpy()))
-    matrix = sparse.coo_matrix(pairs, shape=shape).tocsr()
-    num_keys = np.maximum(np.bincount(text[known].numpy(), minlength=shape[0]), 1).astype(np.float64)
-    # `tocsr` has summed the duplicates: one entry is one text that has the key.
-    document_frequency = np.bincount(matrix.indices, minlength=shape[1])
-    scale = np.log((1 + shape[0]) / (1 + document_frequency)) + 1
-    return _Features(matrix, columns.numpy(), num_keys, scale)
 
 
 def _ridge(matrix: sparse.csr_matrix, layers: np.ndarray[Any, Any], alpha: float) -> Ridge:
@@ -350,26 +326,25 @@ def _ridge(matrix: sparse.csr_matrix, layers: np.ndarray[Any, Any], alpha: float
         return Ridge(alpha=alpha, solver="sparse_cg", tol=1e-4, max_iter=200).fit(matrix, layers)
 
 
-def _logistic(matrix: sparse.csr_matrix, labels: np.ndarray[Any, Any], inverse_penalty: float) -> LogisticRegression:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=inverse_penalty, tol=1e-4, max_iter=100).fit(matrix, labels)
-
-
-def _check_labels(labels: Tensor, num_texts: int, num_labels: int, multi_label: bool) -> np.ndarray[Any, Any]:
-    """Return the labels as integers or, if `multi_label`, as zeros and ones."""
-    shape = (num_texts, num_labels) if multi_label else (num_texts,)
-    if tuple(labels.shape) != shape or not num_texts:
-        raise ValueError(f"labels must have shape {shape} with at least one text, got {tuple(labels.shape)}.")
-    if multi_label:
+def _check_targets(labels: Tensor, num_texts: int, num_labels: int, multi_label: bool) -> NDArray[np.float32]:
+    """Return labels as probabilities, (num_texts, num_labels)."""
+    soft = (num_texts, num_labels)
+    shapes = [soft] if multi_label else [(num_texts,), soft]
+    if tuple(labels.shape) not in shapes or not num_texts:
+        raise ValueError(
+            f"labels must have shape {' or '.join(map(str, shapes))} with at least one text, got {tuple(labels.shape)}."
+        )
+    if labels.ndim == 2:
         if not bool(((labels >= 0) & (labels <= 1)).all()):
-            raise ValueError("multi-label labels must be within [0, 1]; give 1 for each label that a text has.")
-        return (labels >= 0.5).numpy().astype(np.float64)
+            raise ValueError("probabilities must be within [0, 1]; give 1 for each label that a text has.")
+        if not multi_label and not bool(((labels.sum(1, dtype=torch.float64) - 1).abs() < 1e-3).all()):
+            raise ValueError("a text's probabilities must sum to 1; set multi_label=True where labels are independent.")
+        return labels.float().numpy()
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64, got {labels.dtype}; set multi_label=True for one number a label.")
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}; give ids, or a probability for each label.")
     if bool(((labels < 0) | (labels >= num_labels)).any()):
         raise ValueError(
             f"labels must be within 0..{num_labels - 1}, found {int(labels.min())}..{int(labels.max())}; "
             "leave texts without a label out."
         )
-    return labels.numpy()
+    return F.one_hot(labels, num_labels).float().numpy()

@@ -2,7 +2,8 @@
 
 The exit table is a bag of keys. A key is a token id or an n-gram of ids, each has a row of numbers, and what is said
 about a text is a function of the sum of its rows: one `embedding_bag` for a whole batch. Unigrams address their row
-directly (token ids are a perfect hash already); n-grams find theirs through a `HashTable`.
+directly (token ids are a perfect hash already); n-grams find theirs through a `HashTable`. In pairs of texts keys also
+tell what both texts have from what one of them has (`Keys`).
 
     token ids -> keys -> rows -> sum -> score -> level -> exit layer
                                     `-> lexical logits (exit 0)
@@ -25,7 +26,15 @@ from torch.nn import functional as F
 from geep.folder import TABLE_NAME, named_by
 from geep.hash_table import kernels_run_on, on_device
 from geep.predictor.file import digest_table, read_table, write_table
-from geep.predictor.keys import ORDER_SHIFT, TOKEN_BITS, check_texts, is_usable, with_key_weight
+from geep.predictor.keys import (
+    NUM_BUCKETS,
+    ORDER_SHIFT,
+    SHARED_SHIFT,
+    TOKEN_BITS,
+    check_texts,
+    is_usable,
+    with_key_weight,
+)
 from geep.predictor.table import FittedTable, Levels, Lexical, ScoreRows
 
 if TYPE_CHECKING:
@@ -227,6 +236,9 @@ class ExitPredictor:
                 rows=self._matrix(speed_index)[:, 1:],
                 base=torch.cat(base),
                 edges=self.fitted.levels.edges[speed_index].contiguous(),
+                separator=keys.separator_id,
+                shared_shift=SHARED_SHIFT,
+                num_buckets=NUM_BUCKETS,
             )
         layers = self._depths[self.fitted.levels.exit_indices_of_bins(speed_index, quantile)]
         return reduce_bags(input_ids, lengths, self._bags[speed_index], layers)

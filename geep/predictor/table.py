@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from geep.hash_table import HashTable
-from geep.predictor.keys import Keys, check_texts, frequent_ngrams, is_usable, packed_ngrams, text_of
+from geep.predictor.keys import Keys, check_texts, text_of_rows
+from geep.predictor.parts import frequent_ngrams, parts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class ExitTable:
         ngram_order: int = 2,
         min_count: int = 2,
         max_ngrams: int = 200_000,
+        separator_id: int | None = None,
     ) -> ExitTable:
         """Count the keys of texts whose exits are known.
 
@@ -77,6 +79,7 @@ class ExitTable:
             ngram_order: Longest n-gram, 1 to 3.
             min_count: Occurrences that an n-gram needs.
             max_ngrams: Most n-grams that get a row.
+            separator_id: The special id that ends the first text of a pair, `None` for single texts; see `Keys`.
 
         Returns:
             The table, on the CPU.
@@ -89,22 +92,21 @@ class ExitTable:
             raise ValueError(f"min_count must be >= 1 and max_ngrams >= 0, got {min_count} and {max_ngrams}.")
         input_ids, lengths, exit_indices = input_ids.cpu(), lengths.cpu(), exit_indices.cpu()
         special_ids = tuple(sorted(set(special_ids)))
-        keys = Keys(vocab_size, special_ids, ngram_order, HashTable(1))
+        keys = Keys(vocab_size, special_ids, ngram_order, HashTable(1), separator_id)
         check_texts(input_ids, lengths, vocab_size)
         check_exits("exit_indices", exit_indices, (lengths.numel(), len(speeds)), len(depths))
-        usable = is_usable(input_ids, special_ids)
-        packed = [packed for _, packed in packed_ngrams(input_ids, lengths, usable, ngram_order)]
-        if packed:
-            keys = replace(keys, ngrams=frequent_ngrams(torch.cat(packed), min_count, max_ngrams))
-        rows, _ = keys.rows_of(input_ids, lengths)
-        text = text_of(lengths * ngram_order, rows.numel())
-        known = rows != keys.neutral_row
-        rows, text = rows[known], text[known]
+        ngrams = frequent_ngrams(keys, input_ids, lengths, min_count=min_count, max_ngrams=max_ngrams)
+        keys = replace(keys, ngrams=ngrams)
         num_depths = len(depths)
-        counts = torch.empty((keys.num_rows, len(speeds), num_depths), dtype=torch.int32)
-        for speed in range(len(speeds)):
-            cells = rows * num_depths + exit_indices[text, speed]
-            counts[:, speed] = torch.bincount(cells, minlength=keys.num_rows * num_depths).view(-1, num_depths)
+        counts = torch.zeros((keys.num_rows, len(speeds), num_depths), dtype=torch.int32)
+        for part in parts_of(input_ids, lengths):
+            rows, offsets = keys.rows_of(part.input_ids, part.lengths)
+            known = rows != keys.neutral_row
+            text, rows = text_of_rows(offsets, rows.numel())[known], rows[known]
+            for speed in range(len(speeds)):
+                cells = rows * num_depths + exit_indices[part.texts, speed][text]
+                found = torch.bincount(cells, minlength=keys.num_rows * num_depths)
+                counts[:, speed] += found.view(-1, num_depths)
         return cls(keys, tuple(depths), tuple(speeds), counts)
 
     @property

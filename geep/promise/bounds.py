@@ -69,7 +69,7 @@ class PairedCounts:
     """How a run's answers compare with the full model's, text by text.
 
     Attributes:
-        num_texts: Texts compared, at least one.
+        num_texts: Texts compared. Of none, nothing is known: nothing was lost, and all may be.
         changed: Texts answered otherwise than the full model does.
         spoilt: Texts that the full model has right and the run wrong; None without labels.
         repaired: Texts that the full model has wrong and the run right; None without labels.
@@ -108,7 +108,7 @@ class Risk:
 
 def _observed_drop(counts: PairedCounts) -> float:
     spoilt, repaired = counts.judged()
-    return (spoilt - repaired) / counts.num_texts
+    return (spoilt - repaired) / max(counts.num_texts, 1)
 
 
 def _drop_bound_of(counts: PairedCounts, tail: float) -> float:
@@ -116,7 +116,7 @@ def _drop_bound_of(counts: PairedCounts, tail: float) -> float:
 
 
 def _observed_disagreement(counts: PairedCounts) -> float:
-    return counts.changed / counts.num_texts
+    return counts.changed / max(counts.num_texts, 1)
 
 
 def _disagreement_bound_of(counts: PairedCounts, tail: float) -> float:

@@ -18,11 +18,14 @@ class Promise:
         max_accuracy_drop: Accuracy of the full model less accuracy of the pipeline, at most (0.005 = half a point).
         min_agreement: Share of texts answered as the full model answers them, at least; needs no labels.
         confidence: Probability, over the draw of the calibration texts, with which the promise holds.
+        conditional: Whether it must also hold among the texts that are answered at or before each depth at which texts
+            are asked: those that leave early then pay no more than the others.
     """
 
     max_accuracy_drop: float | None = None
     min_agreement: float | None = None
     confidence: float = 0.95
+    conditional: bool = False
 
     def __post_init__(self) -> None:
         if (self.max_accuracy_drop is None) == (self.min_agreement is None):
@@ -77,7 +80,8 @@ class Promise:
             what = f"an accuracy drop of at most {self.max_accuracy_drop * 100:g} points"
         else:
             what = f"an agreement of at least {self.min_agreement}"
-        return f"{what} at {100 * self.confidence:g} % confidence"
+        among = " among the texts answered by any depth" if self.conditional else ""
+        return f"{what}{among} at {100 * self.confidence:g} % confidence"
 
 
 class NothingCertifiedError(ValueError):

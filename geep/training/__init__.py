@@ -1,7 +1,7 @@
-"""Training: losses, recipes made of stages, `run_recipe` for a model in memory, `train` for a model folder.
+"""Training: losses, recipes made of stages, `run_recipe` for a model in memory, `fine_tune` for a model folder.
 
-The room refuses to know tables, thresholds and how files of rows are read. Read `losses.py`, `recipes.py`,
-`settings.py`, `rows.py`, `trainer.py`, which hands a stage to Hugging Face's Trainer, `fine_tuning.py`.
+The room refuses to know how exits are fitted, tables, thresholds and how files of rows are read. Read `losses.py`,
+`recipes.py`, `settings.py`, `rows.py`, `trainer.py`, which hands a stage to Hugging Face's Trainer, `fine_tuning.py`.
 """
 
 import lazy_loader

@@ -1,4 +1,10 @@
-from .fine_tuning import parts_of as parts_of, train as train
+from .fine_tuning import (
+    fine_tune as fine_tune,
+    finished as finished,
+    parts_of as parts_of,
+    request_of as request_of,
+    result_of as result_of,
+)
 from .losses import (
     Loss as Loss,
     distillation as distillation,

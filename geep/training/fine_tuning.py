@@ -1,4 +1,7 @@
-"""`train`: from rows and the name of an encoder to a finished model folder."""
+"""`fine_tune`: from rows and the name of an encoder to a model folder, by the stages of a recipe.
+
+What is fitted afterwards is not known here, but that it finds a place. Read `request_of`, then `fine_tune`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from geep.data.parts import DataPlan, Parts
 from geep.data.splits import Split, subset
@@ -20,7 +23,7 @@ from geep.folder.hub import reachable
 from geep.folder.provenance import Provenance
 from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.inputs import check_tokenizer, longest_input
-from geep.modeling.model import GeepForSequenceClassification
+from geep.modeling.model import GeepConfig, GeepForSequenceClassification
 from geep.progress import Progress, no_progress
 from geep.training.checkpoints import discard_checkpoints
 from geep.training.metrics import DevMetrics
@@ -38,7 +41,66 @@ _DEFAULT_SETTINGS = TrainSettings()
 _MOST_DEV_ROWS = 4000
 
 
-def train(
+def request_of(
+    parts: Parts,
+    encoder: str,
+    settings: TrainSettings,
+    head: str,
+    *,
+    exit_layers: Sequence[int] | None,
+    plan: DataPlan | None,
+    revision: str | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """All that a model folder is made of, in plain words and numbers, as `training.json` keeps it.
+
+    Args:
+        parts: The rows.
+        encoder: Where the encoder is: a folder or a hub id.
+        settings: How to train.
+        head: Row of `HEADS`.
+        exit_layers: Layers with an exit; None: the usual ones.
+        plan: Where the parts came from, if that is known.
+        revision: Of an encoder from the hub.
+        **more: Further fields.
+    """
+    return {
+        "encoder": encoder,
+        "revision": revision,
+        "head": head,
+        "exit_layers": None if exit_layers is None else ",".join(map(str, exit_layers)),
+        "settings": asdict(settings),
+        "data": None if plan is None else asdict(plan),
+        "digests": parts.digests(),
+        "origins": parts.origins(),
+        "label_names": list(parts.label_names),
+        "rows": len(parts.train),
+        **more,
+    }
+
+
+def finished(folder: Path, about: Mapping[str, Any], **defaults: Mapping[str, Any]) -> TrainResult | None:
+    """What came of the same request, where a folder was finished with it; None where it was not finished.
+
+    Args:
+        folder: Folder of the model.
+        about: What is asked for (`request_of`).
+        **defaults: Of further fields that are records: what an older one may not have.
+
+    Raises:
+        ValueError: If the folder holds another model.
+    """
+    if not (folder / TRAINING_FILE).exists():
+        return None
+    before = Provenance.read(folder)
+    if _completed(before.about, about, defaults) != about:
+        raise ValueError(
+            f"{folder} holds a model trained with other settings or data; choose another --output, or delete it."
+        )
+    return result_of(before, was_finished=True)
+
+
+def fine_tune(
     parts: Parts,
     output: str | Path,
     *,
@@ -54,19 +116,20 @@ def train(
     local_files_only: bool = False,
     progress: Progress = no_progress,
 ) -> TrainResult:
-    """Put exits on a pretrained encoder, train it and write a model folder.
+    """Train a pretrained encoder, with exits where the recipe trains some, and write a model folder.
 
-    The weights are those of the epoch that is best on the rows for profiling (some thousands of them), where these have
-    labels. Interrupted, the same call goes on from the last epoch; on a finished folder it trains nothing and returns
-    what was found then.
+    This is the first step of `geep.train`, which also fits exits. The weights are those of the epoch that is best on
+    the rows for profiling (some thousands of them), where these have labels. Interrupted, the same call goes on from
+    the last epoch; on a finished folder it trains nothing and returns what was found then.
 
     Args:
         parts: The rows, divided.
         output: Folder of the model: weights, tokenizer, `training.json`, which is written last.
         encoder: A name in `ENCODERS`, a folder or a hub id.
         settings: How to train.
-        head: Row of `HEADS`.
-        exit_layers: Layers with an exit. None: all but the last two.
+        head: Row of `HEADS`: the full model's, and that of exits which the recipe trains.
+        exit_layers: Layers with an exit. None: all but the last two. Of a recipe that trains none they are those to be
+            fitted later: what no encoder has is refused before it is trained.
         plan: Where the parts came from, noted for those who need the same rows again. None: they must have the parts.
         device: "cpu" keeps training off a GPU; None: what the Trainer finds.
         revision: Branch, tag or commit of an encoder from the hub.
@@ -87,40 +150,27 @@ def train(
         raise ValueError("The training rows have no labels; expected one, or a row of ones and zeros, for each text.")
     folder = Path(output)
     source = fetch_encoder(encoder, cache_dir=cache_dir, local_files_only=local_files_only)
-    about = {
-        "encoder": source,
-        "revision": revision,
-        "head": head,
-        "exit_layers": None if exit_layers is None else ",".join(map(str, exit_layers)),
-        "settings": asdict(settings),
-        "data": None if plan is None else asdict(plan),
-        "digests": parts.digests(),
-        "origins": parts.origins(),
-        "label_names": list(parts.label_names),
-        "rows": len(parts.train),
-    }
-    if (folder / TRAINING_FILE).exists():
-        before = Provenance.read(folder)
-        if _completed(before.about, about) == about:
-            logger.info("%s is trained with these settings already.", folder)
-            return _stored(before, was_finished=True)
-        raise ValueError(
-            f"{folder} holds a model trained with other settings or data; choose another --output, or delete it."
-        )
+    about = request_of(parts, source, settings, head, exit_layers=exit_layers, plan=plan, revision=revision)
+    before = finished(folder, about)
+    if before is not None:
+        return before
     torch.manual_seed(settings.seed)
     hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only)).keywords()
     recipe = RECIPES[settings.recipe]
     with refused_custom_code(source):
+        # The model's own code is refused first: who wants to run it has no use for what its tokenizer lacks.
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     model = GeepForSequenceClassification.from_encoder(
         source,
         label_names=parts.label_names,
-        exit_layers=exit_layers if recipe.has_exits else [],
+        exit_layers=exit_layers if recipe.trains_exits else [],
         exit_head=head,
         separator_id=None if parts.train.text_pairs is None else tokenizer.sep_token_id,
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
         **hub,
     )
+    _check_place(model, settings, exit_layers)
     model.config.text_pairs = parts.train.text_pairs is not None
     check_tokenizer(model.encoder, tokenizer, pairs=model.config.text_pairs)
     max_length = min(settings.max_length, tokenizer.model_max_length, longest_input(model.encoder))
@@ -159,10 +209,31 @@ def train(
     processes.wait_for_everyone()
     if done.learned_nothing is not None:
         logger.warning("%s", done.learned_nothing)
-    return _stored(record, was_finished=False)
+    return result_of(record, was_finished=False)
 
 
-def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _check_place(
+    model: GeepForSequenceClassification, settings: TrainSettings, exit_layers: Sequence[int] | None
+) -> None:
+    """Refuse exits that the encoder has no layers for, before it is trained and not after it.
+
+    Raises:
+        ValueError: If there are no such layers.
+    """
+    if exit_layers is not None:
+        GeepConfig(encoder_config=model.config.encoder_config, exit_layers=list(exit_layers))
+    has_none = exit_layers is not None and not len(exit_layers)
+    if settings.fits_exits and (has_none or model.config.num_hidden_layers < 2):
+        raise ValueError(
+            f"Exits are to be fitted, but exit_layers are {exit_layers} and the encoder has "
+            f"{model.config.num_hidden_layers} layers; expected a layer before the last. For a model without exits use "
+            "recipe 'vanilla'."
+        )
+
+
+def _completed(
+    about: Mapping[str, Any], asked: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """What was asked for, with the defaults of what was not yet there to ask for."""
     layers, data = about["exit_layers"], about["data"]
     return {
@@ -174,18 +245,22 @@ def _completed(about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, 
         "exit_layers": None if layers is None else layers.replace(" ", ""),
         "settings": {**asdict(_DEFAULT_SETTINGS), **about["settings"]},
         "data": None if data is None else asdict(DataPlan(**data)),
+        **{name: {**fields, **about[name]} for name, fields in defaults.items() if name in about},
     }
 
 
-def _stored(record: Provenance, *, was_finished: bool) -> TrainResult:
+def result_of(record: Provenance, *, was_finished: bool) -> TrainResult:
+    """Read what a record says of a training."""
     result = record.result
-    dev = result.get("dev")
+    dev, exits = result.get("dev"), result.get("exit_agreements")
     return TrainResult(
         steps=result["steps"],
         seconds=result["seconds"],
         logs=tuple(record.logs),
         dev=None if dev is None else DevMetrics(**dev),
         was_finished=was_finished,
+        exit_agreements=None if exits is None else {int(layer): share for layer, share in exits.items()},
+        num_fitted=result.get("num_fitted", 0),
     )
 
 
@@ -193,7 +268,7 @@ def parts_of(folder: str | Path) -> tuple[DataPlan, Parts]:
     """Find the rows that a model folder was made with again, divided as then.
 
     Args:
-        folder: Folder that `train` has finished, with a plan.
+        folder: Folder that `geep.train` has finished, with a plan.
 
     Returns:
         The plan, and the parts: those that were set aside are still what the model has not seen.

@@ -40,11 +40,19 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Stages run one after another, with a learning rate that suits them (docs/results.md has comparisons)."""
+    """Stages run one after another, with a learning rate that suits them (docs/results.md has comparisons).
+
+    Attributes:
+        stages: In their order.
+        learning_rate: Peak rate of the encoder, where none is asked for.
+        trains_exits: Whether a stage trains exits, so that the model needs some from the first step on.
+        fits_exits: Whether exits are fitted to the full model's answers when all stages are done (`geep.train`).
+    """
 
     stages: tuple[Stage, ...]
     learning_rate: float = 1e-4
-    has_exits: bool = True
+    trains_exits: bool = True
+    fits_exits: bool = False
 
 
 _EXITS: Mapping[str, bool] = {"output_exits": True}
@@ -54,6 +62,7 @@ _SHARED: Mapping[str, bool] = {"output_exits": True, "output_shared_exits": True
 
 
 RECIPES: dict[str, Recipe] = {
+    "fitted": Recipe((Stage("fine-tune", full_model_loss),), trains_exits=False, fits_exits=True),
     "geep": Recipe((Stage("shared-exit", guided_shared_exit_loss, needs=_SHARED),)),
     "geep-paper": Recipe((Stage("shared-exit", shared_exit_loss, needs=_SHARED),)),
     "fastbert": Recipe(
@@ -70,5 +79,5 @@ RECIPES: dict[str, Recipe] = {
         )
     ),
     "pabee": Recipe((Stage("joint", weighted_joint_loss, needs=_EXITS),)),
-    "vanilla": Recipe((Stage("fine-tune", full_model_loss),), has_exits=False),
+    "vanilla": Recipe((Stage("fine-tune", full_model_loss),), trains_exits=False),
 }

@@ -15,6 +15,8 @@ class TrainSettings:
 
     Attributes:
         recipe: Row of `RECIPES`.
+        fit_exits: Whether exits are fitted to the full model's answers after the recipe, in the place of those that it
+            trained, if any. Recipe `fitted` does so whatever this says.
         epochs: Passes over the training texts (scaled by a recipe's stages).
         batch_size: Texts on a device at a time.
         gradient_accumulation: Batches whose gradients are added up to one step: a step sees this many times more texts
@@ -33,7 +35,8 @@ class TrainSettings:
             that geep sets from the settings above are refused.
     """
 
-    recipe: str = "geep"
+    recipe: str = "fitted"
+    fit_exits: bool = False
     epochs: float = 3.0
     batch_size: int = 32
     gradient_accumulation: int = 1
@@ -58,3 +61,17 @@ class TrainSettings:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         object.__setattr__(self, "arguments", checked_arguments(self.arguments))
+
+    @property
+    def fits_exits(self) -> bool:
+        """Whether exits are fitted when the recipe's stages are done."""
+        from geep.training.recipes import RECIPES
+
+        return self.fit_exits or RECIPES[self.recipe].fits_exits
+
+    @property
+    def makes_exits(self) -> bool:
+        """Whether the finished model has exits, trained or fitted."""
+        from geep.training.recipes import RECIPES
+
+        return self.fits_exits or RECIPES[self.recipe].trains_exits

@@ -55,6 +55,9 @@ class TrainResult:
         logs: The Trainer's log of each stage.
         dev: The full model on the development rows; None where there were none.
         was_finished: Whether all of this was done before, by a call that finished the folder.
+        exit_agreements: Of fitted exits, by layer: the share of texts that they did not learn from which they answer as
+            the full model does. None where none was fitted.
+        num_fitted: Texts that exits were fitted on.
     """
 
     steps: int
@@ -62,6 +65,8 @@ class TrainResult:
     logs: tuple[Mapping[str, Any], ...]
     dev: DevMetrics | None = None
     was_finished: bool = False
+    exit_agreements: Mapping[int, float] | None = None
+    num_fitted: int = 0
 
     @property
     def learned_nothing(self) -> str | None:
@@ -179,6 +184,7 @@ def run_recipe(
 
     Invariant: interrupted after any checkpoint (one an epoch), the same call goes on from there and ends with the same
     weights. With development rows the weights are those of the best epoch of each stage that trains the full model.
+    Exits that a recipe fits when its stages are done are not fitted here.
 
     Args:
         model: Model with exits (or without, for a recipe that has none).
@@ -202,7 +208,7 @@ def run_recipe(
         raise ValueError("No training rows; expected at least one text with a label.")
     if device is not None:
         usable_device(device)
-    if recipe.has_exits and not len(model.exits):
+    if recipe.trains_exits and not len(model.exits):
         raise ValueError(
             f"Recipe {settings.recipe!r} trains exits, but this encoder of {model.config.num_hidden_layers} layers "
             "has none; use recipe 'vanilla' or give exit_layers."

@@ -1,0 +1,229 @@
+"""What each part of the method saves by itself: exit prediction, fused answers, exit 0, and all together.
+
+Measured, on model folders that `geep train` made, for each promise of `PROMISES`:
+
+- the settings that `PARTS` leaves are learned and chosen on the rows for profiling, and the speed is certified on the
+  rows for calibration, as `geep calibrate` does, with the other parts switched off: where answers are not fused, the
+  criterion does not read the table either;
+- on the test split: accuracy, agreement with the full model, mean layers, exits asked for a text (what a CPU pays) and
+  waits: batches whose answers decide who goes on (what a GPU pays), counted in a run of the engine itself;
+- the rank correlation of predicted with true exit layers.
+
+"No prediction" asks every exit from the first on, as FastBERT does. Not measured: time (see `benchmarks/study.py`).
+
+    python benchmarks/ablation.py --runs-dir RUNS --only sst2,ag_news --cache CACHE
+
+appends to benchmarks/results/ablation.jsonl what is not there yet; logits are kept in CACHE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import geep
+from geep.calibration import (
+    TRIAL_QUANTILES,
+    TRIAL_SPEEDS,
+    ExitRun,
+    Outcomes,
+    learn_settings,
+    predictor_quality,
+    profile,
+)
+from geep.engine import Engine, ExitSettings
+from geep.exits import AGREEMENT, CRITERIA, AgreementScore, fit_agreement_score
+from geep.promise import Promise, walk
+
+RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
+
+# A quantile below every share: a text is asked from the first exit on.
+_FIRST_EXIT = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is switched on."""
+
+    predicts: bool = False
+    fuses: bool = False
+    lexical: bool = False
+
+
+PARTS: dict[str, Part] = {
+    "exits alone": Part(),
+    "exit prediction alone": Part(predicts=True),
+    "fused answers alone": Part(fuses=True),
+    "exit 0 alone": Part(lexical=True),
+    "fused answers and exit 0": Part(fuses=True, lexical=True),
+    "all": Part(predicts=True, fuses=True, lexical=True),
+}
+
+PROMISES: dict[str, Promise] = {
+    "at most 0.5 points": Promise(max_accuracy_drop=0.005),
+    "at most 1 point": Promise(max_accuracy_drop=0.01),
+    "99 % agreement": Promise(min_agreement=0.99),
+}
+
+
+def main() -> None:
+    """Parse arguments and measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs-dir", type=Path, required=True, help="where the trained model folders are")
+    parser.add_argument("--only", required=True, help="names of these folders, by commas")
+    parser.add_argument("--cache", type=Path, required=True, help="where logits of all exits are kept")
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
+    done = {(line["data"], line["promise"], line["part"]) for line in map(json.loads, known)}
+    for name in args.only.split(","):
+        if all((name, promise, part) in done for promise in PROMISES for part in PARTS):
+            continue
+        for line in measured(args.runs_dir / name, args.cache / f"{name}.pt"):
+            if (name, line["promise"], line["part"]) not in done:
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"data": name, **line}) + "\n")
+                print(name, line["promise"], line["part"], line["layers"], line["exits_asked"], flush=True)
+
+
+def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
+    """One line for each promise and part."""
+    plan, parts = geep.parts_of(folder)
+    engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
+    if test is None:
+        raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
+    splits = {"train": parts.train, "profile": parts.profile, "calibration": parts.calibration, "test": test}
+    runs = runs_of(engine, splits, cache)
+    found = profile(engine, runs["train"], runs["profile"])
+    for promise_name, promise in PROMISES.items():
+        for part_name, part in PARTS.items():
+            settings = certified(found.engine, runs["profile"], runs["calibration"], promise, part)
+            deployed = found.engine.replace(settings=settings)
+            yield {"promise": promise_name, "part": part_name, **outcome(deployed, runs["test"])}
+
+
+def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[str, ExitRun]:
+    """All exits of all rows, from the cache where they are there."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    if not cache.exists():
+        logits = {name: ExitRun.of(engine, split, what=name).exit_logits for name, split in splits.items()}
+        torch.save({"identity": engine.identity, "logits": logits}, cache)
+    kept = torch.load(cache)
+    if kept["identity"] != engine.identity:
+        raise SystemExit(f"{cache} holds logits of another model; delete it.")
+    return {
+        name: ExitRun(
+            engine.tokenize(split.inputs).batch,
+            kept["logits"][name],
+            None if split.labels is None else torch.from_numpy(split.labels),
+        )
+        for name, split in splits.items()
+    }
+
+
+def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise, part: Part) -> ExitSettings:
+    """Settings of the parts that are on, chosen on tuning rows, at the speed that fresh rows certify."""
+    tuned, checked, each = Outcomes(engine, tuning), Outcomes(engine, fresh), promise.halved()
+    learned = [
+        learn_settings(tuned, AGREEMENT, by_labels=promise.needs_labels, fuse=part.fuses, fuse_last=last)
+        for last in ([False, True] if part.fuses and promise.needs_labels else [False])
+    ]
+    if not part.fuses:
+        learned = [replace(each, agreement=_without_table(tuned)) for each in learned]
+    best: tuple[float, ExitSettings] = np.inf, learned[0]
+    for settings in (
+        replace(base, criterion=criterion, quantile=quantile, lexical_exit=lexical)
+        for base in learned
+        for criterion in (AGREEMENT, *CRITERIA)
+        for quantile in (TRIAL_QUANTILES if part.predicts else (_FIRST_EXIT,))
+        for lexical in ([False, True] if part.lexical else [False])
+    ):
+        trials = [tuned.trial(replace(settings, speed=speed), each) for speed in TRIAL_SPEEDS]
+        least = min((trial.mean_exit_layer for trial in trials if trial.passed), default=np.inf)
+        best = min(best, (float(least), settings), key=lambda pair: pair[0])
+    trials = [tuned.trial(replace(best[1], speed=speed), each) for speed in TRIAL_SPEEDS]
+    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
+    walks = [
+        walk(lambda speed: checked.trial(replace(best[1], speed=speed), each), order)
+        for order in (TRIAL_SPEEDS, TRIAL_SPEEDS[safest:])
+    ]
+    return replace(best[1], speed=max(found.speed for found in walks))
+
+
+def _without_table(tuned: Outcomes) -> dict[int, AgreementScore]:
+    agrees = tuned.profile(ExitSettings()).agrees
+    return {
+        depth: fit_agreement_score(tuned.logits[column], None, agrees[:, column], multi_label=tuned.engine.multi_label)
+        for column, depth in enumerate(tuned.depths[:-1])
+    }
+
+
+def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
+    """What an engine does on the rows of a run."""
+    settings, outcomes = engine.settings, Outcomes(engine, run)
+    found, plan, column = outcomes.profile(settings), outcomes.planned(settings), outcomes.answered(settings)
+    rows, depths = np.arange(len(found)), np.asarray(found.depths)
+    if found.correct is None or found.reference_correct is None or engine.predictor is None:
+        raise SystemExit("The test rows have no labels, or the model no table.")
+    counted = _Counted(engine)
+    counted.run(run)
+    asked = np.isin(depths, settings.asked_layers(engine.depths)[:-1])
+    between = (depths >= depths[plan][:, None]) & (depths <= depths[column][:, None]) & asked
+    quality = predictor_quality(found.from_depth(1), run.batch, engine.predictor, max(settings.speed, TRIAL_SPEEDS[0]))
+    return {
+        "speed": settings.speed,
+        "criterion": settings.criterion,
+        "quantile": settings.quantile,
+        "lexical_exit": settings.lexical_exit,
+        "fused": sorted(settings.fusing),
+        "layers": round(float(depths[column].mean()), 3),
+        "full_layers": int(depths[-1]),
+        "accuracy": round(100 * float(found.correct[rows, column].mean()), 2),
+        "full_accuracy": round(100 * float(found.reference_correct.mean()), 2),
+        "agreement": round(100 * float(found.agrees[rows, column].mean()), 2),
+        "by_table": round(100 * float((column == 0).mean()), 2) if depths[0] == 0 else 0.0,
+        "exits_asked": round(float(between.sum(1).mean()), 3) if settings.speed else 0.0,
+        "waits": counted.waits,
+        "num_texts": len(found),
+        "rank_correlation": round(quality.rank_correlation, 3),
+    }
+
+
+class _Counted:
+    """Counts the batches after which a run has to know who goes on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.waits = engine, 0
+
+    def run(self, run: ExitRun) -> None:
+        """Run the texts by a backend that says what it is asked."""
+        engine, backend = self.engine, self.engine.deployment.backend
+        last, ask = engine.depths[-1], backend.exit_logits
+
+        def counting(live: Any, layer: int, start: int, stop: int, **options: Any) -> torch.Tensor:
+            self.waits += layer != last
+            return ask(live, layer, start, stop, **options)
+
+        course = replace(engine.course, backend=_Asked(backend, counting))
+        course.run(run.batch, engine.plan(run.batch), engine.settings)
+
+
+class _Asked:
+    """A backend with another way to ask exits."""
+
+    def __init__(self, backend: Any, exit_logits: Any) -> None:
+        self._backend, self.exit_logits = backend, exit_logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+if __name__ == "__main__":
+    main()
