@@ -178,7 +178,8 @@ class FeatureCache:
             yield self._batch(np.sort(texts.numpy()))
 
     def _batch(self, texts: Integers) -> FeatureBatch:
-        features = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).float().transpose(0, 1)
+        rows = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).transpose(0, 1)
+        features = rows.to(torch.float32, memory_format=torch.contiguous_format)
         offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(self.lengths[texts]))))
         firsts = None if self.firsts is None else torch.from_numpy(self.firsts[texts])
         return FeatureBatch(features, offsets, firsts, torch.from_numpy(self.logits[texts]))
