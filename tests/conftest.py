@@ -125,6 +125,7 @@ def make_model(
     exit_layers: tuple[int, ...] | None = (1, 2, 3),
     problem_type: Any = "single_label_classification",
     seed: int = 0,
+    separator_id: int | None = None,
     **changes: Any,
 ) -> GeepForSequenceClassification:
     """Build a model whose exits are sure of some texts and unsure of others."""
@@ -133,7 +134,7 @@ def make_model(
         num_labels=num_labels,
         exit_layers=exit_layers,
         exit_head=head,
-        separator_id=SEP if head == "pair" else None,
+        separator_id=separator_id,
         problem_type=problem_type,
     )
     torch.manual_seed(seed + 1)

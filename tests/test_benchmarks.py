@@ -52,6 +52,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "scaling",
         "plot",
         "prediction",
+        "heads",
         "ablation",
         "table_scale",
         "betting",

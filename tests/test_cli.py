@@ -304,7 +304,7 @@ def test_exits_are_fitted_on_further_texts_which_certify_nothing(workplace: Path
     assert "texts answer as the full model does, on others: layer 1 " in shown
     plan, parts = geep.parts_of(tmp_path / "model")
     assert (plan.unlabelled, parts.unlabelled is None) == (str(more), False)
-    assert json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))["exit_head"] == "mean+max"
+    assert json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))["exit_head"] == "conv"
     asked = ("calibrate", tmp_path / "model", "--min-agreement", "0.9", "--device", "cpu", "--calibration", more)
     assert "are needed" in run(*asked, code=2)
     assert "nothing was changed" in run(*command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch.nn import functional as F
 from geep.data import Split
 from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
 from geep.engine import Engine, EngineConfig
-from geep.modeling import HEADS, GeepForSequenceClassification, PooledHead
+from geep.modeling import HEADS, GeepForSequenceClassification
 
-POOLED = sorted(kind for kind, head in HEADS.items() if issubclass(head, PooledHead))
+KINDS = sorted(HEADS)
 
 
 def make_engine(**config: Any) -> Engine:
@@ -29,7 +30,7 @@ def make_engine(**config: Any) -> Engine:
 def caches(trained: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureCache, FeatureCache]:
     folder = tmp_path_factory.mktemp("features")
     parts = {"seen": unlabelled(TRAIN), "heldout": unlabelled(HELDOUT)}
-    one, other = (FeatureCache.of(trained, part, folder / name) for name, part in parts.items())
+    one, other = (FeatureCache.of(trained, part, folder / name, kind="mean+max") for name, part in parts.items())
     return one, other
 
 
@@ -54,7 +55,7 @@ def test_features_are_what_heads_read(caches: tuple[FeatureCache, FeatureCache],
         assert np.allclose(cache.logits[row], full, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", POOLED)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["packed", "padded"])
 def test_features_are_the_same_on_every_backend(kind: str, backend: str, tmp_path: Path) -> None:
     texts = Split([*random_texts(20, seed=2), "", "w1"])
@@ -63,12 +64,15 @@ def test_features_are_the_same_on_every_backend(kind: str, backend: str, tmp_pat
         engine.model.config.separator_id = SEP
     found, again = (FeatureCache.of(each, texts, tmp_path / str(id(each)), kind=kind) for each in engines)
     assert np.allclose(found.features, again.features, atol=2e-3)
-    assert found.features.shape[2] == HEADS[kind].widths * 32  # type: ignore[attr-defined]
+    tokens = engines[0].tokenize(texts.texts).batch.lengths
+    shapes = {"cls": (22, 3, 32), "mean": (22, 3, 32), "mean+max": (22, 3, 64)}
+    assert found.features.shape == shapes.get(kind, (tokens.sum(), 3, 32))
+    assert found.lengths.tolist() == (np.ones(22) if kind in shapes else tokens).tolist()
 
 
 def test_a_killed_pass_over_texts_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geep.distilling.features._TEXTS_AT_A_TIME", 8)
-    texts, engine = Split(random_texts(30, seed=3)), make_engine()
+    monkeypatch.setattr("geep.distilling.features._TOKENS_AT_A_TIME", 40)
+    texts, engine = Split(["w1 w2 w3"] * 30), make_engine()
     whole = FeatureCache.of(engine, texts, tmp_path / "whole")
     told: list[int] = []
 
@@ -87,7 +91,7 @@ def test_a_killed_pass_over_texts_goes_on_where_it_stopped(tmp_path: Path, monke
     FeatureCache.of(engine, texts, tmp_path / "cut", progress=stop)
     assert told == []  # all there
     # Of other texts, for another head or of another model: anew.
-    FeatureCache.of(engine, Split(random_texts(30, seed=4)), tmp_path / "whole", progress=lambda *_: told.append(1))
+    FeatureCache.of(engine, Split(["w1 w2 w4"] * 30), tmp_path / "whole", progress=lambda *_: told.append(1))
     FeatureCache.of(engine, texts, tmp_path / "whole", kind="mean", progress=lambda *_: told.append(2))
     assert told == [1] * 4 + [2] * 4
 
@@ -116,12 +120,45 @@ def test_fitted_exits_answer_as_the_full_model_which_does_not_move(
 def test_a_head_of_its_own_answers_as_it_was_fitted(fitted: FittedHeads, caches: tuple[FeatureCache, Any]) -> None:
     """The standardised features that it learned from are folded into its weights."""
     held = caches[1]
-    features = torch.from_numpy(held.features.astype(np.float32)).transpose(0, 1)
-    target = torch.from_numpy(np.array(held.logits)).softmax(-1)
-    for head, each, expected in zip(fitted.heads, features, fitted.losses, strict=True):
-        with torch.no_grad():
-            found = head.eval().classify(each)
-        assert float(F.cross_entropy(found, target)) == pytest.approx(expected, rel=1e-3)
+    (batch,) = held.batches(len(held))
+    with torch.no_grad():
+        found = batch.answers(fitted.heads)
+    for each, expected in zip(found, fitted.losses, strict=True):
+        assert float(F.cross_entropy(each, batch.logits.softmax(-1))) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_every_kind_are_fitted_and_answer_in_an_engine_as_they_did(
+    kind: str, trained: Engine, tmp_path: Path
+) -> None:
+    parts = [unlabelled(part).select(range(count)) for part, count in ((TRAIN, 400), (HELDOUT, 100))]
+    seen, held = (FeatureCache.of(trained, part, tmp_path / str(len(part)), kind=kind) for part in parts)
+    fitted = fit_heads(seen, held, trained.model.config, settings=FitSettings(batch_size=32, epochs=4))
+    (batch,) = held.batches(len(held))
+    with torch.no_grad():
+        expected = batch.answers(fitted.heads)
+    target = batch.logits.softmax(-1)
+    guess = float(F.cross_entropy(target.mean(0).log().expand_as(target), target))
+    assert max(fitted.losses) < 0.8 * guess
+    engine = Engine(with_exits(trained.model, fitted), trained.tokenizer, config=trained.config)
+    found = engine.exit_logits(engine.tokenize(parts[1].texts).batch)
+    # Features are kept in half precision.
+    assert torch.allclose(found[:-1], expected, atol=0.02 * float(expected.abs().max()))
+    assert {module.p for module in engine.model.exits.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+
+
+def test_fitting_leaves_torchs_random_numbers_alone(caches: tuple[FeatureCache, FeatureCache], trained: Engine) -> None:
+    before = torch.random.get_rng_state()
+    fit_heads(*caches, trained.model.config, settings=FitSettings(epochs=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_the_disk_cannot_hold_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("geep.distilling.features.shutil.disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match=r"What 'conv' heads read of the texts takes .* GB.*give fewer texts"):
+        FeatureCache.of(make_engine(), Split(random_texts(30)), tmp_path, kind="conv")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fitted_exits_are_kept_with_their_model(trained: Engine, fitted: FittedHeads, tmp_path: Path) -> None:
@@ -144,6 +181,7 @@ def test_a_model_without_exits_gets_some(layers: list[int] | None, tmp_path: Pat
     engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
     texts = Split(random_texts(40))
     cache = FeatureCache.of(engine, texts, tmp_path, exit_layers=layers)
+    assert cache.kind == "conv"
     made = with_exits(model, fit_heads(cache, cache, model.config, settings=FitSettings(epochs=1, batch_size=8)))
     assert made.config.depths == (*(layers or [1, 2]), 4)
     batch = engine.tokenize(texts.texts).batch
@@ -180,10 +218,8 @@ def test_several_labels_are_taught_each_by_itself(caches: tuple[FeatureCache, Fe
 
 def test_what_cannot_be_fitted_is_refused(caches: tuple[FeatureCache, FeatureCache], tmp_path: Path) -> None:
     texts = Split(random_texts(4))
-    with pytest.raises(
-        ValueError, match=r"'attention' cannot be fitted on features; known: \['cls', 'mean', 'mean\+max', 'pair'\]"
-    ):
-        FeatureCache.of(make_engine(), texts, tmp_path, kind="attention")
+    with pytest.raises(ValueError, match=r"Unknown kind of heads 'max'; known: \['attention', 'cls', 'conv'"):
+        FeatureCache.of(make_engine(), texts, tmp_path, kind="max")
     with pytest.raises(ValueError, match="no texts to learn from"):
         FeatureCache.of(make_engine(), Split([]), tmp_path)
     for layers in ([2, 1], [0, 1], [4], [1, 1]):

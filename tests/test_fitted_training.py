@@ -80,7 +80,7 @@ def test_the_full_model_is_the_one_that_was_fine_tuned(
     for name, weight in expected.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
     assert (expected.config.exit_layers, model.config.exit_layers) == ([], [1, 2])
-    assert (model.config.exit_head, model.config.teacher_head) == ("mean+max", "mean")
+    assert (model.config.exit_head, model.config.teacher_head) == ("conv", "mean")
     assert (model.config.text_pairs, AutoTokenizer.from_pretrained(made[0]).model_max_length) == (False, 32)
 
 
@@ -103,7 +103,7 @@ def test_what_was_done_is_noted(made: tuple[Path, TrainResult], plan: DataPlan) 
     assert not (folder / "work").exists()
     assert not (folder / "checkpoints").exists()
     record = Provenance.read(folder)
-    assert record.about["exit_head"] is None  # the default for such texts
+    assert record.about["exit_head"] == "conv"
     assert record.about["fitting"] == asdict(FITTING)
     assert record.result["exit_losses"].keys() == record.result["exit_agreements"].keys() == {"1", "2"}
     again, found = parts_of(folder)
@@ -196,7 +196,7 @@ def test_exits_are_fitted_after_any_recipe(plan: DataPlan, encoder: str, tmp_pat
     assert not (tmp_path / "joint" / "work").exists()
     before, after = (GeepForSequenceClassification.from_pretrained(tmp_path / name) for name in ("joint", "model"))
     assert before.config.exit_layers == after.config.exit_layers == [1, 3]
-    assert (before.config.exit_head, after.config.exit_head, after.config.teacher_head) == ("cls", "mean+max", "cls")
+    assert (before.config.exit_head, after.config.exit_head, after.config.teacher_head) == ("cls", "conv", "cls")
     for name, weight in before.named_parameters():
         if not name.startswith("exits."):
             assert torch.equal(weight, after.get_parameter(name)), name
@@ -225,7 +225,7 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_trained(
 
     refused("recipe 'geep' fits no exits on them; leave them out, or set fit_exits", settings=settings("geep"))
     refused("recipe 'vanilla' fits no exits", settings=settings("vanilla"))
-    refused("'attention' cannot be fitted on features", exit_head="attention")
+    refused("Unknown kind of heads 'max'", exit_head="max")
     refused(r"exit_layers must ascend within 1\.\.3", exit_layers=[4])
     refused(r"exit_layers are \[\] and the encoder has 4 layers", exit_layers=[])
     parts = plan.parts()

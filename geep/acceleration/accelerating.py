@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from geep.acceleration.fitting import WORK, FittedExits, default_exit_head, fit_exits, save_with_exits
+from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_exits
 from geep.acceleration.looking import look_ahead
 from geep.acceleration.prospects import prospects
 from geep.acceleration.record import Acceleration, Pace
@@ -128,7 +128,7 @@ def accelerate(
     promise: Promise = _DEFAULT_PROMISE,
     calibration: Split | None = None,
     exit_layers: Sequence[int] | None = None,
-    head: str | None = None,
+    head: str = "conv",
     settings: FitSettings = _DEFAULT_SETTINGS,
     max_length: int | None = None,
     check_pace: bool = True,
@@ -153,7 +153,7 @@ def accelerate(
         calibration: Rows like those to come, which certify in the place of a fifth of the texts; labelled by the
             classifier's own label ids. Texts that are among them are not learned from.
         exit_layers: Layers with an exit. None: all but the last two.
-        head: Row of `HEADS` that pools. None: `default_exit_head`.
+        head: Row of `HEADS`.
         settings: How heads are fitted; the seed is also that of the division.
         max_length: Longest text in tokens, kept with the tokenizer. None: the classifier's limit.
         check_pace: Whether a certified speed that is slower here than the full model is refused, so that the full model
@@ -210,7 +210,7 @@ def accelerate(
     _warn_of_unknown_words(full, parts.learn)
 
     options: dict[str, Any] = {
-        "head": head or default_exit_head(full),
+        "head": head,
         "exit_layers": exit_layers,
         "settings": settings,
         "progress": progress,

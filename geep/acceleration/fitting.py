@@ -35,11 +35,6 @@ class FittedExits:
     agreements: tuple[float, ...]
 
 
-def default_exit_head(full: Engine) -> str:
-    """Row of `HEADS` for exits of a model: "pair" for pairs whose tokenizer has a separator, else "mean+max"."""
-    return "mean+max" if full.model.config.separator_id is None else "pair"
-
-
 def fit_exits(
     full: Engine,
     learn: Split,
@@ -58,7 +53,7 @@ def fit_exits(
         learn: Texts to learn from.
         choose: Other texts, which say when to stop.
         work: Folder of the features.
-        head: Row of `HEADS` that pools.
+        head: Row of `HEADS`.
         exit_layers: See `FeatureCache.of`.
         settings: How to fit.
         progress: Told the texts whose features are known, and the epochs.

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from geep.acceleration.fitting import WORK, default_exit_head, fit_exits, save_with_exits
+from geep.acceleration.fitting import WORK, fit_exits, save_with_exits
 from geep.data import DataPlan, Parts, fetch_encoder
 from geep.data.splits import subset
 from geep.distilling import FitSettings, check_kind
@@ -36,7 +36,7 @@ def train(
     encoder: str = "all-minilm-l6-v2",
     settings: TrainSettings = _DEFAULT_SETTINGS,
     head: str = "mean",
-    exit_head: str | None = None,
+    exit_head: str = "conv",
     fitting: FitSettings = _DEFAULT_FITTING,
     exit_layers: Sequence[int] | None = None,
     plan: DataPlan | None = None,
@@ -63,7 +63,7 @@ def train(
         encoder: A name in `ENCODERS`, a folder or a hub id.
         settings: How to train; `TrainSettings.fits_exits` says whether exits are fitted.
         head: Row of `HEADS`: the full model's, and that of exits which the recipe trains.
-        exit_head: Row of `HEADS` that pools, of exits that are fitted. None: `default_exit_head`.
+        exit_head: Row of `HEADS`, of exits that are fitted.
         fitting: How exits are fitted.
         exit_layers: Layers with an exit. None: all but the last two.
         plan: Where the parts came from, noted for those who need the same rows again. None: they must have the parts.
@@ -101,8 +101,7 @@ def train(
                 "on them; leave them out, or set fit_exits (--fit-exits)."
             )
         return fine_tune(parts, folder, encoder=source, settings=settings, head=head, **options, **how)
-    if exit_head is not None:
-        check_kind(exit_head)
+    check_kind(exit_head)
     if not len(parts.profile):
         raise ValueError("There are no rows for profiling, which say when to stop fitting exits; hold some out.")
     about = request_of(parts, source, settings, head, **options, exit_head=exit_head, fitting=asdict(fitting))
@@ -121,7 +120,7 @@ def train(
             parts.teaching,
             subset(parts.profile, _MOST_ROWS_TO_CHOOSE_ON, settings.seed),
             work,
-            head=exit_head or default_exit_head(full),
+            head=exit_head,
             exit_layers=exit_layers,
             settings=fitting,
             progress=progress,

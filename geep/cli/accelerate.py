@@ -38,13 +38,7 @@ def accelerate_command(
         str | None,
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),
     ] = None,
-    head: Annotated[
-        str | None,
-        Option(
-            help="Exit classifier: cls, mean, mean+max, pair. Default: mean+max, for pairs pair.",
-            rich_help_panel=opt.TRAINING,
-        ),
-    ] = None,
+    head: Annotated[str, Option(help=f"Exit classifier: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)] = "conv",
     max_length: Annotated[
         int | None,
         Option(

@@ -50,12 +50,8 @@ def train_command(
         ),
     ] = "mean",
     exit_head: Annotated[
-        str | None,
-        Option(
-            help="Classifier of exits that are fitted: cls, mean, mean+max, pair. Default: mean+max, for pairs pair.",
-            rich_help_panel=opt.TRAINING,
-        ),
-    ] = None,
+        str, Option(help=f"Classifier of exits that are fitted: {opt.names('HEADS')}.", rich_help_panel=opt.TRAINING)
+    ] = "conv",
     exit_layers: Annotated[
         str | None,
         Option(help="Layers with an exit, as 1,2,4. Default: all but the last two.", rich_help_panel=opt.TRAINING),

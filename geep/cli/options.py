@@ -18,7 +18,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
     "ENCODERS": ("all-minilm-l6-v2",),
     "RECIPES": ("fitted", "geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
-    "HEADS": ("attention", "cls", "mean", "mean+max", "pair"),
+    "HEADS": ("attention", "cls", "conv", "mean", "mean+max"),
     "PREDICTORS": ("counts", "fitted"),
     "CRITERIA": ("entropy", "confidence", "margin"),
     "BACKENDS": ("packed", "padded", "cuda"),

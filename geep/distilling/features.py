@@ -1,34 +1,70 @@
-"""Features of every depth and the answers of the full model, computed once and kept on disk. Heads are not known here.
+"""What heads read at every depth and the answers of the full model, computed once and kept on disk.
 
-Read `FeatureCache`.
+How heads are fitted is not known here. Read `FeatureCache`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from geep.backends import TokenBatch, token_positions
 from geep.data import Split
 from geep.engine import Engine
 from geep.folder import publish
 from geep.modeling import HEADS, Features, PooledHead
 from geep.progress import Progress, no_progress
+from geep.scheduler import budget_cuts
 
 Integers = NDArray[np.int64]
 
-# Texts between two entries of the journal: some seconds of work are lost by a kill.
-_TEXTS_AT_A_TIME = 1024
+# Tokens between two entries of the journal: some seconds of work are lost by a kill.
+_TOKENS_AT_A_TIME = 32_768
+
+# Batches whose texts are sorted by length, since heads pad: few, so that their order stays a matter of chance.
+_SORTED_TOGETHER = 20
 
 # The largest number of half precision; what lies beyond is cut rather than made infinite.
 _LARGEST = float(torch.finfo(torch.float16).max)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """What heads of one kind read of some texts.
+
+    Attributes:
+        features: At every exit layer, one row for each text where the heads pool, else one for each token of the texts,
+            one text after another: (num_exits, num_rows, width).
+        offsets: Where the rows of each text begin, and the end of the last, (num_texts + 1,).
+        firsts: Tokens of the first text of each pair, (num_texts,); None where none is told apart.
+        logits: Of the full model, (num_texts, num_labels).
+    """
+
+    features: Tensor
+    offsets: Tensor
+    firsts: Tensor | None
+    logits: Tensor
+
+    def answers(self, heads: Sequence[nn.Module]) -> Tensor:
+        """Logits (num_exits, num_texts, num_labels) of the heads of all exit layers."""
+        longest = int(self.offsets.diff().max())
+        found = []
+        for head, features in zip(heads, self.features, strict=True):
+            if isinstance(head, PooledHead):
+                found.append(head.classify(features))
+            else:
+                reader: Any = head
+                found.append(reader.forward_packed(features, self.offsets, longest, self.firsts))
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -40,13 +76,18 @@ class FeatureCache:
     Attributes:
         kind: Row of `HEADS` that reads such features.
         depths: Layers of the exits, ascending, without the full model.
-        features: Half precision, mapped from disk, (num_texts, num_exits, width).
+        features: Half precision, mapped from disk, (num_rows, num_exits, width): features of each text for heads that
+            pool, else hidden states of each token.
+        lengths: Rows of each text, (num_texts,).
+        firsts: Tokens of the first text of each pair, (num_texts,); None where none is told apart.
         logits: Of the full model, float32, mapped from disk, (num_texts, num_labels).
     """
 
     kind: str
     depths: tuple[int, ...]
     features: NDArray[np.float16]
+    lengths: Integers
+    firsts: Integers | None
     logits: NDArray[np.float32]
 
     @classmethod
@@ -56,7 +97,7 @@ class FeatureCache:
         texts: Split,
         folder: str | Path,
         *,
-        kind: str = "mean+max",
+        kind: str = "conv",
         exit_layers: Sequence[int] | None = None,
         what: str = "features of all depths",
         progress: Progress = no_progress,
@@ -68,27 +109,29 @@ class FeatureCache:
             texts: The texts; labels are not read.
             folder: Where the cache is kept: `features.bin`, `logits.bin` and a journal. A cache of other texts, of
                 another model or for another kind of head is written anew.
-            kind: Row of `HEADS` whose features do not depend on what is learned (`PooledHead`).
+            kind: Row of `HEADS`. One that pools takes far less room: a row for each text in the place of one for each
+                token.
             exit_layers: Layers that are to have an exit, ascending. None: those that have one, or where none has, all
                 but the last two, and of two the first.
             what: Name of the work for `progress`.
             progress: Told how many texts are done.
 
         Raises:
-            ValueError: If the kind is unknown or reads tokens, or reads pairs whose separator the model's config does
-                not name; if there is no such exit layer, or there are no texts.
+            ValueError: If the kind is unknown, there is no such exit layer, there are no texts, or there is no room.
             FloatingPointError: If the full model gives a text logits that are not finite.
         """
-        head = _head(engine, kind)
+        reader = _reader(engine, kind)
         last = engine.depths[-1]
         depths = tuple(exit_layers or engine.depths[:-1] or range(1, max(last - 1, 2)))
         if not depths or list(depths) != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] < last:
             raise ValueError(f"exit_layers must ascend within 1..{last - 1}, got {list(depths)}.")
-        if not len(texts):
+        batch = engine.tokenize(texts.inputs).batch
+        if not len(batch.input_ids):
             raise ValueError("There are no texts to learn from; expected some thousands.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        width = head.widths * engine.model.config.hidden_size
+        lengths = np.ones_like(batch.lengths) if reader.is_by_text else batch.lengths
+        ends = np.cumsum(lengths)
         made_of = {
             **engine.identity,
             "kind": kind,
@@ -99,62 +142,91 @@ class FeatureCache:
         }
         journal = folder / "features.json"
         done = _rows_done(journal, made_of)
-        shapes = {"features": (len(texts), len(depths), width), "logits": (len(texts), len(engine.label_names))}
+        shapes = {
+            "features": (int(ends[-1]), len(depths), _width(engine, reader)),
+            "logits": (len(texts), len(engine.label_names)),
+        }
         dtypes = {"features": np.float16, "logits": np.float32}
+        if done == 0:
+            _check_room(folder, shapes["features"], kind)
         maps: dict[str, Any] = {
             name: _mapped(folder / f"{name}.bin", dtypes[name], shape, fresh=done == 0)
             for name, shape in shapes.items()
         }
-        reader = Features(head)
-        for start in range(done, len(texts), _TEXTS_AT_A_TIME):
-            rows = np.arange(start, min(start + _TEXTS_AT_A_TIME, len(texts)))
-            found = _read(engine, texts.select(rows), reader, width, depths)
+        for cut in budget_cuts(batch.lengths[done:], max_tokens=_TOKENS_AT_A_TIME):
+            start, stop = (done + end for end in cut)
+            rows = slice(ends[start] - lengths[start], ends[stop - 1])
+            found = _read(engine, batch.select(np.arange(start, stop)), reader, maps["features"][rows].shape, depths)
             broken = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
             if len(broken):
                 raise FloatingPointError(
                     f"Text {start + broken[0]} has logits that are not finite; heads cannot be taught by such answers. "
                     "Mend the model."
                 )
-            maps["features"][rows], maps["logits"][rows] = found
+            maps["features"][rows], maps["logits"][start:stop] = found
             for each in maps.values():
                 each.flush()
-            done = int(rows[-1]) + 1
-            publish(journal, json.dumps({"made_of": made_of, "rows": done}).encode())
-            progress(what, done, len(texts))
-        return cls(kind, depths, maps["features"], maps["logits"])
+            publish(journal, json.dumps({"made_of": made_of, "rows": stop}).encode())
+            progress(what, stop, len(texts))
+        firsts = None if reader.is_by_text else batch.firsts(engine.model.config.separator_id)
+        return cls(kind, depths, maps["features"], lengths, firsts, maps["logits"])
 
     def __len__(self) -> int:
         return len(self.logits)
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (num_exits, num_rows, width) and logits, a batch at a time; with a generator, shuffled."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for rows in order.split(size):
-            index = rows.numpy() if generator is None else np.sort(rows.numpy())
-            yield torch.from_numpy(self.features[index]).float().transpose(0, 1), torch.from_numpy(self.logits[index])
+    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[FeatureBatch]:
+        """Take `size` texts at a time, in their order; with a generator in any, texts about equally long together."""
+        if generator is None:
+            for texts in torch.arange(len(self)).split(size):
+                yield self._batch(texts.numpy())
+            return
+        cuts: list[Tensor] = []
+        for block in torch.randperm(len(self), generator=generator).split(size * _SORTED_TOGETHER):
+            cuts.extend(block[np.argsort(self.lengths[block], kind="stable")].split(size))
+        for place in torch.randperm(len(cuts), generator=generator).tolist():
+            yield self._batch(np.sort(cuts[place].numpy()))
+
+    def _batch(self, texts: Integers) -> FeatureBatch:
+        rows = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).transpose(0, 1)
+        features = rows.to(torch.float32, memory_format=torch.contiguous_format)
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(self.lengths[texts]))))
+        firsts = None if self.firsts is None else torch.from_numpy(self.firsts[texts])
+        return FeatureBatch(features, offsets, firsts, torch.from_numpy(self.logits[texts]))
 
 
 def check_kind(kind: str) -> None:
-    """Refuse a row of `HEADS` that cannot be fitted on features.
+    """Refuse what is no row of `HEADS`.
 
     Raises:
-        ValueError: If it reads tokens, or there is no such row.
+        ValueError: If it is none.
     """
-    if kind not in HEADS or not issubclass(HEADS[kind], PooledHead):
-        known = sorted(name for name, head in HEADS.items() if issubclass(head, PooledHead))
-        raise ValueError(f"Heads of kind {kind!r} cannot be fitted on features; known: {known}.")
+    if kind not in HEADS:
+        raise ValueError(f"Unknown kind of heads {kind!r}; known: {sorted(HEADS)}.")
 
 
-def _head(engine: Engine, kind: str) -> PooledHead:
+def _reader(engine: Engine, kind: str) -> Features:
     check_kind(kind)
-    head = cast(type[PooledHead], HEADS[kind])
-    if head.reads_pairs and engine.model.config.separator_id is None:
-        raise ValueError(
-            f"Heads of kind {kind!r} tell the texts of a pair apart, found no separator_id in the config; set it "
-            "to the tokenizer's sep_token_id, or take another kind for single texts."
-        )
     with torch.device("meta"):  # what it would learn is not needed
-        return head(engine.model.config)
+        return Features(HEADS[kind](engine.model.config))
+
+
+def _width(engine: Engine, reader: Features) -> int:
+    widths = reader.head.widths if isinstance(reader.head, PooledHead) else 1
+    return widths * int(engine.model.config.hidden_size)
+
+
+def _check_room(folder: Path, shape: tuple[int, ...], kind: str) -> None:
+    """Refuse what the disk cannot hold; in the middle of a write the process would be killed.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    needed, free = int(np.prod(shape)) * np.dtype(np.float16).itemsize, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"What {kind!r} heads read of the texts takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+            f"{folder}; give fewer texts or exit layers, a shorter max_length, or a head that pools (mean+max)."
+        )
 
 
 def _rows_done(journal: Path, made_of: dict[str, Any]) -> int:
@@ -172,19 +244,20 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...], *, fresh: bool) -> N
 
 
 def _read(
-    engine: Engine, texts: Split, reader: Features, width: int, depths: tuple[int, ...]
+    engine: Engine, batch: TokenBatch, reader: Features, shape: tuple[int, ...], depths: tuple[int, ...]
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Features and the full model's logits of some texts."""
-    batch, last = engine.tokenize(texts.inputs).batch, engine.depths[-1]
-    features = np.empty((len(batch), len(depths), width), dtype=np.float16)
+    """Features, in the shape given, and the full model's logits of some texts."""
+    last = engine.depths[-1]
+    features = np.empty(shape, dtype=np.float16)
     logits = np.empty((len(batch), len(engine.label_names)), dtype=np.float32)
     backend = engine.deployment.backend
 
-    def note(live: Any, layer: int, rows: Integers) -> None:
+    def note(live: Any, layer: int, texts: Integers) -> None:
         if layer == last:
-            logits[rows] = backend.exit_logits(live, layer, 0, len(rows)).float().cpu().numpy()
+            logits[texts] = backend.exit_logits(live, layer, 0, len(texts)).float().cpu().numpy()
         else:
-            found = backend.exit_logits(live, layer, 0, len(rows), head=reader)
+            rows = texts if reader.is_by_text else token_positions(batch.lengths, texts)
+            found = backend.exit_logits(live, layer, 0, len(texts), head=reader)
             features[rows, depths.index(layer)] = found.clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
 
     engine.course.visit(batch, note, (*depths, last), what="")

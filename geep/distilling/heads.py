@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geep.distilling.features import FeatureCache
-from geep.modeling import HEADS, GeepConfig, GeepForSequenceClassification, PooledHead, standardise_input
+from geep.distilling.features import FeatureBatch, FeatureCache
+from geep.modeling import HEADS, GeepConfig, GeepForSequenceClassification, standardise_input
 from geep.progress import Progress, no_progress
 
 # Rows that a mean and a deviation are measured on.
-_STANDARDISE_ROWS = 8192
+_STANDARDISE_ROWS = 16384
 
 # Steps that a pass over the features has at least, as long as a step has so many texts.
 _STEPS, _SMALLEST_BATCH = 32, 32
@@ -31,13 +30,13 @@ class FitSettings:
         batch_size: Texts to a step at most: of few texts a step takes fewer, so that heads are not left unfinished.
         learning_rate: Peak rate of AdamW, reached after a tenth of the steps.
         weight_decay: Of all weights.
-        dropout: Between a head's two linear layers.
+        dropout: Before a head's last linear layer.
         patience: Epochs without any depth's improvement after which fitting ends.
         seed: Of initial weights, order and dropout.
     """
 
-    epochs: int = 8
-    batch_size: int = 512
+    epochs: int = 5
+    batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
     dropout: float = 0.2
@@ -71,17 +70,14 @@ class FittedHeads:
 
     kind: str
     depths: tuple[int, ...]
-    heads: tuple[PooledHead, ...]
+    heads: tuple[nn.Module, ...]
     losses: tuple[float, ...]
     epochs: int
 
     @torch.no_grad()
     def logits(self, texts: FeatureCache) -> Tensor:
         """Logits of each exit, the full model's last, (num_exits + 1, num_texts, num_labels); no encoder is run."""
-        found = []
-        for features, full in texts.batches(_STANDARDISE_ROWS):
-            heads = zip(self.heads, features, strict=True)
-            found.append(torch.stack([*(head.train(mode=False).classify(each) for head, each in heads), full]))
+        found = [torch.cat([batch.answers(self.heads), batch.logits[None]]) for batch in texts.batches(1024)]
         return torch.cat(found, dim=1)
 
 
@@ -116,42 +112,53 @@ def fit_heads(
         )
     if not len(seen) or not len(heldout):
         raise ValueError(f"Found {len(seen)} texts to learn from and {len(heldout)} held out, expected some of both.")
-    torch_generator = torch.Generator().manual_seed(settings.seed)
-    first = torch.from_numpy(seen.features[:_STANDARDISE_ROWS]).float().transpose(0, 1)
-    mean, spread = first.mean(1, keepdim=True), first.std(1, keepdim=True, correction=0)
-    # A feature that hardly varies is not blown up.
-    spread = spread.clamp(min=max(0.1 * float(spread.mean()), 1e-6))
-    stack = _Stack.of(first.shape[0], first.shape[2], config.hidden_size, seen.logits.shape[1], torch_generator)
-    optimiser = torch.optim.AdamW(stack.weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return _fitted(seen, heldout, config, settings, multi_label, progress)
+
+
+def _fitted(
+    seen: FeatureCache,
+    heldout: FeatureCache,
+    config: GeepConfig,
+    settings: FitSettings,
+    multi_label: bool,
+    progress: Progress,
+) -> FittedHeads:
+    """Fit heads, with torch's own random numbers."""
+    scale = _Scale.of(seen)
+    heads = [_fresh(seen.kind, config, settings.dropout) for _ in seen.depths]
+    generator = torch.Generator().manual_seed(settings.seed)
+    weights = [weight for head in heads for weight in head.parameters()]
+    optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     size = min(settings.batch_size, max(len(seen) // _STEPS, _SMALLEST_BATCH))
     steps = settings.epochs * -(-len(seen) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
-    best = torch.full((first.shape[0],), torch.inf)
-    kept = [weight.detach().clone() for weight in stack.weights]
+    best = torch.full((len(heads),), torch.inf)
+    kept = [copy.deepcopy(head.state_dict()) for head in heads]
     waited = epoch = 0
     while epoch < settings.epochs and waited < settings.patience:
-        for features, logits in seen.batches(size, generator=torch_generator):
-            found = stack((features - mean) / spread, dropout=settings.dropout, generator=torch_generator)
-            loss = _losses(found, logits, multi_label=multi_label).sum()
+        for batch in seen.batches(size, generator=generator):
+            loss = _losses(scale(batch).answers(heads), batch.logits, multi_label=multi_label).sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
         epoch += 1
-        losses = _heldout_losses(stack, heldout, mean, spread, multi_label=multi_label)
+        losses = _heldout_losses(heads, heldout, scale, multi_label=multi_label)
         better = losses < best
-        for keep, weight in zip(kept, stack.weights, strict=True):
-            keep[better] = weight.detach()[better]
+        for place in torch.nonzero(better)[:, 0].tolist():
+            kept[place] = copy.deepcopy(heads[place].state_dict())
         waited = 0 if bool((losses < best - 1e-4).any()) else waited + 1
         best = torch.minimum(best, losses)
         progress("heads of all depths", epoch, settings.epochs)
-    heads = tuple(
-        _head(seen.kind, config, [keep[number] for keep in kept], mean[number, 0], spread[number, 0])
-        for number in range(len(best))
-    )
-    return FittedHeads(seen.kind, seen.depths, heads, tuple(best.tolist()), epoch)
+    for place, head in enumerate(heads):
+        head.load_state_dict(kept[place])
+        _set_dropout(head, config.classifier_dropout)
+        standardise_input(head, scale.mean[place, 0], scale.spread[place, 0])
+    return FittedHeads(seen.kind, seen.depths, tuple(head.eval() for head in heads), tuple(best.tolist()), epoch)
 
 
 def with_exits(model: GeepForSequenceClassification, fitted: FittedHeads) -> GeepForSequenceClassification:
@@ -173,25 +180,37 @@ def with_exits(model: GeepForSequenceClassification, fitted: FittedHeads) -> Gee
 
 
 @dataclass(frozen=True, eq=False)
-class _Stack:
-    """Heads of all depths as one batch of products: linear, tanh, dropout, linear."""
+class _Scale:
+    """Mean and deviation of what is read at each exit layer, both (num_exits, 1, width)."""
 
-    weights: Sequence[Tensor]
+    mean: Tensor
+    spread: Tensor
 
     @classmethod
-    def of(cls, count: int, width: int, hidden: int, num_labels: int, generator: torch.Generator) -> _Stack:
-        shapes = ((count, width, hidden), (count, 1, hidden), (count, hidden, num_labels), (count, 1, num_labels))
-        scales = (width**-0.5, 0.0, 0.02, 0.0)
-        weights = [torch.randn(shape, generator=generator) * scale for shape, scale in zip(shapes, scales, strict=True)]
-        return cls([weight.requires_grad_() for weight in weights])
+    def of(cls, cache: FeatureCache) -> _Scale:
+        first = torch.from_numpy(cache.features[:_STANDARDISE_ROWS]).float().transpose(0, 1)
+        spread = first.std(1, keepdim=True, correction=0)
+        # A feature that hardly varies is not blown up.
+        return cls(first.mean(1, keepdim=True), spread.clamp(min=max(0.1 * float(spread.mean()), 1e-6)))
 
-    def __call__(self, features: Tensor, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (num_exits, num_rows, num_labels) of standardised features (num_exits, num_rows, width)."""
-        first, bias, second, last = self.weights
-        hidden = torch.tanh(torch.baddbmm(bias, features, first))
-        if dropout:
-            hidden = hidden * (torch.rand(hidden.shape, generator=generator) >= dropout) / (1 - dropout)
-        return torch.baddbmm(last, hidden, second)
+    def __call__(self, batch: FeatureBatch) -> FeatureBatch:
+        """Standardise what heads read."""
+        return replace(batch, features=(batch.features - self.mean) / self.spread)
+
+
+def _fresh(kind: str, config: GeepConfig, dropout: float) -> nn.Module:
+    head = HEADS[kind](config)
+    last: nn.Linear = head.get_submodule("out")  # type: ignore[assignment]
+    nn.init.normal_(last.weight, std=config.initializer_range)
+    nn.init.zeros_(last.bias)
+    _set_dropout(head, dropout)
+    return head
+
+
+def _set_dropout(head: nn.Module, share: float) -> None:
+    for module in head.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
 
 
 def _losses(found: Tensor, logits: Tensor, *, multi_label: bool) -> Tensor:
@@ -203,23 +222,12 @@ def _losses(found: Tensor, logits: Tensor, *, multi_label: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _heldout_losses(stack: _Stack, heldout: FeatureCache, mean: Tensor, spread: Tensor, *, multi_label: bool) -> Tensor:
-    total = torch.zeros(len(mean))
-    for features, logits in heldout.batches(2048):
-        found = stack((features - mean) / spread)
-        total += _losses(found, logits, multi_label=multi_label) * len(logits)
+def _heldout_losses(heads: Sequence[nn.Module], heldout: FeatureCache, scale: _Scale, *, multi_label: bool) -> Tensor:
+    total = torch.zeros(len(heads))
+    for head in heads:
+        head.eval()
+    for batch in heldout.batches(1024):
+        total += _losses(scale(batch).answers(heads), batch.logits, multi_label=multi_label) * len(batch.logits)
+    for head in heads:
+        head.train()
     return total / len(heldout)
-
-
-def _head(kind: str, config: GeepConfig, weights: list[Tensor], mean: Tensor, spread: Tensor) -> PooledHead:
-    """A head of its own, which standardises its input by itself."""
-    head = cast(PooledHead, HEADS[kind](config))
-    with torch.no_grad():
-        for place, value in zip(
-            (head.dense.weight, head.dense.bias, head.out.weight, head.out.bias),
-            (weights[0].T, weights[1][0], weights[2].T, weights[3][0]),
-            strict=True,
-        ):
-            place.copy_(value)
-    standardise_input(head, mean, spread)
-    return head

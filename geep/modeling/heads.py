@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -20,6 +19,7 @@ class HeadConfig(Protocol):
 
     exit_hidden_size: int
     classifier_dropout: float | int
+    separator_id: int | None
 
     @property
     def num_labels(self) -> int | None:
@@ -46,20 +46,21 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.where(inside.any(1), most, 0.0)
 
 
-def _mean_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
-    """Mean (num_texts, hidden) of packed texts, which begin at `offsets` and end where the next does; or of parts."""
-    tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
-    return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
+def _mean_and_max(hidden: Tensor, mask: Tensor) -> Tensor:
+    return torch.cat([_mean(hidden, mask), _max(hidden, mask)], dim=1)
 
 
-def _max_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
-    """As `_mean_packed`, the maximum."""
-    lengths = offsets.diff()
-    text = torch.arange(len(lengths), device=hidden.device)
-    text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
-    most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
-    most = most.scatter_reduce(0, text, hidden, "amax")
-    return torch.where((lengths > 0)[:, None], most, 0.0)
+def _padded(hidden: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Packed texts padded with zeros, (num_texts, seq_len, hidden), and a mask of the tokens, (num_texts, seq_len)."""
+    # Where no text has a token there is one column all the same: attention over none is undefined.
+    column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
+    mask = column < offsets.diff()[:, None]
+    if not hidden.shape[0]:
+        hidden = hidden.new_zeros(1, hidden.shape[1])
+    # Gathered by position, for a boolean index would wait for the device to count.
+    token = (offsets[:-1, None] + column).clamp_(max=hidden.shape[0] - 1)
+    padded = hidden.index_select(0, token.flatten()).view(*mask.shape, -1)
+    return torch.where(mask[..., None], padded, 0.0), mask
 
 
 class PooledHead(nn.Module):
@@ -70,8 +71,6 @@ class PooledHead(nn.Module):
 
     # Whether nothing but a text's first token is read: its last layer then needs no other row.
     reads_first_token_only: ClassVar[bool] = False
-    # Whether it matters which text of a pair a token stands in.
-    reads_pairs: ClassVar[bool] = False
     # Features of a text, in widths of the encoder's hidden states.
     widths: ClassVar[int] = 1
 
@@ -91,11 +90,11 @@ class PooledHead(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.out = nn.Linear(hidden, config.num_labels or 0)
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Features (batch, widths * hidden) of padded hidden states; arguments as `forward`."""
         raise NotImplementedError
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Features (num_texts, widths * hidden) of packed texts; arguments as `forward_packed`."""
         raise NotImplementedError
 
@@ -110,9 +109,9 @@ class PooledHead(nn.Module):
             hidden: Hidden states, (batch, seq_len, hidden).
             attention_mask: 1 for tokens, 0 for padding, (batch, seq_len).
             firsts: Tokens of the first text of each pair, (batch,), as `first_lengths` counts; the others are of the
-                second. None: no text has a second one. Read where the head `reads_pairs`.
+                second. None: no text has a second one. Read by heads that tell the two apart.
         """
-        return self.classify(self.pool(hidden, attention_mask, firsts))
+        return self.classify(self.pool(hidden, attention_mask))
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
@@ -123,7 +122,7 @@ class PooledHead(nn.Module):
             longest: Tokens of the longest text.
             firsts: As for `forward`, (num_texts,).
         """
-        return self.classify(self.pool_packed(hidden, offsets, longest, firsts))
+        return self.classify(self.pool_packed(hidden, offsets, longest))
 
 
 class ClsHead(PooledHead):
@@ -131,11 +130,11 @@ class ClsHead(PooledHead):
 
     reads_first_token_only: ClassVar[bool] = True
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """The first token's hidden state."""
         return first_token(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """The first token's hidden state."""
         if not hidden.shape[0]:
             return hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1])
@@ -147,13 +146,14 @@ class ClsHead(PooledHead):
 class MeanHead(PooledHead):
     """Masked mean of the tokens -> the same two linears; for sentence encoders, whose inner [CLS] carries little."""
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean of the tokens; zero where there is none."""
         return _mean(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Mean of the tokens; zero where there is none."""
-        return _mean_packed(hidden, offsets)
+        tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
+        return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
 
 
 class MeanMaxHead(MeanHead):
@@ -161,64 +161,96 @@ class MeanMaxHead(MeanHead):
 
     widths: ClassVar[int] = 2
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean and maximum of the tokens, side by side; zero where there is none."""
-        return torch.cat([_mean(hidden, attention_mask), _max(hidden, attention_mask)], dim=1)
+        return _mean_and_max(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
         """Mean and maximum of the tokens, side by side; zero where there is none."""
-        return torch.cat([_mean_packed(hidden, offsets), _max_packed(hidden, offsets)], dim=1)
+        lengths = offsets.diff()
+        text = torch.arange(len(lengths), device=hidden.device)
+        text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
+        most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
+        most = most.scatter_reduce(0, text, hidden, "amax")
+        most = torch.where((lengths > 0)[:, None], most, 0.0)
+        return torch.cat([super().pool_packed(hidden, offsets, longest), most], dim=1)
 
 
-class PairHead(PooledHead):
-    """What each text of a pair says, and in what they differ -> linear + tanh -> linear.
+class ConvHead(nn.Module):
+    """Each token narrowed, a convolution over its neighbours, mean and maximum -> linear + tanh -> linear (Kim 2014).
 
-    Of either text mean and maximum; of the two means the size of the difference and the product, in each channel. A
-    single text is a pair whose second text is empty, all of whose features are zero.
+    It sees phrases, which a mean of hidden states has lost, and what it learns stands before the pooling. Where the
+    config names a separator, the two texts of a pair are pooled apart and compared; the second of a single text is
+    empty, and its features zero.
     """
 
-    reads_pairs: ClassVar[bool] = True
-    widths: ClassVar[int] = 6
+    channels: ClassVar[int] = 64
+    width: ClassVar[int] = 5
+    reads_first_token_only: ClassVar[bool] = False
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
-        """Features of both texts; arguments as `forward`."""
-        mask = attention_mask.bool()
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        size = self.channels
+        self.tells_texts_apart = config.separator_id is not None
+        self.narrow = nn.Linear(config.hidden_size, size)
+        self.convolution = nn.Linear(self.width * size, size)
+        self.dense = nn.Linear((8 if self.tells_texts_apart else 2) * size, 4 * size)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out = nn.Linear(4 * size, config.num_labels or 0)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
+        """Map padded hidden states to logits; arguments as `PooledHead.forward`."""
+        return self._answer(self._narrowed(hidden), attention_mask.bool(), firsts)
+
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+        """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
+        return self._answer(*_padded(self._narrowed(hidden), offsets, longest), firsts)
+
+    def _narrowed(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.narrow(hidden))
+
+    def _answer(self, tokens: Tensor, mask: Tensor, firsts: Tensor | None) -> Tensor:
+        """Logits of narrowed tokens (batch, seq_len, channels)."""
+        tokens = torch.where(mask[..., None], tokens, 0.0)
+        reach = self.width // 2
+        near = F.pad(tokens, (0, 0, reach, reach)).unfold(1, self.width, 1)  # (batch, seq_len, channels, width)
+        tokens = tokens + F.gelu(self.convolution(near.flatten(2)))
+        features = self._pair(tokens, mask, firsts) if self.tells_texts_apart else _mean_and_max(tokens, mask)
+        return self.out(self.dropout(torch.tanh(self.dense(features))))
+
+    def _pair(self, tokens: Tensor, mask: Tensor, firsts: Tensor | None) -> Tensor:
+        """Features of both texts, the size of their difference, and their product."""
         place = mask.cumsum(1)  # from 1, wherever the padding is
         border = place[:, -1:] if firsts is None else firsts[:, None]
-        parts = (mask & (place <= border), mask & (place > border))
-        return _compared([_mean(hidden, part) for part in parts], [_max(hidden, part) for part in parts])
-
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
-        """Features of both texts; arguments as `forward_packed`."""
-        starts, ends = offsets[:-1], offsets[1:]
-        seconds = ends if firsts is None else starts + firsts.to(offsets.dtype)
-        borders = torch.cat([torch.stack([starts, seconds], 1).flatten(), offsets[-1:]])
-        mean, most = (
-            part.view(len(starts), 2, -1).unbind(1)
-            for part in (_mean_packed(hidden, borders), _max_packed(hidden, borders))
-        )
-        return _compared(mean, most)
-
-
-def _compared(mean: Sequence[Tensor], most: Sequence[Tensor]) -> Tensor:
-    """Features (num_texts, 6 * hidden) of mean and maximum, each (num_texts, hidden), of first and second texts."""
-    return torch.cat([*mean, (mean[0] - mean[1]).abs(), mean[0] * mean[1], *most], dim=1)
+        first = _mean_and_max(tokens, mask & (place <= border))
+        second = _mean_and_max(tokens, mask & (place > border))
+        return torch.cat([first, second, (first - second).abs(), first * second], dim=1)
 
 
 class Features(nn.Module):
-    """The features of a head in the place of its logits: what a backend reads where a head is to be fitted later."""
+    """What a head reads, in the place of its logits: what a backend gives where a head is to be fitted later.
 
-    def __init__(self, head: PooledHead) -> None:
+    Of a head that pools its features, one row for each text; of any other the hidden states, one for each token.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
+    @property
+    def is_by_text(self) -> bool:
+        """Whether there is one row for each text, or one for each token."""
+        return isinstance(self.head, PooledHead)
+
     def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
-        """As `PooledHead.pool`."""
-        return self.head.pool(hidden, attention_mask, firsts)
+        """Rows of padded texts, one text after another; arguments as `PooledHead.forward`."""
+        if isinstance(self.head, PooledHead):
+            return self.head.pool(hidden, attention_mask)
+        return hidden[attention_mask.bool()]
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
-        """As `PooledHead.pool_packed`."""
-        return self.head.pool_packed(hidden, offsets, longest, firsts)
+        """Rows of packed texts; arguments as `PooledHead.forward_packed`."""
+        return self.head.pool_packed(hidden, offsets, longest) if isinstance(self.head, PooledHead) else hidden
 
 
 class AttentionHead(nn.Module):
@@ -257,15 +289,7 @@ class AttentionHead(nn.Module):
 
     def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
         """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
-        # Where no text has a token there is one column all the same: attention over none is undefined.
-        column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
-        mask = column < offsets.diff()[:, None]
-        if not hidden.shape[0]:
-            hidden = hidden.new_zeros(1, hidden.shape[1])
-        # Gathered by position, for a boolean index would wait for the device to count.
-        token = (offsets[:-1, None] + column).clamp_(max=hidden.shape[0] - 1)
-        padded = hidden.index_select(0, token.flatten()).view(*mask.shape, -1)
-        return self(torch.where(mask[..., None], padded, 0.0), mask)
+        return self(*_padded(hidden, offsets, longest))
 
 
 def standardise_input(head: nn.Module, mean: Tensor, std: Tensor) -> None:
@@ -294,7 +318,7 @@ def first_linear(head: nn.Module) -> nn.Linear:
 HEADS: dict[str, type[nn.Module]] = {
     "attention": AttentionHead,
     "cls": ClsHead,
+    "conv": ConvHead,
     "mean": MeanHead,
     "mean+max": MeanMaxHead,
-    "pair": PairHead,
 }

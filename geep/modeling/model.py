@@ -47,7 +47,8 @@ class GeepConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the heads' initial weights.
         text_pairs: Whether the model has learned pairs of texts, or single ones; the other kind is then refused where
             it is used. None: not known.
-        separator_id: Token id that ends the first text of a pair, for heads that tell the two apart.
+        separator_id: Token id that ends the first text of a pair, for heads that tell the two apart. None: texts are
+            single, or are read as if they were.
     """
 
     model_type = "geep"
@@ -85,11 +86,6 @@ class GeepConfig(PreTrainedConfig):
             kind = getattr(self, name)
             if kind not in HEADS and not (kind is None and name == "teacher_head"):
                 raise ValueError(f"Unknown {name} {kind!r}; known: {sorted(HEADS)}.")
-            if self.separator_id is None and _reads_pairs(kind):
-                raise ValueError(
-                    f"{name} {kind!r} tells the texts of a pair apart and found no separator_id, the id that the "
-                    "tokenizer puts between them; give its sep_token_id, or take another head for single texts."
-                )
         if self.teacher_activation not in ACT2FN:
             raise ValueError(f"Unknown teacher_activation {self.teacher_activation!r}; known: {sorted(ACT2FN)}.")
         is_usual = (self.teacher_activation, self.teacher_norm_eps) == ("tanh", None)
@@ -121,11 +117,6 @@ class GeepConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the encoder's config, where Hugging Face looks for vocabulary and position limits."""
         return self.encoder_config  # type: ignore[return-value]
-
-
-def _reads_pairs(kind: str | None) -> bool:
-    head = None if kind is None else HEADS[kind]
-    return head is not None and issubclass(head, PooledHead) and head.reads_pairs
 
 
 def _check_labels(names: Any, num_labels: int | None) -> None:

@@ -1,7 +1,8 @@
-"""The head that tells the texts of a pair apart: ids say where they meet, and plain loops what its features are."""
+"""The head that reads phrases and tells the texts of a pair apart: ids say where they meet, plain loops its logits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import torch
 from conftest import CLS, PAD, SEP, make_engine, make_model, make_tokenizer, random_texts
 from hypothesis import given, strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from geep.backends import TokenBatch
 from geep.data import Split
 from geep.distilling import FeatureCache, FitSettings, fit_heads, with_exits
 from geep.engine import Engine, EngineConfig
-from geep.modeling import GeepConfig, PairHead, first_lengths, first_lengths_packed
+from geep.modeling import ConvHead, GeepConfig, first_lengths, first_lengths_packed
 
 PAIRS = list(zip(random_texts(24, seed=1), random_texts(24, seed=2), strict=True))
 
 
-HEAD = PairHead(GeepConfig(encoder_config={"model_type": "bert", "hidden_size": 32}, separator_id=SEP))
+CONFIG = {"encoder_config": {"model_type": "bert", "hidden_size": 32}, "num_labels": 3}
+HEADS_OF = {separator: ConvHead(GeepConfig(**CONFIG, separator_id=separator)).eval() for separator in (None, SEP)}
 
 
 def padded(texts: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
@@ -49,39 +52,58 @@ def test_padding_with_the_separator_ends_no_text() -> None:
     assert first_lengths(ids, mask, SEP).tolist() == [3]
 
 
-def by_hand(tokens: Tensor, first: int) -> Tensor:
-    """Features of one text, (6 * hidden,)."""
-    nothing = torch.zeros(tokens.shape[1])
-    parts = [part if len(part) else nothing[None] for part in (tokens[:first], tokens[first:])]
-    mean, most = [part.mean(0) for part in parts], [part.amax(0) for part in parts]
-    return torch.cat([*mean, (mean[0] - mean[1]).abs(), mean[0] * mean[1], *most])
+def by_hand(head: ConvHead, tokens: Tensor, first: int) -> Tensor:
+    """Logits of one text, a token and a neighbour at a time."""
+    narrow = [F.gelu(head.narrow(token)) for token in tokens]
+    weight = head.convolution.weight.view(64, 64, 5)
+    read = []
+    for place, token in enumerate(narrow):
+        found = head.convolution.bias.clone()
+        for step in range(5):
+            if 0 <= place + step - 2 < len(narrow):
+                found += weight[:, :, step] @ narrow[place + step - 2]
+        read.append(token + F.gelu(found))
+    parts = [read] if head.dense.in_features == 128 else [read[:first], read[first:]]
+    pooled = [
+        torch.cat([torch.stack(part).mean(0), torch.stack(part).amax(0)]) if part else torch.zeros(128)
+        for part in parts
+    ]
+    if len(pooled) == 2:
+        one, other = pooled
+        pooled = [one, other, (one - other).abs(), one * other]
+    return head.out(torch.tanh(head.dense(torch.cat(pooled))))  # type: ignore[no-any-return]
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=5),
     st.sampled_from(["left", "right"]),
     st.booleans(),
+    st.sampled_from([None, SEP]),
 )
-def test_features_are_those_of_plain_loops(sizes: list[tuple[int, int]], side: str, single: bool) -> None:
+@torch.no_grad()
+def test_logits_are_those_of_plain_loops(
+    sizes: list[tuple[int, int]], side: str, single: bool, separator: int | None
+) -> None:
+    head = HEADS_OF[separator]
     texts = [torch.randn(sum(size), 32) for size in sizes]
     firsts = torch.tensor([sum(size) if single else size[0] for size in sizes])
-    expected = torch.stack([by_hand(text, first) for text, first in zip(texts, firsts.tolist(), strict=True)])
+    expected = torch.stack([by_hand(head, text, first) for text, first in zip(texts, firsts.tolist(), strict=True)])
     _, mask = padded([[0] * len(text) for text in texts], side)
     hidden = torch.randn(*mask.shape, 32)
     hidden[mask.bool()] = torch.cat(texts)
     given_firsts = None if single else firsts
-    assert torch.allclose(HEAD.pool(hidden, mask, given_firsts), expected, atol=1e-5)
+    assert torch.allclose(head(hidden, mask, given_firsts), expected, atol=1e-5)
     lengths = torch.tensor([len(text) for text in texts])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     for kind in (torch.int64, torch.int32):  # on a GPU places are 32 bits wide
         where = None if given_firsts is None else given_firsts.to(kind)
-        found = HEAD.pool_packed(torch.cat(texts), offsets.to(kind), int(lengths.max()), where)
+        found = head.forward_packed(torch.cat(texts), offsets.to(kind), int(lengths.max()), where)
         assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["packed", "padded", "cuda"])
 def test_an_engine_answers_pairs_as_the_model_does(backend: str) -> None:
-    model = make_model(head="pair")
+    model = make_model(head="conv", separator_id=SEP)
     engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu", backend="packed"))
     texts: list[Any] = [*PAIRS, "w1 w2", ("w3", ""), ("", "w3"), ("", ""), ("w1 [SEP] w2", "w3")]
     # In lists, for a single empty second text would count as none.
@@ -98,7 +120,7 @@ def test_an_engine_answers_pairs_as_the_model_does(backend: str) -> None:
 
 
 def test_a_border_is_kept_with_the_model(tmp_path: Path) -> None:
-    model = make_model(head="pair")
+    model = make_model(head="conv", separator_id=SEP)
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.config.separator_id == SEP
@@ -108,15 +130,6 @@ def test_a_border_is_kept_with_the_model(tmp_path: Path) -> None:
         assert torch.allclose(again(**inputs).logits, logits, atol=1e-5)
         again.config.separator_id = CLS  # then all but the first token is the second text
         assert not torch.allclose(again(**inputs).logits, logits, atol=1e-3)
-
-
-@pytest.mark.parametrize("place", ["exit_head", "teacher_head"])
-def test_without_a_separator_no_head_tells_texts_apart(place: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{place} 'pair' tells the texts of a pair apart and found no separator_id"):
-        GeepConfig(**{place: "pair"})
-    engine = Engine(make_model(), make_tokenizer(), config=EngineConfig(device="cpu"))
-    with pytest.raises(ValueError, match="found no separator_id in the config"):
-        FeatureCache.of(engine, Split(["w1"], ["w2"]), tmp_path, kind="pair")
 
 
 def test_a_relation_between_the_texts_is_learned_that_their_words_do_not_tell(tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_a_relation_between_the_texts_is_learned_that_their_words_do_not_tell(tm
     parts = [rows(count) for count in (600, 200)]
     same = [torch.tensor([a == b for a, b in zip(part.texts, part.text_pairs or (), strict=True)]) for part in parts]
     losses = {}
-    for kind in ("mean+max", "pair"):
+    for kind in ("mean+max", "conv"):
         model = make_model(num_labels=2)
         model.config.separator_id = SEP
         engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
@@ -142,11 +155,11 @@ def test_a_relation_between_the_texts_is_learned_that_their_words_do_not_tell(tm
         ]
         # The full model is made to know the answer; heads are to come near to it.
         taught = [
-            FeatureCache(kind, each.depths, each.features, (torch.eye(2)[label.long()] * 8 - 4).numpy())
+            replace(each, logits=(torch.eye(2)[label.long()] * 8 - 4).numpy())
             for each, label in zip(caches, same, strict=True)
         ]
         fitted = fit_heads(*taught, model.config, settings=FitSettings(batch_size=32, epochs=12))
         losses[kind] = fitted.losses[0]
         exits = with_exits(model, fitted)
         assert (exits.config.exit_head, exits.config.separator_id) == (kind, SEP)
-    assert losses["pair"] < 0.5 * losses["mean+max"]
+    assert losses["conv"] < 0.5 * losses["mean+max"]
