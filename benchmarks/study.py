@@ -50,7 +50,7 @@ class Study:
 
 
 STUDY: dict[str, Study] = {
-    "sst2": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4, unlabelled=True),
+    "sst2": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
     "trec": Study(epochs=3, max_length=64, max_train=None, holdout=0.4),
     "ag_news": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
     "thucnews": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
