@@ -55,13 +55,13 @@ def test_padding_with_the_separator_ends_no_text() -> None:
 def by_hand(head: ConvHead, tokens: Tensor, first: int) -> Tensor:
     """Logits of one text, a token and a neighbour at a time."""
     narrow = [F.gelu(head.narrow(token)) for token in tokens]
-    weight = head.convolution.weight.view(64, 5, 64)
+    weight = head.convolution.weight.view(64, 64, 5)
     read = []
     for place, token in enumerate(narrow):
         found = head.convolution.bias.clone()
         for step in range(5):
             if 0 <= place + step - 2 < len(narrow):
-                found += weight[:, step] @ narrow[place + step - 2]
+                found += weight[:, :, step] @ narrow[place + step - 2]
         read.append(token + F.gelu(found))
     parts = [read] if head.dense.in_features == 128 else [read[:first], read[first:]]
     pooled = [
