@@ -99,9 +99,9 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
     engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
     if test is None:
         raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
-    splits = {"train": parts.train, "profile": parts.profile, "calibration": parts.calibration, "test": test}
+    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}
     runs = runs_of(engine, splits, cache)
-    found = profile(engine, runs["train"], runs["profile"])
+    found = profile(engine, runs["teaching"], runs["profile"])
     for promise_name, promise in PROMISES.items():
         for part_name, part in PARTS.items():
             settings = certified(found.engine, runs["profile"], runs["calibration"], promise, part)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from report_exits import exits_parts
 from tables import describe, let_go, of_kind, percent, read, table, times
 
 Line = dict[str, Any]
@@ -34,6 +35,7 @@ def more_parts(results: Path) -> list[str]:
         parts += ["## Hash table", *(part for path in on_cpu for part in hash_table_part(read(path)))]
     if predictions := sorted(results.glob("prediction*.jsonl")):
         parts += ["## Prediction of exit layers", *(part for path in predictions for part in plain_tables(read(path)))]
+    parts += exits_parts(results)
     parts.append("## On a GPU")
     parts += [
         *(part for path in gpu for part in plain_tables(read(path))),

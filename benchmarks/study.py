@@ -34,23 +34,27 @@ class Study:
         epochs: Passes over the rows.
         max_length: Longest text in tokens.
         max_train: Rows trained on; None: all.
-        holdout: Share of the rows held out where there is no development split.
+        holdout: Share of the rows held out where there is no large development split. None: the command's.
+        batch_size: Texts to a step.
+        learning_rate: Peak rate; None: the command's.
         unlabelled: Whether exits are fitted on the other training rows, too, whose labels are not read.
     """
 
     epochs: float
     max_length: int
     max_train: int | None
-    holdout: float = 0.2
+    holdout: float | None = None
+    batch_size: int = 32
+    learning_rate: float | None = None
     unlabelled: bool = False
 
 
 STUDY: dict[str, Study] = {
-    "sst2": Study(epochs=2, max_length=64, max_train=6000, unlabelled=True),
+    "sst2": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
     "trec": Study(epochs=3, max_length=64, max_train=None, holdout=0.4),
-    "ag_news": Study(epochs=2, max_length=96, max_train=5000),
-    "thucnews": Study(epochs=2, max_length=64, max_train=8000),
-    "lcqmc": Study(epochs=2, max_length=64, max_train=None),
+    "ag_news": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
+    "thucnews": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
+    "lcqmc": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
 }
 
 # The promise, in points.
@@ -78,11 +82,15 @@ def main() -> None:
 def train(name: str, study: Study, folder: Path, args: argparse.Namespace) -> None:
     """Train, unless the folder holds this very training already."""
     limit = [] if study.max_train is None else ["--max-train", str(study.max_train)]
+    if study.holdout is not None:
+        limit += ["--holdout", str(study.holdout)]
+    if study.learning_rate is not None:
+        limit += ["--learning-rate", str(study.learning_rate)]
     if study.unlabelled:
         limit += ["--unlabelled", str(next((args.data_dir / name).glob("train.*")))]
     _geep(
         *("train", name, "--data-dir", str(args.data_dir), "--model", args.model, "--output", str(folder)),
-        *("--epochs", str(study.epochs), "--max-length", str(study.max_length), "--holdout", str(study.holdout)),
+        *("--epochs", str(study.epochs), "--max-length", str(study.max_length), "--batch-size", str(study.batch_size)),
         *(*limit, "--bf16", "--no-calibrate"),
     )
 

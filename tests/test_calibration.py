@@ -32,6 +32,7 @@ from geep.calibration import (
     Outcomes,
     ProfileResult,
     calibrate,
+    choose,
     layer_quality,
     learn_settings,
     profile,
@@ -44,7 +45,7 @@ from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.exits import AGREEMENT, CRITERIA, AgreementScore, ExitProfile, OnMiss, follow
 from geep.folder import CalibrationFile
 from geep.predictor import PREDICTORS
-from geep.promise import ConstantModelError, Promise, TooFewTextsError, Walk, walk
+from geep.promise import ConstantModelError, Promise, TooFewTextsError, Trial, Walk, walk
 from geep.scheduler import CostModel
 
 PROMISES = {"drop": Promise(max_accuracy_drop=0.02), "agreement": Promise(min_agreement=0.98)}
@@ -108,6 +109,24 @@ def test_a_promise_about_agreement_leaves_the_full_models_answer_alone(profiled:
     }
     assert all(last not in settings.fusing for kind, settings in kept.items() if kind != "drop")
     assert kept["drop"].fusing
+
+
+def test_what_merely_looks_good_gives_way_to_what_can_be_certified(
+    profiled: ProfileResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused last answers change some texts at every speed: too many for few rows, however few layers they need."""
+    promise, honest = Promise(min_agreement=0.98), Outcomes.trial
+
+    def doubtful(outcomes: Outcomes, settings: ExitSettings, promise: Promise) -> Trial:
+        trial = honest(outcomes, settings, promise)
+        if settings.criterion != "margin":
+            return trial
+        return replace(trial, passed=False, risk=0.0, bound=0.03, mean_exit_layer=0.0)
+
+    monkeypatch.setattr(Outcomes, "trial", doubtful)
+    chosen = choose(Outcomes(profiled.engine, profiled.heldout), promise.halved())
+    assert chosen.settings.criterion != "margin"
+    assert chosen.is_certain
 
 
 def test_settings_that_fuse_nothing_stay_so(profiled: ProfileResult) -> None:

@@ -817,7 +817,7 @@ def test_a_plan_of_an_older_folder_lacks_what_came_later() -> None:
         "label_column": "label",
     }
     assert DataPlan(**words) == DataPlan("x")  # type: ignore[arg-type]
-    assert set(asdict(DataPlan("x"))) == {*words, "seed", "quoting"}
+    assert set(asdict(DataPlan("x"))) == {*words, "seed", "quoting", "unlabelled"}
 
 
 def test_parts_know_whether_rows_have_several_labels(tmp_path: Path) -> None:

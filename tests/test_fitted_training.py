@@ -275,6 +275,10 @@ def test_texts_that_have_another_use_are_no_further_texts(
     assert not set(own) & set(parts.unlabelled.texts)
     assert len(set(parts.unlabelled.texts)) == len(parts.unlabelled)
     assert parts.learned == (parts.train, parts.profile, parts.unlabelled)
+    # What has labels and what has none teach together, by the full model's answers.
+    assert list(parts.teaching.texts) == [*parts.train.texts, *parts.unlabelled.texts]
+    assert parts.teaching.labels is None
+    assert replace(parts, unlabelled=None).teaching is parts.train
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl", 100, seed=0)
     test = write_rows(tmp_path / "set" / "test.jsonl", 60, seed=5)

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from geep.acceleration.fitting import WORK, fit_exits, save_with_exits
-from geep.data import DataPlan, Parts, Split, fetch_encoder
+from geep.data import DataPlan, Parts, fetch_encoder
 from geep.data.splits import subset
 from geep.distilling import FitSettings, check_kind
 from geep.engine import Engine
@@ -117,7 +117,7 @@ def train(
         full = Engine.from_pretrained(work / _FINE_TUNED, exits=False, device=device, dtype="float32")
         fitted = fit_exits(
             full,
-            _texts(parts),
+            parts.teaching,
             subset(parts.profile, _MOST_ROWS_TO_CHOOSE_ON, settings.seed),
             work,
             head=exit_head,
@@ -139,9 +139,3 @@ def train(
         shutil.rmtree(work)
     processes.wait_for_everyone()
     return result_of(Provenance.read(folder), was_finished=False)
-
-
-def _texts(parts: Parts) -> Split:
-    """All texts that exits are fitted on: those trained on, and those without labels."""
-    texts = Split(parts.train.texts, parts.train.text_pairs)
-    return texts if parts.unlabelled is None else texts.join(parts.unlabelled)

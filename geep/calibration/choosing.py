@@ -38,11 +38,22 @@ class Choice:
         settings: The settings, at speed 0.
         trials: What every one of `TRIAL_SPEEDS` does with them.
         least: The least that they take within the promise: mean layers, or seconds a text; infinity if no speed is.
+        is_certain: Whether the tuning texts could certify that, else it only looks good on them.
     """
 
     settings: ExitSettings
     trials: tuple[Trial, ...]
     least: float
+    is_certain: bool = True
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Order of choices, the best first: what tuning texts could certify, then what comes nearest to it.
+
+        Where nothing can be certified on them, fresh ones, about as many, will hardly certify what changes many
+        answers, however good it looks.
+        """
+        return 0.0 if self.is_certain else min(trial.bound for trial in self.trials), self.least
 
 
 def choose(
@@ -80,7 +91,7 @@ def choose(
             _weigh(tuning, settings, promise, cost) for settings in _candidates(tuning.engine, each, lexical_exit)
         ]
     progress("settings", len(judged), len(judged))
-    best = min(weighed, key=lambda choice: choice.least)
+    best = min(weighed, key=lambda choice: choice.rank)
     if cost is not None and on_miss == "continue":
         best = _with_fewer_checks(tuning, best, promise, cost)
     return best
@@ -138,13 +149,13 @@ def _weigh(tuning: Outcomes, settings: ExitSettings, promise: Promise, cost: Cos
     trials = tuple(tuning.trial(each, promise) for each in at_speeds)
     # Where the tuning texts could certify a speed, the fresh ones, about as many, probably can; what merely looks good
     # would be chosen for its luck. Too few tuning texts certify nothing: then what looks good has to do.
-    kept = [number for number, trial in enumerate(trials) if trial.passed]
-    kept = kept or [number for number, trial in enumerate(trials) if trial.risk <= promise.allowed]
+    certain = [number for number, trial in enumerate(trials) if trial.passed]
+    kept = certain or [number for number, trial in enumerate(trials) if trial.risk <= promise.allowed]
     if cost is None:
         least = min((trials[number].mean_exit_layer for number in kept), default=np.inf)
     else:
         least = min((_seconds(tuning, at_speeds[number], cost) for number in kept), default=np.inf)
-    return Choice(settings, trials, float(least))
+    return Choice(settings, trials, float(least), bool(certain))
 
 
 def _seconds(tuning: Outcomes, settings: ExitSettings, cost: CostModel) -> float:

@@ -169,7 +169,7 @@ def _texts_to_certify(
     if "classifier" not in geep.Provenance.read(model).about:
         plan, parts = geep.parts_of(model)
         rows = geep.load_split(path, **{**plan.columns, **columns})
-        return parts.profile, geep.unseen(rows, parts.train, parts.profile)
+        return parts.profile, geep.unseen(rows, *parts.learned)
     # The folder says of no texts what they were for: some of these are chosen on, the same in any order and company.
     rows = unlearned(engine, geep.load_split(path, **columns))
     chosen = [int(text_id(text)[1:], 16) % _CHOSEN_ON == 0 for text in rows.inputs]

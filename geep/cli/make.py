@@ -312,7 +312,7 @@ def run_profile(
 ) -> geep.ProfileResult:
     """Profile and show what was learned; it is not written yet."""
     with show.bars(console) as progress:
-        found = geep.profile(engine, parts.train, parts.profile, kind=kind, criterion=criterion, progress=progress)
+        found = geep.profile(engine, parts.teaching, parts.profile, kind=kind, criterion=criterion, progress=progress)
     show.profiled(console, found, len(parts.profile))
     return found
 

@@ -150,6 +150,11 @@ class Parts:
         return parts if self.unlabelled is None else {**parts, "unlabelled": self.unlabelled}
 
     @property
+    def teaching(self) -> Split:
+        """Texts that exits and their table learn from: the training rows, or with further texts all, without labels."""
+        return self.train if self.unlabelled is None else self.train.join(self.unlabelled)
+
+    @property
     def learned(self) -> tuple[Split, ...]:
         """All parts that certify nothing, since something was learned or chosen on them."""
         return (self.train, self.profile, *([] if self.unlabelled is None else [self.unlabelled]))
