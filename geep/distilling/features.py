@@ -30,9 +30,6 @@ Integers = NDArray[np.int64]
 # Tokens between two entries of the journal: some seconds of work are lost by a kill.
 _TOKENS_AT_A_TIME = 32_768
 
-# Batches whose texts are sorted by length, since heads pad: few, so that their order stays a matter of chance.
-_SORTED_TOGETHER = 20
-
 # The largest number of half precision; what lies beyond is cut rather than made infinite.
 _LARGEST = float(torch.finfo(torch.float16).max)
 
@@ -175,16 +172,10 @@ class FeatureCache:
         return len(self.logits)
 
     def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[FeatureBatch]:
-        """Take `size` texts at a time, in their order; with a generator in any, texts about equally long together."""
-        if generator is None:
-            for texts in torch.arange(len(self)).split(size):
-                yield self._batch(texts.numpy())
-            return
-        cuts: list[Tensor] = []
-        for block in torch.randperm(len(self), generator=generator).split(size * _SORTED_TOGETHER):
-            cuts.extend(block[np.argsort(self.lengths[block], kind="stable")].split(size))
-        for place in torch.randperm(len(cuts), generator=generator).tolist():
-            yield self._batch(np.sort(cuts[place].numpy()))
+        """Take `size` texts at a time, in their order; with a generator in any."""
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for texts in order.split(size):
+            yield self._batch(np.sort(texts.numpy()))
 
     def _batch(self, texts: Integers) -> FeatureBatch:
         rows = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).transpose(0, 1)
