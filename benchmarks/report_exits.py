@@ -59,6 +59,7 @@ def _heads(lines: list[Line]) -> list[str]:
     rows = [
         [
             line["data"],
+            line["classifier"],
             line["head"],
             f"{line['texts']:,}",
             *(
@@ -68,9 +69,17 @@ def _heads(lines: list[Line]) -> list[str]:
             f"{line['at_99']['layers']:.2f}",
             f"{100 * line['at_99']['agreement']:.1f}",
         ]
-        for line in sorted(lines, key=lambda line: (line["data"], line["head"], line["texts"]))
+        for line in sorted(lines, key=lambda line: (line["data"], line["classifier"], line["head"], line["texts"]))
     ]
-    header = ["data set", "head", "texts", *(f"exit {depth}" for depth in depths), "layers at 99 %", "there agree"]
+    header = [
+        "data set",
+        "classifier",
+        "head",
+        "texts",
+        *(f"exit {depth}" for depth in depths),
+        "layers at 99 %",
+        "there agree",
+    ]
     return [
         "Printed by `benchmarks/heads.py`: agreement with the full model, %, on held-out rows (of the development "
         "split, or of the training rows where there is none), by the number of texts that exits were fitted on. Layers "
