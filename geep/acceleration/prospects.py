@@ -16,7 +16,7 @@ _STRICTER = (2, 5)
 
 # Of what may be lost, the share that a speed loses at most on the texts judged by: nearer to it, certifying takes texts
 # without end.
-_SHARE = 0.75
+_SHARE = 0.4
 
 # More texts than anybody is asked for.
 _MOST_TEXTS = 1_000_000
