@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from torch import Tensor
+
 from geep.data import Split
 from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads, with_exits
 from geep.engine import Engine
-from geep.exits import answer_of
+from geep.exits import answer_of, same_answers
 from geep.modeling import GeepConfig
 from geep.progress import Progress
 
@@ -25,13 +27,14 @@ class FittedExits:
     Attributes:
         heads: One for each depth.
         seen: Features and full answers of the texts that they learned from.
-        heldout: Those of the texts that said when to stop.
-        agreements: Of each exit, the share of held-out texts that it answers as the full model does.
+        heldout: Logits of each exit, the full model's last, on the texts that said when to stop, (num_exits + 1,
+            num_texts, num_labels).
+        agreements: Of each exit, the share of these texts that it answers as the full model does.
     """
 
     heads: FittedHeads
     seen: FeatureCache
-    heldout: FeatureCache
+    heldout: Tensor
     agreements: tuple[float, ...]
 
 
@@ -68,10 +71,10 @@ def fit_exits(
     seen, heldout = features(learn, "learn", "learn from"), features(choose, "choose", "choose on")
     config, many = cast(GeepConfig, full.model.config), full.multi_label
     heads = fit_heads(seen, heldout, config, settings=settings, multi_label=many, progress=progress)
-    answers = answer_of(heads.logits(heldout), multi_label=many)
-    same = answers[:-1] == answers[-1]
-    agreements = (same.all(-1) if many else same).float().mean(1)
-    return FittedExits(heads, seen, heldout, tuple(agreements.tolist()))
+    logits = heads.logits(heldout)
+    answers = answer_of(logits, multi_label=many)
+    agreements = same_answers(answers[:-1], answers[-1], multi_label=many).float().mean(1)
+    return FittedExits(heads, seen, logits, tuple(agreements.tolist()))
 
 
 def save_with_exits(full: Engine, heads: FittedHeads, folder: Path) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from geep.acceleration.fitting import fit_exits
@@ -16,7 +15,7 @@ from geep.data import Split
 from geep.data.splits import subset
 from geep.distilling import FitSettings
 from geep.engine import Engine
-from geep.exits import answer_of
+from geep.exits import answer_of, probabilities_of, same_answers
 from geep.progress import Progress
 from geep.promise import Promise
 
@@ -91,9 +90,7 @@ def look_ahead(
     fitted = fit_exits(
         full, few, others, work / "look", head=head, exit_layers=exit_layers, settings=settings, progress=report
     )
-    found = _outlook(
-        fitted.heads.logits(fitted.heldout), (*fitted.heads.depths, full.depths[-1]), promise, full.multi_label
-    )
+    found = _outlook(fitted.heldout, (*fitted.heads.depths, full.depths[-1]), promise, full.multi_label)
     if found.is_poor:
         logger.warning(
             "A first look at %d texts: after layer %d of %d an exit answers as the full model on %.0f %% of them, "
@@ -111,10 +108,9 @@ def look_ahead(
 
 def _outlook(logits: Tensor, depths: Sequence[int], promise: Promise, multi_label: bool) -> Outlook:
     """Outlook of logits of all exits and the full model, (num_exits + 1, num_texts, num_labels)."""
-    answers = answer_of(logits, multi_label=multi_label)
-    same = answers == answers[-1]
-    same = same.all(-1) if multi_label else same
-    sure = (torch.sigmoid(logits) - 0.5).abs().amin(-1) if multi_label else torch.softmax(logits, -1).amax(-1)
+    answers, shares = answer_of(logits, multi_label=multi_label), probabilities_of(logits, multi_label=multi_label)
+    same = same_answers(answers, answers[-1], multi_label=multi_label)
+    sure = (shares - 0.5).abs().amin(-1) if multi_label else shares.amax(-1)
     order = sure.argsort(dim=1, descending=True, stable=True)
     wrong = (~same.gather(1, order)).long().cumsum(1)
     leave = (wrong <= promise.allowed * same.shape[1]).float().mean(1).numpy()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from geep.calibration import TRIAL_SPEEDS, Outcomes
 from geep.engine import ExitSettings
 from geep.promise import PairedCounts, Promise
@@ -48,7 +46,8 @@ def prospects(tuning: Outcomes, settings: ExitSettings, promise: Promise) -> tup
     Returns:
         One for each of some stricter promises, the nearest first.
     """
-    counted = [_counts(tuning, replace(settings, speed=speed)) for speed in TRIAL_SPEEDS]
+    found = [tuning.judged(replace(settings, speed=speed)) for speed in TRIAL_SPEEDS]
+    counted = [(each.by(len(each.depths) - 1), each.mean_exit_layer) for each in found]
     return tuple(_prospect(counted, _stricter(promise, factor)) for factor in _STRICTER)
 
 
@@ -63,19 +62,6 @@ def _stricter(promise: Promise, factor: int) -> Promise:
     if promise.needs_labels:
         return replace(promise, max_accuracy_drop=allowed)
     return replace(promise, min_agreement=round(1 - allowed, 6))
-
-
-def _counts(tuning: Outcomes, settings: ExitSettings) -> tuple[PairedCounts, float]:
-    """How answers at a speed compare with the full model's, and the mean layers."""
-    profile, column = tuning.profile(settings), tuning.answered(settings)
-    rows = np.arange(len(profile))
-    changed = int((~profile.agrees[rows, column]).sum())
-    spoilt = repaired = None
-    if profile.correct is not None and profile.reference_correct is not None:
-        full, deployed = profile.reference_correct, profile.correct[rows, column]
-        spoilt, repaired = int((full & ~deployed).sum()), int((~full & deployed).sum())
-    layers = float(np.asarray(profile.depths)[column].mean())
-    return PairedCounts(len(rows), changed, spoilt, repaired), layers
 
 
 def _texts_needed(counts: PairedCounts, promise: Promise) -> int | None:

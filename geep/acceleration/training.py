@@ -16,7 +16,7 @@ from geep.data import DataPlan, Parts, fetch_encoder
 from geep.data.splits import subset
 from geep.distilling import FitSettings, check_kind
 from geep.engine import Engine
-from geep.folder import Provenance
+from geep.folder import HubOptions, Provenance
 from geep.progress import Progress, no_progress
 from geep.training import TrainResult, TrainSettings, fine_tune, finished, request_of, result_of
 
@@ -86,12 +86,14 @@ def train(
     """
     folder, work = Path(output), Path(output) / WORK
     source = fetch_encoder(encoder, cache_dir=cache_dir, local_files_only=local_files_only)
-    options: dict[str, Any] = {"exit_layers": exit_layers, "plan": plan, "revision": revision}
+    asked: dict[str, Any] = {"exit_layers": exit_layers, "plan": plan}
     how: dict[str, Any] = {
+        **asked,
+        "encoder": source,
+        "settings": settings,
+        "head": head,
         "device": device,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
+        "hub": HubOptions(revision, token, cache_dir, local_files_only),
         "progress": progress,
     }
     if not settings.fits_exits:
@@ -100,16 +102,17 @@ def train(
                 f"There are {len(parts.unlabelled)} texts without labels, but recipe {settings.recipe!r} fits no exits "
                 "on them; leave them out, or set fit_exits (--fit-exits)."
             )
-        return fine_tune(parts, folder, encoder=source, settings=settings, head=head, **options, **how)
+        return fine_tune(parts, folder, **how)
     check_kind(exit_head)
     if not len(parts.profile):
         raise ValueError("There are no rows for profiling, which say when to stop fitting exits; hold some out.")
-    about = request_of(parts, source, settings, head, **options, exit_head=exit_head, fitting=asdict(fitting))
+    fitted_as: dict[str, Any] = {"exit_head": exit_head, "fitting": asdict(fitting)}
+    about = request_of(parts, source, settings, head, **asked, revision=revision, **fitted_as)
     before = finished(folder, about, fitting=asdict(_DEFAULT_FITTING))
     if before is not None:
         shutil.rmtree(work, ignore_errors=True)
         return before
-    tuned = fine_tune(parts, work / _FINE_TUNED, encoder=source, settings=settings, head=head, **options, **how)
+    tuned = fine_tune(parts, work / _FINE_TUNED, **how)
     # Of several processes, each on a GPU, one fits and writes; the others wait for a folder that is whole.
     processes = PartialState()
     if processes.is_main_process:

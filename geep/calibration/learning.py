@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from geep.calibration.runs import Outcomes
 from geep.engine import ExitSettings
-from geep.exits import AGREEMENT, AgreementScore, fit_agreement_score, fit_fusing, fit_temperature
+from geep.exits import (
+    AGREEMENT,
+    AgreementScore,
+    fit_agreement_score,
+    fit_fusing,
+    fit_temperature,
+    probabilities_of,
+)
 
 
 def learn_settings(
@@ -37,8 +42,7 @@ def learn_settings(
     """
     many, target, lexical = held.engine.multi_label, held.run.labels, held.lexical_logits
     if not by_labels:
-        full = held.full_logits.float()
-        target = torch.sigmoid(full) if many else torch.softmax(full, dim=-1)
+        target = probabilities_of(held.full_logits.float(), multi_label=many)
     if target is None:
         raise ValueError("The texts have no labels, expected some to learn by; learn by the full model's scores.")
     settings = ExitSettings()

@@ -20,7 +20,7 @@ from geep.calibration.quantising import check_quantised
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
-from geep.exits import AGREEMENT, ExitProfile
+from geep.exits import AGREEMENT, ExitProfile, probabilities_of
 from geep.predictor import PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
 from geep.progress import Progress, no_progress
 
@@ -203,11 +203,10 @@ def label_targets(run: ExitRun, *, multi_label: bool) -> Tensor:
     Returns:
         Shape (num_texts, num_labels).
     """
-    full = run.exit_logits[-1].float()
-    soft = torch.sigmoid(full) if multi_label else torch.softmax(full, dim=-1)
+    soft = probabilities_of(run.exit_logits[-1].float(), multi_label=multi_label)
     if run.labels is None:
         return soft
-    gold = run.labels if multi_label else F.one_hot(run.labels, full.shape[1])
+    gold = run.labels if multi_label else F.one_hot(run.labels, soft.shape[1])
     return torch.lerp(soft, gold.float(), LABEL_SHARE)
 
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from geep.exits import probabilities_of
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -78,7 +79,7 @@ class Predictions(Sequence[Prediction]):
     @classmethod
     def of_logits(cls, logits: Tensor, *, multi_label: bool, **columns: object) -> Predictions:
         """Make the columns of logits (num_texts, num_labels)."""
-        probabilities = torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)
+        probabilities = probabilities_of(logits, multi_label=multi_label)
         return cls(probabilities=probabilities.numpy(), multi_label=multi_label, **columns)  # type: ignore[arg-type]
 
     @classmethod

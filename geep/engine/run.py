@@ -167,19 +167,19 @@ class Run:
         stop = len(live.lengths)
         asked = texts[start:stop]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
-        if self._is_final(layer):
-            if logits.device.type == "cpu":
-                self._answer(asked, self.settings.answered(logits, layer, self._guess(asked)), layer)
-            else:
-                # What the device says stays there until the end: fetching it now would wait for it.
-                self.exit_layers[asked] = layer
-                self.waiting.append((asked, logits, layer))
+        is_final = self._is_final(layer)
+        if is_final and logits.device.type != "cpu":
+            # What the device says stays there until the end: fetching it now would wait for it.
+            self.exit_layers[asked] = layer
+            self.waiting.append((asked, logits, layer))
             return
         # The one wait for the device: who is certain enough decides who goes on.
-        logits = self.settings.answered(logits.cpu(), layer, self._guess(asked))
-        unsure = self.settings.uncertainty(
-            logits, layer, multi_label=self.course.multi_label, lexical=self._guess(asked)
-        )
+        guess = self._guess(asked)
+        logits = self.settings.answered(logits.cpu(), layer, guess)
+        if is_final:
+            self._answer(asked, logits, layer)
+            return
+        unsure = self.settings.uncertainty(logits, layer, multi_label=self.course.multi_label, lexical=guess)
         sure = (unsure < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
         self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)

@@ -4,6 +4,8 @@ from .criteria import (
     AgreementScore as AgreementScore,
     OnMiss as OnMiss,
     answer_of as answer_of,
+    probabilities_of as probabilities_of,
+    same_answers as same_answers,
     uncertainty as uncertainty,
 )
 from .fitting import (

@@ -115,6 +115,16 @@ def margins(logits: Tensor, lexical: Tensor | None, *, multi_label: bool) -> tup
     return own.clamp(max=_MARGIN_LIMIT), table.float().clamp(-_MARGIN_LIMIT, _MARGIN_LIMIT)
 
 
+def probabilities_of(logits: Tensor, *, multi_label: bool) -> Tensor:
+    """Probabilities of logits (…, num_labels): of one label out of all, or of each for itself for multi-label."""
+    return torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)
+
+
+def same_answers(answers: Tensor, others: Tensor, *, multi_label: bool) -> Tensor:
+    """Whether answers, as `answer_of` gives them, are the same as others: all labels of a text, for multi-label."""
+    return (answers == others).all(-1) if multi_label else answers == others
+
+
 def answer_of(logits: Tensor, *, multi_label: bool) -> Tensor:
     """The answer that logits (…, num_labels) stand for: a label id (…,), or flags (…, num_labels) for multi-label."""
     return logits > 0 if multi_label else logits.argmax(-1)

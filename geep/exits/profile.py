@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geep.exits.criteria import AGREEMENT, AgreementScore, OnMiss, answer_of, uncertainty
+from geep.exits.criteria import AGREEMENT, AgreementScore, OnMiss, answer_of, same_answers, uncertainty
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -123,15 +123,13 @@ def profile_exits(
     answers = answer_of(exit_logits, multi_label=multi_label)  # (num_depths, num_texts[, num_labels])
     full = answers[-1] if reference is None else answer_of(reference, multi_label=multi_label)
 
-    def equal(left: Tensor, right: Tensor) -> Tensor:
-        return (left == right).all(-1) if multi_label else left == right
-
     right = full_right = None
     if labels is not None:
         truth = labels.bool() if multi_label else labels
-        right = equal(answers, truth).T.numpy()
-        full_right = None if reference is None else equal(full, truth).numpy()
-    return ExitProfile(tuple(depths), unsure.float().numpy(), equal(answers, full).T.numpy(), right, full_right)
+        right = same_answers(answers, truth, multi_label=multi_label).T.numpy()
+        full_right = None if reference is None else same_answers(full, truth, multi_label=multi_label).numpy()
+    agrees = same_answers(answers, full, multi_label=multi_label).T.numpy()
+    return ExitProfile(tuple(depths), unsure.float().numpy(), agrees, right, full_right)
 
 
 def _disagreement(

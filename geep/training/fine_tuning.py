@@ -35,6 +35,7 @@ from geep.training.trainer import TrainResult, run_recipe
 logger = logging.getLogger(__name__)
 
 _DEFAULT_SETTINGS = TrainSettings()
+_NO_OPTIONS = HubOptions()
 
 # Rows that the full model is judged by after every epoch. Accuracy on so many is known to 0.8 points (one standard
 # error), and a pass over them is short beside an epoch.
@@ -110,10 +111,7 @@ def fine_tune(
     exit_layers: Sequence[int] | None = None,
     plan: DataPlan | None = None,
     device: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    hub: HubOptions = _NO_OPTIONS,
     progress: Progress = no_progress,
 ) -> TrainResult:
     """Train a pretrained encoder, with exits where the recipe trains some, and write a model folder.
@@ -132,10 +130,7 @@ def fine_tune(
             fitted later: what no encoder has is refused before it is trained.
         plan: Where the parts came from, noted for those who need the same rows again. None: they must have the parts.
         device: "cpu" keeps training off a GPU; None: what the Trainer finds.
-        revision: Branch, tag or commit of an encoder from the hub.
-        token: Access token of the hub, or True for the stored one.
-        cache_dir: Folder for what is fetched. None: that of the hub, or of `fetch_encoder`.
-        local_files_only: Whether to ask no network for an encoder.
+        hub: How an encoder of the hub is had; `fetch_encoder` keeps to it, too.
         progress: Told the texts tokenised and the steps of each stage.
 
     Returns:
@@ -149,18 +144,18 @@ def fine_tune(
     if parts.train.labels is None:
         raise ValueError("The training rows have no labels; expected one, or a row of ones and zeros, for each text.")
     folder = Path(output)
-    source = fetch_encoder(encoder, cache_dir=cache_dir, local_files_only=local_files_only)
-    about = request_of(parts, source, settings, head, exit_layers=exit_layers, plan=plan, revision=revision)
+    source = fetch_encoder(encoder, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only)
+    about = request_of(parts, source, settings, head, exit_layers=exit_layers, plan=plan, revision=hub.revision)
     before = finished(folder, about)
     if before is not None:
         return before
     torch.manual_seed(settings.seed)
-    hub = reachable(source, HubOptions(revision, token, cache_dir, local_files_only)).keywords()
+    options = reachable(source, hub).keywords()
     recipe = RECIPES[settings.recipe]
     with refused_custom_code(source):
         # The model's own code is refused first: who wants to run it has no use for what its tokenizer lacks.
-        AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     model = GeepForSequenceClassification.from_encoder(
         source,
         label_names=parts.label_names,
@@ -168,7 +163,7 @@ def fine_tune(
         exit_head=head,
         separator_id=None if parts.train.text_pairs is None else tokenizer.sep_token_id,
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
-        **hub,
+        **options,
     )
     _check_place(model, settings, exit_layers)
     model.config.text_pairs = parts.train.text_pairs is not None
