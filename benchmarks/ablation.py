@@ -27,20 +27,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from prediction import without_table
 
 import geep
 from geep.calibration import (
     TRIAL_QUANTILES,
     TRIAL_SPEEDS,
+    Choice,
     ExitRun,
     Outcomes,
+    Search,
     learn_settings,
     predictor_quality,
     profile,
 )
+from geep.calibration.certifying import walked
 from geep.engine import Engine, ExitSettings
-from geep.exits import AGREEMENT, CRITERIA, AgreementScore, fit_agreement_score
-from geep.promise import Promise, walk
+from geep.exits import AGREEMENT, CRITERIA
+from geep.promise import Promise
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 
@@ -130,14 +134,14 @@ def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[
 
 def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise, part: Part) -> ExitSettings:
     """Settings of the parts that are on, chosen on tuning rows, at the speed that fresh rows certify."""
-    tuned, checked, each = Outcomes(engine, tuning), Outcomes(engine, fresh), promise.halved()
+    tuned, checked, search = Outcomes(engine, tuning), Outcomes(engine, fresh), Search.of(promise)
     learned = [
         learn_settings(tuned, AGREEMENT, by_labels=promise.needs_labels, fuse=part.fuses, fuse_last=last)
         for last in ([False, True] if part.fuses and promise.needs_labels else [False])
     ]
     if not part.fuses:
-        learned = [replace(each, agreement=_without_table(tuned)) for each in learned]
-    best: tuple[float, ExitSettings] = np.inf, learned[0]
+        learned = [replace(each, agreement=without_table(tuned)) for each in learned]
+    weighed = []
     for settings in (
         replace(base, criterion=criterion, quantile=quantile, lexical_exit=lexical)
         for base in learned
@@ -145,24 +149,12 @@ def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise,
         for quantile in (TRIAL_QUANTILES if part.predicts else (_FIRST_EXIT,))
         for lexical in ([False, True] if part.lexical else [False])
     ):
-        trials = [tuned.trial(replace(settings, speed=speed), each) for speed in TRIAL_SPEEDS]
-        least = min((trial.mean_exit_layer for trial in trials if trial.passed), default=np.inf)
-        best = min(best, (float(least), settings), key=lambda pair: pair[0])
-    trials = [tuned.trial(replace(best[1], speed=speed), each) for speed in TRIAL_SPEEDS]
-    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
-    walks = [
-        walk(lambda speed: checked.trial(replace(best[1], speed=speed), each), order)
-        for order in (TRIAL_SPEEDS, TRIAL_SPEEDS[safest:])
-    ]
-    return replace(best[1], speed=max(found.speed for found in walks))
-
-
-def _without_table(tuned: Outcomes) -> dict[int, AgreementScore]:
-    agrees = tuned.profile(ExitSettings()).agrees
-    return {
-        depth: fit_agreement_score(tuned.logits[column], None, agrees[:, column], multi_label=tuned.engine.multi_label)
-        for column, depth in enumerate(tuned.depths[:-1])
-    }
+        trials = tuple(tuned.trial(replace(settings, speed=speed), search.each) for speed in TRIAL_SPEEDS)
+        certain = [trial.mean_exit_layer for trial in trials if trial.passed]
+        weighed.append(Choice(settings, trials, min(certain, default=np.inf), bool(certain)))
+    best = min(weighed, key=lambda choice: choice.rank)
+    walks = [walked(checked, order, search.each) for order in search.orders(tuned, best)]
+    return replace(best.settings, speed=max(found.speed for found in walks))
 
 
 def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
@@ -172,8 +164,8 @@ def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
     rows, depths = np.arange(len(found)), np.asarray(found.depths)
     if found.correct is None or found.reference_correct is None or engine.predictor is None:
         raise SystemExit("The test rows have no labels, or the model no table.")
-    counted = _Counted(engine)
-    counted.run(run)
+    counted = _Counted(engine.deployment.backend, engine.depths[-1])
+    replace(engine.course, backend=counted).run(run.batch, engine.plan(run.batch), engine.settings)
     asked = np.isin(depths, settings.asked_layers(engine.depths)[:-1])
     between = (depths >= depths[plan][:, None]) & (depths <= depths[column][:, None]) & asked
     quality = predictor_quality(found.from_depth(1), run.batch, engine.predictor, max(settings.speed, TRIAL_SPEEDS[0]))
@@ -197,32 +189,19 @@ def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
 
 
 class _Counted:
-    """Counts the batches after which a run has to know who goes on."""
+    """A backend that counts the batches after which a run has to know who goes on."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.waits = engine, 0
-
-    def run(self, run: ExitRun) -> None:
-        """Run the texts by a backend that says what it is asked."""
-        engine, backend = self.engine, self.engine.deployment.backend
-        last, ask = engine.depths[-1], backend.exit_logits
-
-        def counting(live: Any, layer: int, start: int, stop: int, **options: Any) -> torch.Tensor:
-            self.waits += layer != last
-            return ask(live, layer, start, stop, **options)
-
-        course = replace(engine.course, backend=_Asked(backend, counting))
-        course.run(run.batch, engine.plan(run.batch), engine.settings)
-
-
-class _Asked:
-    """A backend with another way to ask exits."""
-
-    def __init__(self, backend: Any, exit_logits: Any) -> None:
-        self._backend, self.exit_logits = backend, exit_logits
+    def __init__(self, backend: Any, last: int) -> None:
+        self.backend, self.last, self.waits = backend, last, 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+        return getattr(self.backend, name)
+
+    def exit_logits(self, live: Any, layer: int, start: int, stop: int) -> torch.Tensor:
+        """Ask an exit."""
+        self.waits += layer != self.last
+        found: torch.Tensor = self.backend.exit_logits(live, layer, start, stop)
+        return found
 
 
 if __name__ == "__main__":

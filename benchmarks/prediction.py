@@ -235,7 +235,7 @@ def _judged(texts: Texts, fit: ExitRun, judge: ExitRun) -> dict[str, tuple[ExitP
     both, settings = Outcomes(engine, _joined(fit, judge)), engine.settings
     plain = both.profile(replace(settings, criterion=plainest(texts, fit)))
     learnt = both.profile(settings)
-    own = {depth: replace(score, table=0.0) for depth, score in _without_table(Outcomes(engine, fit)).items()}
+    own = {depth: replace(score, table=0.0) for depth, score in without_table(Outcomes(engine, fit)).items()}
     no_table = both.profile(replace(settings, agreement=own))
     answers = both.logits.argmax(-1).T.numpy()
     changed = answers[:, 1:-1] != answers[:, :-2]
@@ -259,10 +259,11 @@ def _judged(texts: Texts, fit: ExitRun, judge: ExitRun) -> dict[str, tuple[ExitP
     }
 
 
-def _without_table(fit: Outcomes) -> dict[int, AgreementScore]:
+def without_table(fit: Outcomes) -> dict[int, AgreementScore]:
+    """Agreement scores that do not read what the table says."""
     agrees = fit.profile(ExitSettings()).agrees
     return {
-        depth: fit_agreement_score(fit.logits[column], None, agrees[:, column])
+        depth: fit_agreement_score(fit.logits[column], None, agrees[:, column], multi_label=fit.engine.multi_label)
         for column, depth in enumerate(fit.depths[:-1])
     }
 

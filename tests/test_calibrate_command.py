@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer, random_texts, tiny_encoder, toy_task
+from conftest import random_texts, toy_task
 from test_acceleration import make_toy_classifier
-from test_cli import run, write_rows
+from test_cli import run, write_encoder_and_data
 
 import geep
 from geep.engine import Engine
@@ -22,11 +22,7 @@ DROP = ("--max-drop", "3", "--lexical", "--criterion", "confidence", "--device",
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model, a classifier that was made faster, and texts of which labels are known elsewhere."""
     folder = tmp_path_factory.mktemp("calibrate")
-    tiny_encoder("bert").save_pretrained(folder / "encoder")
-    make_tokenizer().save_pretrained(folder / "encoder")
-    (folder / "data").mkdir()
-    for part, count in (("train", 240), ("dev", 300)):
-        write_rows(folder / "data" / f"{part}.jsonl", count, seed=count)
+    write_encoder_and_data(folder, train=240, dev=300)
     training = ("--epochs", "6", "--learning-rate", "1e-3", "--batch-size", "16", "--exit-layers", "1,2,3")
     names = ("train", folder / "data", "-o", folder / "trained", "-m", folder / "encoder", "--device", "cpu")
     run(*names, *training, "--max-drop", "5")

@@ -39,15 +39,20 @@ def write_rows(path: Path, count: int, *, seed: int) -> Path:
     return path
 
 
+def write_encoder_and_data(folder: Path, **counts: int) -> None:
+    """Write what a training takes: an encoder, and so many rows of each part of a data set."""
+    tiny_encoder("bert").save_pretrained(folder / "encoder")
+    make_tokenizer().save_pretrained(folder / "encoder")
+    (folder / "data").mkdir()
+    for part, count in counts.items():
+        write_rows(folder / "data" / f"{part}.jsonl", count, seed=count)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder, a data set and a model trained on it by the command."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_encoder("bert").save_pretrained(folder / "encoder")
-    make_tokenizer().save_pretrained(folder / "encoder")
-    (folder / "data").mkdir()
-    for part, count in (("train", 240), ("dev", 300), ("test", 40)):
-        write_rows(folder / "data" / f"{part}.jsonl", count, seed=count)
+    write_encoder_and_data(folder, train=240, dev=300, test=40)
     shutil.copytree(folder / "data", folder / "large")
     write_rows(folder / "large" / "dev.jsonl", 2000, seed=7)
     plain = GeepForSequenceClassification.from_encoder(tiny_encoder("bert"), num_labels=3, exit_layers=[])

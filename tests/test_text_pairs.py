@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_model, make_tokenizer, tiny_encoder, toy_task
-from typer.testing import CliRunner
+from test_cli import run
 
 from geep.acceleration import train
-from geep.cli import app
 from geep.data import DataPlan, Parts, Split
 from geep.engine import Engine, EngineConfig
 from geep.modeling import GeepConfig
@@ -102,12 +101,6 @@ def test_a_file_without_good_rows_is_no_file_of_the_other_kind(tmp_path: Path) -
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'{"text": 3}\n{"text": "w1", "text_pair": "w2"}\n')
     assert score_file(engine_of(pairs=True), source, tmp_path / "out.jsonl").num_bad == 1
-
-
-def run(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return json.loads(result.stdout) if "--json" in arguments else " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
