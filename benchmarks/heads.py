@@ -38,6 +38,7 @@ from geep.engine import Engine
 from geep.modeling import HEADS, GeepConfig, PooledHead, family_of
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 
 
 class LayerHead(nn.Module):
@@ -73,9 +74,9 @@ def pooled(tokens: FeatureCache, kind: str, config: GeepConfig) -> FeatureCache:
     """What a head that pools reads of the same texts, as `FeatureCache.of` computes it."""
     head: Any = HEADS[kind](config)
     parts = []
-    for batch in tokens.batches(1024):
-        longest = int(batch.offsets.diff().max())
-        parts.append(torch.stack([head.pool_packed(each, batch.offsets, longest) for each in batch.features], 1).half())
+    for batch in tokens.batches(1024, CPU):
+        found = [head.pool_packed(each, batch.offsets, batch.longest) for each in batch.features]
+        parts.append(torch.stack(found, 1).half())
     lengths = np.ones(len(tokens), dtype=np.int64)
     return replace(tokens, kind=kind, features=torch.cat(parts).numpy(), lengths=lengths, firsts=None)
 
@@ -84,7 +85,7 @@ def first_texts(cache: FeatureCache, count: int) -> FeatureCache:
     """Keep the first texts."""
     rows, firsts = int(cache.lengths[:count].sum()), None if cache.firsts is None else cache.firsts[:count]
     kept = (cache.features[:rows], cache.lengths[:count], firsts, cache.logits[:count])
-    return FeatureCache(cache.kind, cache.depths, *kept)
+    return FeatureCache(cache.kind, cache.depths, *kept, cache.texts.select(range(min(count, len(cache)))))
 
 
 def by_heads(seen: FeatureCache, held: FeatureCache, kind: str, config: GeepConfig, epochs: int) -> Tensor:
@@ -95,7 +96,7 @@ def by_heads(seen: FeatureCache, held: FeatureCache, kind: str, config: GeepConf
     ]
     fitted = fit_heads(both[0], both[1], config, settings=FitSettings(epochs=epochs, patience=epochs))
     with torch.no_grad():
-        return torch.cat([batch.answers(fitted.heads) for batch in both[1].batches(1024)], 1)
+        return torch.cat([batch.answers(fitted.heads) for batch in both[1].batches(1024, CPU)], 1)
 
 
 def by_layers(seen: FeatureCache, held: FeatureCache, after: list[FittedHeads], layers: Any, epochs: int) -> Tensor:
@@ -115,7 +116,7 @@ def by_layers(seen: FeatureCache, held: FeatureCache, after: list[FittedHeads], 
     for _ in range(epochs):
         for head in heads:
             head.train()
-        for batch in seen.batches(64, generator=generator):
+        for batch in seen.batches(64, CPU, generator=generator):
             with torch.autocast("cpu", torch.bfloat16):
                 found = batch.answers(heads).float()
             optimiser.zero_grad()
@@ -125,7 +126,7 @@ def by_layers(seen: FeatureCache, held: FeatureCache, after: list[FittedHeads], 
         for head in heads:
             head.eval()
         with torch.no_grad():
-            answers = torch.cat([batch.answers(heads) for batch in held.batches(256)], 1)
+            answers = torch.cat([batch.answers(heads) for batch in held.batches(256, CPU)], 1)
         now = losses(answers, torch.from_numpy(np.array(held.logits)))
         kept = torch.where((now < best)[:, None, None], answers, kept) if len(kept) else answers
         best = torch.minimum(best, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -120,7 +121,7 @@ def test_fitted_exits_answer_as_the_full_model_which_does_not_move(
 def test_a_head_of_its_own_answers_as_it_was_fitted(fitted: FittedHeads, caches: tuple[FeatureCache, Any]) -> None:
     """The standardised features that it learned from are folded into its weights."""
     held = caches[1]
-    (batch,) = held.batches(len(held))
+    (batch,) = held.batches(len(held), torch.device("cpu"))
     with torch.no_grad():
         found = batch.answers(fitted.heads)
     for each, expected in zip(found, fitted.losses, strict=True):
@@ -134,7 +135,7 @@ def test_heads_of_every_kind_are_fitted_and_answer_in_an_engine_as_they_did(
     parts = [unlabelled(part).select(range(count)) for part, count in ((TRAIN, 400), (HELDOUT, 100))]
     seen, held = (FeatureCache.of(trained, part, tmp_path / str(len(part)), kind=kind) for part in parts)
     fitted = fit_heads(seen, held, trained.model.config, settings=FitSettings(batch_size=32, epochs=4))
-    (batch,) = held.batches(len(held))
+    (batch,) = held.batches(len(held), torch.device("cpu"))
     with torch.no_grad():
         expected = batch.answers(fitted.heads)
     target = batch.logits.softmax(-1)
@@ -240,3 +241,35 @@ def test_a_model_that_overflows_teaches_nothing(tmp_path: Path) -> None:
     engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
     with pytest.raises(FloatingPointError, match="Text 0 has logits that are not finite"):
         FeatureCache.of(engine, Split(random_texts(4)), tmp_path)
+
+
+def test_of_more_texts_than_there_is_room_for_some_are_learned_from(trained: Engine, tmp_path: Path) -> None:
+    texts = unlabelled(TRAIN).select(range(60))
+    whole = FeatureCache.of(trained, texts, tmp_path / "whole")
+    room = whole.features.nbytes / 2e9
+    cache = FeatureCache.of(trained, texts, tmp_path / "half", max_gigabytes=room)
+    assert cache.features.nbytes <= room * 1e9
+    assert 20 < len(cache) < 40
+    assert len(cache.texts) == len(cache)
+    places = [texts.texts.index(text) for text in cache.texts.texts]
+    assert np.array_equal(cache.logits, whole.logits[places])
+    other = FeatureCache.of(trained, texts, tmp_path / "other", max_gigabytes=room, seed=1)
+    assert list(other.texts.texts) != list(cache.texts.texts)
+    with pytest.raises(ValueError, match="No text's features fit"):
+        FeatureCache.of(trained, texts, tmp_path / "none", max_gigabytes=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_fitted_on_a_gpu_and_answer_in_an_engine_there(kind: str, trained: Engine, tmp_path: Path) -> None:
+    parts = [unlabelled(part).select(range(count)) for part, count in ((TRAIN, 400), (HELDOUT, 100))]
+    there = Engine(copy.deepcopy(trained.model), trained.tokenizer, config=EngineConfig(device="cuda", dtype="float32"))
+    seen, held = (FeatureCache.of(there, part, tmp_path / str(len(part)), kind=kind) for part in parts)
+    settings = FitSettings(batch_size=32, epochs=4)
+    fitted = fit_heads(seen, held, there.model.config, settings=settings, device="cuda")
+    assert {weight.device.type for head in fitted.heads for weight in head.parameters()} == {"cuda"}
+    expected = fitted.logits(held)
+    engine = Engine(with_exits(there.model, fitted), trained.tokenizer, config=there.config)
+    found = engine.exit_logits(engine.tokenize(parts[1].texts).batch)
+    assert torch.allclose(found[:-1], expected[:-1], atol=0.02 * float(expected.abs().max()))

@@ -237,7 +237,7 @@ def _certified(
 ) -> Acceleration:
     """Teach the table, find the speed and write both; say what was gained."""
     engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type)
-    found = profile(engine, _run_of(full, parts.learn, fitted), parts.choose, progress=progress)
+    found = profile(engine, _run_of(full, fitted), parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
     tuning = found.heldout
     if parts.tune is not None:
@@ -269,7 +269,7 @@ def _certified(
         losses=fitted.heads.losses,
         num_texts=parts.num_texts,
         copies=parts.copies,
-        num_learned=len(parts.learn),
+        num_learned=len(fitted.seen),
         num_chosen=len(parts.choose),
         num_certified=len(parts.certify),
         prospects=prospects(Outcomes(kept, tuning), kept.settings, promise),
@@ -325,8 +325,9 @@ def _warn_of_unknown_words(engine: Engine, texts: Split) -> None:
         )
 
 
-def _run_of(engine: Engine, texts: Split, fitted: FittedExits) -> ExitRun:
+def _run_of(engine: Engine, fitted: FittedExits) -> ExitRun:
     """All exits of the texts that they learned from: the encoder is not run again."""
+    texts = fitted.seen.texts
     return ExitRun(engine.tokenize(texts.inputs).batch, fitted.heads.logits(fitted.seen), None, texts_from=texts.origin)
 
 

@@ -65,12 +65,20 @@ def fit_exits(
     def features(rows: Split, name: str, what: str) -> FeatureCache:
         what = f"features of all depths, texts to {what}"
         return FeatureCache.of(
-            full, rows, work / name, kind=head, exit_layers=exit_layers, what=what, progress=progress
+            full,
+            rows,
+            work / name,
+            kind=head,
+            exit_layers=exit_layers,
+            max_gigabytes=settings.max_gigabytes,
+            seed=settings.seed,
+            what=what,
+            progress=progress,
         )
 
     seen, heldout = features(learn, "learn", "learn from"), features(choose, "choose", "choose on")
-    config, many = cast(GeepConfig, full.model.config), full.multi_label
-    heads = fit_heads(seen, heldout, config, settings=settings, multi_label=many, progress=progress)
+    config, many, device = cast(GeepConfig, full.model.config), full.multi_label, full.model.device
+    heads = fit_heads(seen, heldout, config, settings=settings, multi_label=many, device=device, progress=progress)
     logits = heads.logits(heldout)
     answers = answer_of(logits, multi_label=many)
     agreements = same_answers(answers[:-1], answers[-1], multi_label=many).float().mean(1)

@@ -117,7 +117,8 @@ def train(
     processes = PartialState()
     if processes.is_main_process:
         begin = time.perf_counter()
-        full = Engine.from_pretrained(work / _FINE_TUNED, exits=False, device=device, dtype="float32")
+        # Uncompiled: it passes over the texts once.
+        full = Engine.from_pretrained(work / _FINE_TUNED, exits=False, device=device, dtype="float32", compile=False)
         fitted = fit_exits(
             full,
             parts.teaching,

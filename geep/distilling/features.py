@@ -6,6 +6,7 @@ How heads are fitted is not known here. Read `FeatureCache`.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,13 @@ from geep.scheduler import budget_cuts
 
 Integers = NDArray[np.int64]
 
+logger = logging.getLogger(__name__)
+
 # Tokens between two entries of the journal: some seconds of work are lost by a kill.
 _TOKENS_AT_A_TIME = 32_768
+
+MAX_GIGABYTES = 32.0
+"""Room for features on disk: of short texts and twelve layers a quarter of a million."""
 
 # The largest number of half precision; what lies beyond is cut rather than made infinite.
 _LARGEST = float(torch.finfo(torch.float16).max)
@@ -42,25 +48,26 @@ class FeatureBatch:
         features: At every exit layer, one row for each text where the heads pool, else one for each token of the texts,
             one text after another: (num_exits, num_rows, width).
         offsets: Where the rows of each text begin, and the end of the last, (num_texts + 1,).
+        longest: Rows of the longest text.
         firsts: Tokens of the first text of each pair, (num_texts,); None where none is told apart.
         logits: Of the full model, (num_texts, num_labels).
     """
 
     features: Tensor
     offsets: Tensor
+    longest: int
     firsts: Tensor | None
     logits: Tensor
 
     def answers(self, heads: Sequence[nn.Module]) -> Tensor:
         """Logits (num_exits, num_texts, num_labels) of the heads of all exit layers."""
-        longest = int(self.offsets.diff().max())
         found = []
         for head, features in zip(heads, self.features, strict=True):
             if isinstance(head, PooledHead):
                 found.append(head.classify(features))
             else:
                 reader: Any = head
-                found.append(reader.forward_packed(features, self.offsets, longest, self.firsts))
+                found.append(reader.forward_packed(features, self.offsets, self.longest, self.firsts))
         return torch.stack(found)
 
 
@@ -78,6 +85,7 @@ class FeatureCache:
         lengths: Rows of each text, (num_texts,).
         firsts: Tokens of the first text of each pair, (num_texts,); None where none is told apart.
         logits: Of the full model, float32, mapped from disk, (num_texts, num_labels).
+        texts: The texts: those that were given, or as many of them as there was room for.
     """
 
     kind: str
@@ -86,6 +94,7 @@ class FeatureCache:
     lengths: Integers
     firsts: Integers | None
     logits: NDArray[np.float32]
+    texts: Split
 
     @classmethod
     def of(
@@ -96,6 +105,8 @@ class FeatureCache:
         *,
         kind: str = "conv",
         exit_layers: Sequence[int] | None = None,
+        max_gigabytes: float = MAX_GIGABYTES,
+        seed: int = 0,
         what: str = "features of all depths",
         progress: Progress = no_progress,
     ) -> FeatureCache:
@@ -110,6 +121,8 @@ class FeatureCache:
                 token.
             exit_layers: Layers that are to have an exit, ascending. None: those that have one, or where none has, all
                 but the last two, and of two the first.
+            max_gigabytes: Room for the features: of texts that need more, some are taken that fill it, drawn by `seed`.
+            seed: Of the drawing.
             what: Name of the work for `progress`.
             progress: Told how many texts are done.
 
@@ -128,6 +141,13 @@ class FeatureCache:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lengths = np.ones_like(batch.lengths) if reader.is_by_text else batch.lengths
+        bytes_a_row = len(depths) * _width(engine, reader) * np.dtype(np.float16).itemsize
+        kept = _drawn(lengths, int(max_gigabytes * 1e9 / bytes_a_row), seed)
+        if len(kept) < len(texts):
+            if not len(kept):
+                raise ValueError(f"No text's features fit {max_gigabytes:g} GB (max_gigabytes); allow some gigabytes.")
+            logger.info("%d of %d texts are learned from: their features fill what is allowed.", len(kept), len(texts))
+            texts, batch, lengths = texts.select(kept), batch.select(kept), lengths[kept]
         ends = np.cumsum(lengths)
         made_of = {
             **engine.identity,
@@ -166,23 +186,31 @@ class FeatureCache:
             publish(journal, json.dumps({"made_of": made_of, "rows": stop}).encode())
             progress(what, stop, len(texts))
         firsts = None if reader.is_by_text else batch.firsts(engine.model.config.separator_id)
-        return cls(kind, depths, maps["features"], lengths, firsts, maps["logits"])
+        return cls(kind, depths, maps["features"], lengths, firsts, maps["logits"], texts)
 
     def __len__(self) -> int:
         return len(self.logits)
 
-    def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[FeatureBatch]:
-        """Take `size` texts at a time, in their order; with a generator in any."""
+    def batches(
+        self, size: int, device: torch.device, *, generator: torch.Generator | None = None
+    ) -> Iterator[FeatureBatch]:
+        """Bring `size` texts at a time to a device, in their order; with a generator in any."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for texts in order.split(size):
-            yield self._batch(np.sort(texts.numpy()))
+            yield self._batch(np.sort(texts.numpy()), device)
 
-    def _batch(self, texts: Integers) -> FeatureBatch:
-        rows = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).transpose(0, 1)
-        features = rows.to(torch.float32, memory_format=torch.contiguous_format)
-        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(self.lengths[texts]))))
-        firsts = None if self.firsts is None else torch.from_numpy(self.firsts[texts])
-        return FeatureBatch(features, offsets, firsts, torch.from_numpy(self.logits[texts]))
+    def _batch(self, texts: Integers, device: torch.device) -> FeatureBatch:
+        # In half precision to the device: there it is made float32 and turned around.
+        rows = torch.from_numpy(self.features[token_positions(self.lengths, texts)]).to(device).transpose(0, 1)
+        lengths = self.lengths[texts]
+        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(device)
+        return FeatureBatch(
+            rows.to(torch.float32, memory_format=torch.contiguous_format),
+            offsets,
+            int(lengths.max()),
+            None if self.firsts is None else torch.from_numpy(self.firsts[texts]).to(device),
+            torch.from_numpy(self.logits[texts]).to(device),
+        )
 
 
 def check_kind(kind: str) -> None:
@@ -204,6 +232,14 @@ def _reader(engine: Engine, kind: str) -> Features:
 def _width(engine: Engine, reader: Features) -> int:
     widths = reader.head.widths if isinstance(reader.head, PooledHead) else 1
     return widths * int(engine.model.config.hidden_size)
+
+
+def _drawn(rows: Integers, most: int, seed: int) -> Integers:
+    """Texts drawn at random, ascending, as many as have `most` rows together; all where these suffice."""
+    if int(rows.sum()) <= most:
+        return np.arange(len(rows))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return np.sort(order[np.cumsum(rows[order]) <= most])
 
 
 def _check_room(folder: Path, shape: tuple[int, ...], kind: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geep.distilling.features import FeatureBatch, FeatureCache
+from geep.distilling.features import MAX_GIGABYTES, FeatureBatch, FeatureCache
 from geep.modeling import HEADS, GeepConfig, GeepForSequenceClassification, standardise_input
 from geep.progress import Progress, no_progress
 
@@ -32,7 +32,8 @@ class FitSettings:
         weight_decay: Of all weights.
         dropout: Before a head's last linear layer.
         patience: Epochs without any depth's improvement after which fitting ends.
-        seed: Of initial weights, order and dropout.
+        max_gigabytes: Room on disk for what heads read; of more texts than it holds some are learned from.
+        seed: Of initial weights, order and dropout, and of the texts that are drawn.
     """
 
     epochs: int = 5
@@ -41,6 +42,7 @@ class FitSettings:
     weight_decay: float = 0.02
     dropout: float = 0.2
     patience: int = 2
+    max_gigabytes: float = MAX_GIGABYTES
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,8 +51,9 @@ class FitSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        for name in ("learning_rate", "max_gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
 
 
 _DEFAULT_SETTINGS = FitSettings()
@@ -63,7 +66,7 @@ class FittedHeads:
     Attributes:
         kind: Row of `HEADS`.
         depths: Layers after which they sit.
-        heads: One for each of these.
+        heads: One for each of these, on the device that they were fitted on.
         losses: Cross-entropy with the full model's probabilities on held-out texts, by exit.
         epochs: Passes that were made.
     """
@@ -77,8 +80,9 @@ class FittedHeads:
     @torch.no_grad()
     def logits(self, texts: FeatureCache) -> Tensor:
         """Logits of each exit, the full model's last, (num_exits + 1, num_texts, num_labels); no encoder is run."""
-        found = [torch.cat([batch.answers(self.heads), batch.logits[None]]) for batch in texts.batches(1024)]
-        return torch.cat(found, dim=1)
+        device = next(self.heads[0].parameters()).device
+        found = [torch.cat([batch.answers(self.heads), batch.logits[None]]) for batch in texts.batches(1024, device)]
+        return torch.cat(found, dim=1).cpu()
 
 
 def fit_heads(
@@ -88,6 +92,7 @@ def fit_heads(
     *,
     settings: FitSettings = _DEFAULT_SETTINGS,
     multi_label: bool = False,
+    device: torch.device | str = "cpu",
     progress: Progress = no_progress,
 ) -> FittedHeads:
     """Fit a head at every depth to the full model's probabilities, all of them in one pass over the features.
@@ -100,6 +105,7 @@ def fit_heads(
         config: Config of the model that the heads are for.
         settings: How to fit.
         multi_label: Whether several labels may hold at once.
+        device: Where to fit.
         progress: Told the epochs that are done.
 
     Raises:
@@ -112,9 +118,10 @@ def fit_heads(
         )
     if not len(seen) or not len(heldout):
         raise ValueError(f"Found {len(seen)} texts to learn from and {len(heldout)} held out, expected some of both.")
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        return _fitted(seen, heldout, config, settings, multi_label, progress)
+        return _fitted(seen, heldout, config, settings, multi_label, device, progress)
 
 
 def _fitted(
@@ -123,11 +130,12 @@ def _fitted(
     config: GeepConfig,
     settings: FitSettings,
     multi_label: bool,
+    device: torch.device,
     progress: Progress,
 ) -> FittedHeads:
     """Fit heads, with torch's own random numbers."""
-    scale = _Scale.of(seen)
-    heads = [_fresh(seen.kind, config, settings.dropout) for _ in seen.depths]
+    scale = _Scale.of(seen, device)
+    heads = [_fresh(seen.kind, config, settings.dropout).to(device) for _ in seen.depths]
     generator = torch.Generator().manual_seed(settings.seed)
     weights = [weight for head in heads for weight in head.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -136,18 +144,18 @@ def _fitted(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=steps + 1, pct_start=0.1
     )
-    best = torch.full((len(heads),), torch.inf)
+    best = torch.full((len(heads),), torch.inf, device=device)
     kept = [copy.deepcopy(head.state_dict()) for head in heads]
     waited = epoch = 0
     while epoch < settings.epochs and waited < settings.patience:
-        for batch in seen.batches(size, generator=generator):
+        for batch in seen.batches(size, device, generator=generator):
             loss = _losses(scale(batch).answers(heads), batch.logits, multi_label=multi_label).sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
         epoch += 1
-        losses = _heldout_losses(heads, heldout, scale, multi_label=multi_label)
+        losses = _heldout_losses(heads, heldout, scale, device, multi_label=multi_label)
         better = losses < best
         for place in torch.nonzero(better)[:, 0].tolist():
             kept[place] = copy.deepcopy(heads[place].state_dict())
@@ -164,7 +172,7 @@ def _fitted(
 def with_exits(model: GeepForSequenceClassification, fitted: FittedHeads) -> GeepForSequenceClassification:
     """Return a model with fitted exits, in the place of those it has, on the same encoder and teacher.
 
-    Encoder and teacher are shared and not copied.
+    Encoder and teacher are shared and not copied; exits come to their device.
 
     Raises:
         ValueError: If the model has no such layers.
@@ -175,7 +183,7 @@ def with_exits(model: GeepForSequenceClassification, fitted: FittedHeads) -> Gee
     with torch.device("meta"):  # its weights are those of others
         other = GeepForSequenceClassification(config)
     other.encoder, other.teacher = model.encoder, model.teacher
-    other.exits = nn.ModuleList(copy.deepcopy(head) for head in fitted.heads)
+    other.exits = nn.ModuleList(copy.deepcopy(head).to(model.device) for head in fitted.heads)
     return other.train(mode=model.training)
 
 
@@ -187,8 +195,8 @@ class _Scale:
     spread: Tensor
 
     @classmethod
-    def of(cls, cache: FeatureCache) -> _Scale:
-        first = torch.from_numpy(cache.features[:_STANDARDISE_ROWS]).float().transpose(0, 1)
+    def of(cls, cache: FeatureCache, device: torch.device) -> _Scale:
+        first = torch.from_numpy(cache.features[:_STANDARDISE_ROWS]).to(device).float().transpose(0, 1)
         spread = first.std(1, keepdim=True, correction=0)
         # A feature that hardly varies is not blown up.
         return cls(first.mean(1, keepdim=True), spread.clamp(min=max(0.1 * float(spread.mean()), 1e-6)))
@@ -222,11 +230,13 @@ def _losses(found: Tensor, logits: Tensor, *, multi_label: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _heldout_losses(heads: Sequence[nn.Module], heldout: FeatureCache, scale: _Scale, *, multi_label: bool) -> Tensor:
-    total = torch.zeros(len(heads))
+def _heldout_losses(
+    heads: Sequence[nn.Module], heldout: FeatureCache, scale: _Scale, device: torch.device, *, multi_label: bool
+) -> Tensor:
+    total = torch.zeros(len(heads), device=device)
     for head in heads:
         head.eval()
-    for batch in heldout.batches(1024):
+    for batch in heldout.batches(1024, device):
         total += _losses(scale(batch).answers(heads), batch.logits, multi_label=multi_label) * len(batch.logits)
     for head in heads:
         head.train()

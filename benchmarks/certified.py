@@ -1,0 +1,272 @@
+"""What each recipe's exits are worth: layers at certified promises, accuracy at every depth, over data sets and seeds.
+
+Measured, for each cell (data set, recipe, seed), with everything else alike:
+
+- the recipe trains on all rows that are not held out (`geep.train`), table and settings are learned on one held-out
+  part and each of `PROMISES` is certified on another (`geep.profile`, `geep.calibrate`);
+- on the test split: accuracy of the full model and of every exit, and for each promise mean layers, accuracy and
+  agreement with the cell's own full model; layers and accuracy along all speeds, for comparing at equal accuracy: a
+  recipe may spoil the full model that its promises are about.
+
+Recipes: `RECIPES`, of which `fitted` leaves the full model that of plain fine-tuning. Not measured: time.
+
+Cells are run most important first, `--jobs` side by side, and each line is written when its cell is done; what is in
+the results already is left out, so the same command goes on:
+
+    python benchmarks/certified.py --data-dir DATA --model ENCODER --work WORK --jobs 2
+
+appends to benchmarks/results/certified-<device>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import geep
+from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, calibrate, profile
+from geep.engine import Engine
+from geep.evaluation.race import cpu_name
+from geep.promise import NothingCertifiedError, Promise
+from geep.training import TrainSettings
+
+RESULTS = Path(__file__).parent / "results"
+
+MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and all that is asked of it."""
+
+    data: str
+    recipe: str
+    seed: int
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "fitted": {"recipe": "fitted"},
+    "geep": {"recipe": "geep"},
+    "geep, fitted": {"recipe": "geep", "fit_exits": True},
+    "geep-paper": {"recipe": "geep-paper"},
+    "fastbert": {"recipe": "fastbert"},
+}
+
+# A topic set, English and Chinese sentiment, questions, titles, pairs: where recipes are compared and seeds repeated.
+FIRST = ("sst2", "lcqmc", "ag_news", "thucnews", "yahoo_answers", "trec")
+FURTHER = ("book_review", "weibo", "shopping", "chnsenticorp", "dbpedia", "amazon_full", "yelp_polarity", "yelp_full")
+SEEDS = 3
+
+PROMISES: dict[str, Promise] = {
+    "at most 0.5 points": Promise(max_accuracy_drop=0.005),
+    "at most 1 point": Promise(max_accuracy_drop=0.01),
+    "99 % agreement": Promise(min_agreement=0.99),
+}
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, the most important first."""
+    yield from (Cell(data, "fitted", 0) for data in FIRST)
+    yield from (Cell(data, "geep", 0) for data in FIRST)
+    yield from (Cell(data, recipe, 0) for recipe in ("geep-paper", "geep, fitted") for data in FIRST)
+    yield from (Cell(data, "fitted", seed) for seed in range(1, SEEDS) for data in FIRST)
+    yield from (Cell(data, "fitted", 0) for data in FURTHER)
+    yield from (Cell(data, "geep", seed) for seed in range(1, SEEDS) for data in FIRST)
+    yield from (Cell(data, "fastbert", 0) for data in FIRST)
+    yield from (Cell(data, recipe, 0) for recipe in ("geep", "geep-paper") for data in FURTHER)
+    yield from (Cell(data, recipe, seed) for seed in range(1, SEEDS) for recipe in RECIPES for data in FIRST)
+
+
+def main() -> None:
+    """Parse arguments and run the cells that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of data set folders")
+    parser.add_argument("--model", required=True, help="folder of the encoder")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is computed on the way")
+    parser.add_argument("--only", help="data sets, by commas; default: all that are there")
+    parser.add_argument("--recipes", help=f"recipes, by semicolons; default: {';'.join(RECIPES)}")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--max-train", type=int, help="limit on the training rows; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--seconds", type=float, help="stop after so long; what is not done by then is done next time")
+    parser.add_argument("--output", type=Path, help="file of the results")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    output = args.output or RESULTS / f"certified-{_device_name()}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    wanted = list(dict.fromkeys(_wanted(args, output)))
+    # Processes of their own, which stay: CUDA is started once in each.
+    context = multiprocessing.get_context("spawn")
+    common = (str(args.data_dir), args.model, str(args.work), args.max_train, str(output))
+    with context.Pool(args.jobs) as pool:
+        todo = [pool.apply_async(_run, (cell, *common)) for cell in wanted]
+        while not all(each.ready() for each in todo):
+            if args.seconds is not None and time.monotonic() - begin > args.seconds:
+                print(f"stopped: {sum(each.ready() for each in todo)} of {len(todo)} cells done", flush=True)
+                pool.terminate()
+                break
+            time.sleep(0.5)
+
+
+def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
+    known = output.read_text("utf-8").splitlines() if output.exists() else []
+    done = {(line["data"], line["recipe"], line["seed"]) for line in map(json.loads, known)}
+    names = args.only.split(",") if args.only else [path.name for path in args.data_dir.iterdir()]
+    recipes = args.recipes.split(";") if args.recipes else list(RECIPES)
+    for cell in cells():
+        is_wanted = cell.data in names and cell.recipe in recipes and cell.seed < args.seeds
+        if is_wanted and (cell.data, cell.recipe, cell.seed) not in done:
+            yield cell
+
+
+def _device_name() -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None, output: str) -> None:
+    """Measure a cell and append its line; an error is shown and ends this cell alone."""
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    begin = time.perf_counter()
+    folder = Path(work) / f"{cell.data}-{cell.recipe.replace(', ', '-')}-{cell.seed}"
+    try:
+        line = json.dumps(measured(cell, data_dir, model, folder, max_train), ensure_ascii=False)
+        with Path(output).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(f"{cell} done in {time.perf_counter() - begin:.0f} s", flush=True)
+    except Exception:
+        print(f"{cell} failed:\n{traceback.format_exc()}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: int | None) -> dict[str, Any]:
+    """Everything of a cell."""
+    clock = {"start": time.perf_counter()}
+    num_rows = len(geep.load_dataset(cell.data, data_dir=data_dir).train)
+    plan = geep.DataPlan(cell.data, data_dir=data_dir, holdout=0.4 if num_rows < 10_000 else 0.3, max_train=max_train)
+    dataset = plan.load()
+    parts = plan.divide(dataset)
+    is_cuda = torch.cuda.is_available()
+    settings = TrainSettings(
+        **RECIPES[cell.recipe],
+        epochs=2 if len(parts.train) >= 6000 else 4,
+        batch_size=64,
+        learning_rate=1.5e-4,
+        max_length=MAX_LENGTH,
+        bf16=True,
+        seed=cell.seed,
+    )
+    fitting = geep.FitSettings(max_gigabytes=4.0, seed=cell.seed)
+    trained = geep.train(
+        parts, folder, encoder=encoder, settings=settings, fitting=fitting, exit_layers=range(1, 11), plan=plan
+    )
+    clock["train"] = time.perf_counter()
+    engine = Engine.from_pretrained(folder, exits=False, dtype="float32", compile=False)
+    found = profile(engine, parts.teaching, parts.profile)
+    clock["profile"] = time.perf_counter()
+    if dataset.test is None:
+        raise ValueError(f"{cell.data} has no test split, expected one to report on.")
+    fresh, test = (ExitRun.of(engine, part) for part in (parts.calibration, dataset.test))
+    kept = {name: _kept(found, fresh, test, promise) for name, promise in PROMISES.items()}
+    clock["calibrate"] = time.perf_counter()
+    if test.labels is None:
+        raise ValueError(f"The test rows of {cell.data} have no labels, expected some to report on.")
+    answers = test.exit_logits.argmax(-1)
+    times = list(clock.items())
+    return {
+        "data": cell.data,
+        "recipe": cell.recipe,
+        "seed": cell.seed,
+        "encoder": Path(encoder).name,
+        "layers": int(engine.depths[-1]),
+        "labels": len(engine.label_names),
+        "rows": len(parts.train),
+        "fitted_on": trained.num_fitted,
+        "profiled_on": len(parts.profile),
+        "certified_on": len(parts.calibration),
+        "tested_on": len(test),
+        "epochs": settings.epochs,
+        "steps": trained.steps,
+        "depths": list(engine.depths),
+        "accuracy": _percent((answers == test.labels).float().mean(1).tolist()),
+        "agreement": _percent((answers == answers[-1]).float().mean(1).tolist()),
+        "table_accuracy": _table_accuracy(Outcomes(found.engine, test)),
+        "promises": kept,
+        "seconds": {
+            name: round(after - before, 1) for (_, before), (name, after) in zip(times, times[1:], strict=False)
+        },
+        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
+    }
+
+
+def _percent(shares: list[float]) -> list[float]:
+    return [round(100 * share, 2) for share in shares]
+
+
+def _table_accuracy(outcomes: Outcomes) -> float | None:
+    """Of the answers by the table alone, %."""
+    found = outcomes.profile(outcomes.engine.settings)
+    if found.correct is None or found.depths[0] != 0:
+        return None
+    return round(100 * float(found.correct[:, 0].mean()), 2)
+
+
+def _kept(found: ProfileResult, fresh: ExitRun, test: ExitRun, promise: Promise) -> dict[str, Any]:
+    """What a certified speed does on the test rows, and what every other speed of these settings would do."""
+    try:
+        calibration = calibrate(found.engine, found.heldout, fresh, promise)
+    except NothingCertifiedError as refusal:
+        return {"refused": str(refusal)}
+    engine = calibration.engine
+    outcomes = Outcomes(engine, test)
+
+    def outcome(speed: float) -> dict[str, Any]:
+        settings = replace(engine.settings, speed=speed)
+        seen, column = outcomes.profile(settings), outcomes.answered(settings)
+        rows, depths = np.arange(len(seen)), np.asarray(seen.depths)
+        correct, whole = seen.correct, seen.reference_correct
+        if correct is None or whole is None:
+            raise ValueError("The test rows have no labels, expected some to report on.")
+        return {
+            "speed": speed,
+            "layers": round(float(depths[column].mean()), 3),
+            "accuracy": round(100 * float(correct[rows, column].mean()), 2),
+            "full_accuracy": round(100 * float(whole.mean()), 2),
+            "agreement": round(100 * float(seen.agrees[rows, column].mean()), 2),
+            "by_table": round(100 * float((depths[column] == 0).mean()), 2),
+        }
+
+    curve = [outcome(speed) for speed in TRIAL_SPEEDS]
+    return {
+        **outcome(engine.settings.speed),
+        "criterion": engine.settings.criterion,
+        "quantile": engine.settings.quantile,
+        "lexical_exit": engine.settings.lexical_exit,
+        "certified_on": calibration.num_texts,
+        "curve": [[row["layers"], row["accuracy"], row["agreement"]] for row in curve],
+    }
+
+
+if __name__ == "__main__":
+    main()
