@@ -86,7 +86,7 @@ class _Bucket:
         self.slot = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         self.bias = torch.zeros(tiles, 1, TILE, TILE, dtype=shape.dtype, device=device)
         self.offsets = torch.full((texts + 2,), num_tokens, dtype=torch.int32, device=device)
-        self.offsets[0] = 0
+        self.offsets[:1].zero_()
         self.firsts = torch.zeros(texts + 1, dtype=torch.int32, device=device) if shape.tells_texts_apart else None
         # Exits are judged in float32 at least: so the cast is in the graph.
         precise = torch.promote_types(shape.dtype, torch.float32)
