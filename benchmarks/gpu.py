@@ -226,7 +226,8 @@ def layer(bench: Bench) -> Iterator[Row]:
     variants = {
         "plain": bench.backend(compile=False, graphs=False),
         "compiled": bench.without_graphs,
-        "graph": bench.with_graphs,
+        # Larger than by default: to see up to where they pay.
+        "graph": bench.backend(graphs=True, graph_tokens=24576),
     }
     for tokens in bench.sizes.tokens:
         lengths = draw_lengths(25, num_texts=2 * tokens // 25 + 1, longest=100)
