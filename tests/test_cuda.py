@@ -361,11 +361,23 @@ def test_hidden_states_that_lie_in_the_buffer_are_not_copied_again(monkeypatch: 
         built.exit_logits(live, layer, 0, kept)
     assert loads == [len(batch.input_ids)]
     assert close(built.exit_logits(live, 4, 0, 5), alone(model, batch)[-1, :5])
+    # A prefix stays while it fills half of a buffer, though one of its size has a smaller one.
+    alike = batch_of([30] * 12)
+    for _ in range(2):  # at the second walk all is recorded
+        loads.clear()
+        live, sizes = built.advance(built.start(alike), 1, 12), []
+        for layer, kept in ((2, 8), (3, 5), (4, 4)):
+            live = built.advance(live, layer, kept)
+            sizes.append(len(live.hidden))
+    assert sizes == [240, 150, 120]
+    assert loads == [360, 150]
+    assert close(built.exit_logits(live, 4, 0, 4), alone(model, alike)[-1, :4])
+    loads.clear()
     # Another batch in the same buffer: its texts are copied, and the first batch's are, when it goes on.
     first, second = built.start(batch), built.start(random_batch(12, seed=4))
     first, second = built.advance(first, 1, 12), built.advance(second, 1, 12)
     first = built.advance(first, 2, 12)
-    assert len(loads) == 4
+    assert len(loads) == 3
     assert close(built.exit_logits(first, 2, 0, 12), alone(model, batch)[1])
 
 

@@ -247,8 +247,8 @@ class CudaBackend:
         Where the texts' hidden states lie in a graph's buffers, the classifier is replayed for all of them.
         """
         reader: Any = self.model.head_at(layer) if head is None else head
-        if head is None and self.graphs is not None and live.tiles is not None:
-            replayed = self.graphs.exit_logits(reader, live.hidden, live.tiles.num_tiles, start, stop)
+        if head is None and self.graphs is not None:
+            replayed = self.graphs.exit_logits(reader, live.hidden, start, stop)
             if replayed is not None:
                 return replayed
         first = int(live.lengths[:start].sum())

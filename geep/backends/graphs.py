@@ -142,13 +142,16 @@ class LayerGraphs:
 
         Args:
             layer: Counted from 1.
-            before: The hidden states of which `hidden` is a prefix. If they came out of the bucket that is used now,
-                they still lie there and are not copied again.
+            before: The hidden states of which `hidden` is a prefix. If they came out of a bucket last and still lie
+                there, the prefix stays in it and is not copied again, until it fills less than half: on few tokens a
+                layer takes less than a copy.
             hidden: (num_tokens, hidden).
             places: Where their texts lie.
         """
         with self._lock, torch.inference_mode():
-            bucket = self._bucket(len(hidden), places.tiles.num_tiles)
+            bucket = self._holding(before)
+            if bucket is None or 2 * len(hidden) < len(bucket.hidden):
+                bucket = self._smallest(len(hidden), places.tiles.num_tiles)
             if bucket is None:
                 return None
             if layer not in bucket.replays:
@@ -166,13 +169,12 @@ class LayerGraphs:
             bucket.holds = weakref.ref(out)
             return out
 
-    def exit_logits(self, head: Any, hidden: Tensor, num_tiles: int, start: int, stop: int) -> Tensor | None:
+    def exit_logits(self, head: Any, hidden: Tensor, start: int, stop: int) -> Tensor | None:
         """Run an exit on texts that a layer has just left in a bucket; None where there is no such bucket, or no graph.
 
         Args:
             head: The exit; a graph is recorded for each.
             hidden: What `__call__` gave.
-            num_tiles: Tiles of these tokens.
             start: First text.
             stop: The one behind the last.
 
@@ -180,8 +182,8 @@ class LayerGraphs:
             Logits (stop - start, num_labels), in float32 where the exit's dtype is below.
         """
         with self._lock, torch.inference_mode():
-            bucket = self._bucket(len(hidden), num_tiles)
-            if bucket is None or not bucket.has_texts or not bucket.has(hidden):
+            bucket = self._holding(hidden)
+            if bucket is None or not bucket.has_texts:
                 return None
             if head not in bucket.replays:
                 if not self._is_due(bucket, head):
@@ -194,7 +196,10 @@ class LayerGraphs:
             bucket.replays[head]()
             return bucket.logits[start:stop].clone()
 
-    def _bucket(self, num_tokens: int, num_tiles: int) -> _Bucket | None:
+    def _holding(self, hidden: Tensor) -> _Bucket | None:
+        return next((bucket for bucket in self._buckets.values() if bucket.has(hidden)), None)
+
+    def _smallest(self, num_tokens: int, num_tiles: int) -> _Bucket | None:
         for size in self._sizes:
             if num_tokens <= size and num_tiles <= max_tiles(size):
                 if size not in self._buckets:
