@@ -43,6 +43,7 @@ from geep.predictor import ExitPrediction, ExitPredictor, ExitTable, FittedTable
 RESULTS = Path(__file__).parent / "results"
 LOAD_FACTORS = (0.5, 0.7, 0.8, 0.9)
 ABSENT_SHARES = (0.0, 0.5)
+SEPARATOR = 102
 # A dict of more keys would take gigabytes, a loop of Python over more searches minutes.
 MOST_DICT_KEYS = 1 << 20
 MOST_DICT_QUERIES = 1 << 18
@@ -175,8 +176,11 @@ def equal_tables(one: Any, other: Any) -> bool:
     return all(torch.equal(mine, theirs) for mine, theirs in zip(one.slots, other.slots, strict=True))
 
 
-def predict_case(device: torch.device, num_texts: int) -> Case:
-    """Predict a batch of texts of 5 to 45 tokens, frequent tokens often, with a table of uni- and bigrams."""
+def predict_case(device: torch.device, num_texts: int, *, pairs: bool = False) -> Case:
+    """Predict a batch of texts of 5 to 45 tokens, frequent tokens often, with a table of uni- and bigrams.
+
+    `pairs`: a separator stands in the middle of each text, and the table tells the two parts apart.
+    """
     vocab_size, num_labels, speeds, depths = 30_522, 6, (0.5,), tuple(range(1, 13))
     generator = torch.Generator().manual_seed(7)
 
@@ -184,12 +188,24 @@ def predict_case(device: torch.device, num_texts: int) -> Case:
         lengths = torch.randint(5, 46, (count,), generator=generator)
         # Zipf's law: the logarithm of the rank is uniform.
         ranks = torch.rand(int(lengths.sum()), generator=generator) * torch.log(torch.tensor(vocab_size - 1000.0))
-        return ranks.exp().long() + 999, lengths
+        ids = ranks.exp().long() + 999
+        if pairs:
+            ends = lengths.cumsum(0)
+            ids[ends - 1] = ids[ends - lengths // 2] = SEPARATOR
+        return ids, lengths
 
     ids, lengths = draw(20_000)
     exits = torch.randint(len(depths), (lengths.numel(), 1), generator=generator)
+    special_ids = (0, 100, 101, SEPARATOR, 103)
     table = ExitTable.build(
-        ids, lengths, exits, depths=depths, speeds=speeds, vocab_size=vocab_size, special_ids=(0, 100, 101, 102, 103)
+        ids,
+        lengths,
+        exits,
+        depths=depths,
+        speeds=speeds,
+        vocab_size=vocab_size,
+        special_ids=special_ids,
+        separator_id=SEPARATOR if pairs else None,
     )
     edges = torch.linspace(-0.5, 0.5, 15)[None] + 6
     shares = (torch.arange(12)[None, None] >= torch.arange(16)[None, :, None] * 11 // 15).float()

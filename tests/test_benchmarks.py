@@ -134,10 +134,15 @@ def test_hash_table_methods_that_disagree_are_not_timed() -> None:
         bench.measure(bench.Case({"kind": "x"}, 1, methods), 1, torch.device("cpu"))
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # it reads a neighbour
+    return load("gpu")
+
+
 def test_the_gpu_benchmark_says_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu = load("gpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert gpu.main() == 2
@@ -147,31 +152,67 @@ def test_the_gpu_benchmark_says_what_it_needs(
     assert "Unknown measurements ['magic']" in capsys.readouterr().err
 
 
-def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
-    gpu = load("gpu")
+def test_the_gpu_benchmark_runs_at_toy_sizes(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     model, tokenizer = gpu.random_model(vocab_size=200, **shape)
     engine = gpu.Engine(model, tokenizer, config=gpu.EngineConfig(device="cpu", backend="cuda", compile=False))
     sizes = gpu.Sizes(
-        gemm=32, tokens=(128,), mean_lengths=(16, 150), attention_tokens=300, texts=(20,), full_texts=2, raw_texts=8,
-        pipeline_texts=4, pipeline_batches=(2,), rounds=1, inner=1,
+        gemm=32, tokens=(128,), mean_lengths=(16, 150), attention_tokens=300, texts=(1, 20, 30), small_texts=20,
+        full_texts=2, raw_texts=8, predicted_texts=5, pipeline_texts=4, pipeline_batches=(2,), rounds=1, seconds=0,
     )  # fmt: skip
     bench = gpu.Bench(engine, sizes)
     path = tmp_path / "results" / "gpu-toy.jsonl"
-    counts = {}
-    for kind, measure in gpu.KINDS.items():
-        rows = measure(bench)
-        counts[kind] = len(rows)
-        for _ in range(2):  # measured again, rows are replaced
-            gpu.write(path, kind, rows, {"encoder": "toy", "device": "cpu"})
-    assert counts == {"gemm": 4, "full_depth": 1, "layer": 3, "attention": 5, "staircase": 2, "texts": 4}
+    for _ in range(2):  # measured again, rows are replaced
+        results = gpu.Results(path, {"encoder": "toy", "device": "cpu"})
+        gpu.measure_all(bench, list(gpu.KINDS), results, seconds=600)
+    counts = {kind: len(rows) for kind, rows in results.rows.items()}
+    # Of the staircase: one text, and twenty, with both heads, with and without graphs; twenty with both ways to miss;
+    # thirty with graphs.
+    assert counts == {
+        "staircase": 4 + 8 + 2, "texts": 3, "full_depth": 1, "prediction": 2, "layer": 3, "attention": 5, "gemm": 4,
+        "pipeline": 1,
+    }  # fmt: skip
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(found) == sum(counts.values())
     numbers = [value for row in found for value in row.values() if isinstance(value, float)]
     assert all(value > 0 for value in numbers)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[-len(counts) :]] == list(counts)
+    assert bench.with_graphs.graphs is not None
+    assert any(bucket.replays for bucket in bench.with_graphs.graphs._buckets.values())
+    went_on = [row for row in results.rows["staircase"] if row["on_miss"] == "continue"]
+    stopped = [row for row in results.rows["staircase"] if row["texts"] == 20 and row["on_miss"] == "stop"]
+    assert len(went_on) == 4
+    assert min(row["mean_exit_layer"] for row in went_on) > max(row["mean_exit_layer"] for row in stopped)
+
+
+def test_what_the_gpu_benchmark_has_no_time_for_is_left_out_and_named(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu-toy.jsonl"
+    clock = iter(range(100))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(clock))
+    rows = {"one": [{"n": 1, "s": 2.0}, {"n": 2, "s": 3.0}], "two": [{"n": 1, "s": 2.0}], "three": [{"n": 1, "s": 2.0}]}
+    for name, found in rows.items():
+        monkeypatch.setitem(gpu.KINDS, name, gpu.Kind(lambda bench, found=found: iter(found), ("n",), ("s",)))
+    gpu.measure_all(None, list(rows), gpu.Results(path, {"encoder": "toy"}), seconds=7)
+    assert [json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines()] == ["one", "one", "two"]
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "one (3 s): 1: s 2; 2: s 3",
+        "two: what may have followed was left out, 7 seconds are over",
+        "two (2 s): 1: s 2",
+        "three: left out, 7 seconds are over",
+    ]
+
+
+def test_the_gpu_benchmark_counts_the_work_of_a_text(gpu: ModuleType) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = gpu.EngineConfig(device="cpu", backend="cuda", compile=False)
     # The work that is counted for a text of n tokens: 24 n width² of products at BERT's proportions, 4 n² width beside.
-    shape["intermediate_size"] = 128
-    wide = gpu.Bench(gpu.Engine(*gpu.random_model(vocab_size=200, **shape), config=engine.config), sizes)
+    model = gpu.random_model(vocab_size=200, intermediate_size=128, **shape)
+    wide = gpu.Bench(gpu.Engine(*model, config=config), gpu.Sizes())
     assert wide.flops(np.array([10])) == 24 * 10 * 32**2 + 4 * 100 * 32
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     NUM_LAYERS,
+    SEP,
     alone,
     make_engine,
     make_model,
@@ -27,7 +28,7 @@ from transformers import AutoConfig
 
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend, TokenBatch
 from geep.backends.cuda import compiled
-from geep.backends.graphs import LayerGraphs, _Bucket, bucket_sizes, max_tiles
+from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces, _Bucket, bucket_sizes, max_texts, max_tiles
 from geep.backends.staging import Staging
 from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.engine import Engine, EngineConfig, ExitSettings
@@ -96,7 +97,7 @@ def test_a_text_longer_than_a_tile_is_refused() -> None:
 
 def tiles_of(lengths: list[int]) -> Tiles:
     plan = plan_tiles(ints(lengths))
-    source, text, slot = (torch.from_numpy(row) for row in (plan.source, plan.text, plan.slot))
+    source, text, slot = (torch.from_numpy(row).int() for row in (plan.source, plan.text, plan.slot))
     return Tiles(plan.tile, source, slot, tile_bias(text, torch.float32))
 
 
@@ -207,18 +208,137 @@ def test_buckets_are_few_and_close() -> None:
     assert bucket_sizes(100) == []
 
 
-@pytest.mark.parametrize("head", sorted(HEADS))
+def with_graphs(model: GeepForSequenceClassification, record_after: int = 0) -> CudaBackend:
+    return CudaBackend.build(model, dtype="float32", options=CudaOptions(graphs=True, record_after=record_after))
+
+
+def replays_of(backend: CudaBackend, kind: type) -> dict[int, list[Any]]:
+    """Of each bucket the layers (int) or the exits (nn.Module) that were recorded, where there are any."""
+    assert backend.graphs is not None
+    found = {
+        size: [what for what in bucket.replays if isinstance(what, kind)]
+        for size, bucket in backend.graphs._buckets.items()
+    }
+    return {size: each for size, each in found.items() if each}
+
+
+# Every head on single texts, and the one that tells two texts apart on pairs.
+HEADS_AND_SEPARATORS = [*((head, None) for head in sorted(HEADS)), ("conv", SEP)]
+
+
+def batch_for(separator_id: int | None, count: int, **options: Any) -> TokenBatch:
+    """Random texts; where there is a separator it stands at any place in them."""
+    batch = random_batch(count, pairs=separator_id is not None, **options)
+    if separator_id is not None:
+        starts, random = np.cumsum(batch.lengths) - batch.lengths, np.random.default_rng(count)
+        batch.input_ids[starts + random.integers(0, batch.lengths)] = separator_id
+    return batch
+
+
+@pytest.mark.parametrize(("head", "separator_id"), HEADS_AND_SEPARATORS)
 @torch.no_grad()
-def test_replays_on_buffers_full_of_leftovers_change_nothing(head: str) -> None:
-    model = make_model(head=head)
-    batch = random_batch(50, seed=1)  # some 400 tokens: several buckets on the way down
+def test_replays_on_buffers_full_of_leftovers_change_nothing(head: str, separator_id: int | None) -> None:
+    model = make_model(head=head, separator_id=separator_id).double()  # in float32 heads of loud weights round
+    batch = batch_for(separator_id, 50, seed=1)  # hundreds of tokens: several buckets on the way down
     expected = alone(model, batch)
-    built = CudaBackend.build(
-        model, dtype="float32", options=CudaOptions(graphs=True, record_after=2, first_tokens_from=60)
-    )
+    built = with_graphs(model, record_after=1)
     assert sum(one_walk(model, built, batch, expected, seed) for seed in range(10)) > 100
-    assert isinstance(built.graphs, LayerGraphs)
-    assert {size for size, bucket in built.graphs._buckets.items() if bucket.replays} >= {128, 256}
+    assert replays_of(built, int).keys() >= {128, 256}
+    assert replays_of(built, torch.nn.Module).keys() >= {128, 256}
+
+
+@pytest.mark.parametrize(("head", "separator_id"), HEADS_AND_SEPARATORS)
+@torch.no_grad()
+def test_replayed_exits_answer_any_range_while_texts_leave_and_batches_take_turns(
+    head: str, separator_id: int | None
+) -> None:
+    model = make_model(head=head, separator_id=separator_id).double()  # in float32 heads of loud weights round
+    built = with_graphs(model)
+    batches = [batch_for(separator_id, count, seed=count, longest=9) for count in (9, 12)]
+    expected = [alone(model, batch) for batch in batches]
+    walks: Any = [[built.start(batch), len(batch)] for batch in batches]
+    for layer in range(1, NUM_LAYERS + 1):
+        for walk, wanted in zip(walks, expected, strict=True):
+            live = walk[0] = built.advance(walk[0], layer, walk[1])
+            for start, stop in ((0, walk[1]), (1, walk[1]), (0, 1), (2, walk[1] - 1)):
+                found = built.exit_logits(live, layer, start, stop)
+                assert close(found, wanted[layer - 1, start:stop])
+            walk[1] -= 1
+        # The second batch lies in the bucket now, the first is asked the usual way.
+        assert close(built.exit_logits(walks[0][0], layer, 0, walks[0][1]), expected[0][layer - 1, : walks[0][1]])
+    assert sum(map(len, replays_of(built, torch.nn.Module).values())) >= NUM_LAYERS
+
+
+@torch.no_grad()
+def test_an_exit_replays_only_for_texts_that_lie_in_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make_model(head="cls"), random_batch(12, seed=3)
+    built, expected = with_graphs(model), alone(model, batch)
+    assert built.graphs is not None
+    replayed: list[bool] = []
+    replay = LayerGraphs.exit_logits
+
+    def noted(self: LayerGraphs, *args: Any) -> Tensor | None:
+        found = replay(self, *args)
+        replayed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(LayerGraphs, "exit_logits", noted)
+    live = built.start(batch)
+    assert built.exit_logits(live, 1, 0, 12) is not None  # no layer has run
+    live = built.advance(live, 1, 12)
+    first = built.exit_logits(live, 1, 0, 12)
+    kept = first.clone()
+    chosen = built.select(live, np.arange(12)[::-1].copy())
+    assert close(built.exit_logits(chosen, 1, 0, 12), expected[0].flip(0))
+    assert replayed == [False, True, False]
+    following = built.advance(live, 2, 12)
+    assert close(built.exit_logits(following, 2, 0, 12), expected[1])
+    assert torch.equal(first, kept)  # what was handed out is not written to
+    assert close(built.exit_logits(live, 1, 3, 7), expected[0, 3:7])  # the bucket has gone on
+    assert replayed == [False, True, False, True, False]
+    # Another head is read as it is, and an exit in the place of an old one is no old one.
+    assert built.exit_logits(following, 2, 0, 12, head=Sums()).shape == (12, 1)
+    assert len(replayed) == 5
+    model.exits[1] = model.exits[0]
+    assert close(
+        built.exit_logits(following, 2, 0, 12),
+        model.exits[0].forward_packed(following.hidden, following.offsets, following.longest),
+    )
+
+
+class Sums(torch.nn.Module):
+    """A head that is none of the model's: the sum over each text."""
+
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+        sizes = offsets.diff().tolist()
+        return torch.stack([part.sum()[None] for part in hidden.split(sizes)])
+
+
+@torch.no_grad()
+def test_exits_of_more_texts_than_a_bucket_takes_are_read_as_usual() -> None:
+    model = make_model()
+    built = with_graphs(model)
+    batch = batch_of([2] * (max_texts(128) + 1))
+    live = built.advance(built.start(batch), 1, len(batch))
+    assert close(built.exit_logits(live, 1, 0, len(batch)), alone(model, batch)[0])
+    assert replays_of(built, int) == {128: [1]}
+    assert replays_of(built, torch.nn.Module) == {}
+
+
+@torch.no_grad()
+def test_a_prefix_of_a_large_batch_may_go_on_in_a_bucket() -> None:
+    # Its last tile names tokens of texts that are gone, more than the bucket has.
+    model = make_model(max_position_embeddings=300)
+    batch = batch_of([60] * 40)
+    built = CudaBackend.build(
+        model, dtype="float32", options=CudaOptions(graphs=True, record_after=0, graph_tokens=256)
+    )
+    live = built.advance(built.start(batch), 1, 40)
+    for layer, kept in ((2, 3), (3, 1)):
+        live = built.advance(live, layer, kept)
+        expected = alone(model, batch.select(np.arange(kept)))
+        assert close(built.exit_logits(live, layer, 0, kept), expected[layer - 1])
+    assert replays_of(built, int) == {128: [3], 192: [2]}
 
 
 @torch.no_grad()
@@ -226,51 +346,62 @@ def test_hidden_states_that_lie_in_the_buffer_are_not_copied_again(monkeypatch: 
     loads: list[int] = []
     load = _Bucket.load
 
-    def counted(self: _Bucket, hidden: Tensor, tiles: Tiles) -> None:
+    def counted(self: _Bucket, hidden: Tensor, places: TextPlaces) -> None:
         loads.append(len(hidden))
-        load(self, hidden, tiles)
+        load(self, hidden, places)
 
     monkeypatch.setattr(_Bucket, "load", counted)
     model, batch = make_model(), random_batch(12, seed=3)
-    built = CudaBackend.build(model, dtype="float32", options=CudaOptions(graphs=True, record_after=0))
+    built = with_graphs(model)
     built_run(built, batch)  # all is recorded
     loads.clear()
     live = built.start(batch)
     for layer, kept in ((1, 12), (2, 12), (3, 11), (4, 5)):
         live = built.advance(live, layer, kept)
+        built.exit_logits(live, layer, 0, kept)
     assert loads == [len(batch.input_ids)]
     assert close(built.exit_logits(live, 4, 0, 5), alone(model, batch)[-1, :5])
+    # A prefix stays while it fills half of a buffer, though one of its size has a smaller one.
+    alike = batch_of([30] * 12)
+    for _ in range(2):  # at the second walk all is recorded
+        loads.clear()
+        live, sizes = built.advance(built.start(alike), 1, 12), []
+        for layer, kept in ((2, 8), (3, 5), (4, 4)):
+            live = built.advance(live, layer, kept)
+            sizes.append(len(live.hidden))
+    assert sizes == [240, 150, 120]
+    assert loads == [360, 150]
+    assert close(built.exit_logits(live, 4, 0, 4), alone(model, alike)[-1, :4])
+    loads.clear()
     # Another batch in the same buffer: its texts are copied, and the first batch's are, when it goes on.
     first, second = built.start(batch), built.start(random_batch(12, seed=4))
     first, second = built.advance(first, 1, 12), built.advance(second, 1, 12)
     first = built.advance(first, 2, 12)
-    assert len(loads) == 4
+    assert len(loads) == 3
     assert close(built.exit_logits(first, 2, 0, 12), alone(model, batch)[1])
 
 
 @torch.no_grad()
 def test_a_batch_without_a_bucket_runs_as_usual() -> None:
-    graphs = LayerGraphs(
-        lambda layer, hidden, tiles: hidden + layer,
-        width=4,
-        dtype=torch.float32,
-        device=CPU,
-        max_tokens=256,
-        record_after=1,
-    )
-    hidden, tiles = torch.zeros(250, 4), tiles_of([125, 125])
-    assert graphs(1, hidden, hidden, tiles) is None  # the first use
-    found = graphs(1, hidden, hidden, tiles)
+    shape = BucketShape(4, 2, tells_texts_apart=False, dtype=torch.float32, device=CPU)
+    graphs = LayerGraphs(lambda layer, hidden, tiles: hidden + layer, shape, max_tokens=256, record_after=1)
+    hidden, places = torch.zeros(250, 4), places_of([125, 125])
+    assert graphs(1, hidden, hidden, places) is None  # the first use
+    found = graphs(1, hidden, hidden, places)
     assert found is not None
     assert bool((found == 1).all())
-    assert graphs(1, torch.zeros(257, 4), torch.zeros(257, 4), tiles) is None
-    crowded = tiles_of([65] * (max_tiles(256) + 1))  # few tokens, many tiles
+    assert graphs(1, torch.zeros(257, 4), torch.zeros(257, 4), places) is None
+    crowded = places_of([65] * (max_tiles(256) + 1))  # few tokens, many tiles
     assert graphs(1, hidden, hidden, crowded) is None
+
+
+def places_of(lengths: list[int]) -> TextPlaces:
+    return TextPlaces(tiles_of(lengths), torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32), None)
 
 
 def test_several_threads_may_replay() -> None:
     model = make_model()
-    built = CudaBackend.build(model, dtype="float32", options=CudaOptions(graphs=True, record_after=0))
+    built = with_graphs(model)
     batches = [random_batch(8, seed=seed) for seed in range(4)]
     expected = [alone(model, batch)[-1] for batch in batches]
     wrong: list[int] = []
@@ -293,15 +424,12 @@ def backends_for(model: GeepForSequenceClassification) -> dict[str, Any]:
     return {
         "packed": PackedBackend.build(model, dtype="float32"),
         "padded": BACKENDS["padded"].build(model, dtype="float32"),
-        "cuda": CudaBackend.build(model, dtype="float32", options=CudaOptions(first_tokens_from=0)),
-        "cuda-long": CudaBackend.build(
-            model, dtype="float32", options=CudaOptions(first_tokens_from=0, attention="runs")
-        ),
+        "cuda": CudaBackend.build(model, dtype="float32"),
     }
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))
-@pytest.mark.parametrize("name", ["packed", "padded", "cuda", "cuda-long"])
+@pytest.mark.parametrize("name", ["packed", "padded", "cuda"])
 @torch.no_grad()
 def test_texts_that_end_give_the_same_logits(head: str, name: str) -> None:
     model = make_model(head=head)
@@ -323,13 +451,12 @@ def test_texts_that_end_give_the_same_logits(head: str, name: str) -> None:
         num_texts = continuing
 
 
-@pytest.mark.parametrize("name", ["packed", "cuda"])
 @torch.no_grad()
-def test_only_an_exit_that_reads_the_first_token_alone_gets_it_alone(name: str) -> None:
+def test_only_an_exit_that_reads_the_first_token_alone_gets_it_alone() -> None:
     batch = random_batch(6, seed=9)
     for head in sorted(HEADS):
         model = make_model(head=head)
-        built = backends_for(model)[name]
+        built = PackedBackend.build(model, dtype="float32")
         live = built.advance(built.start(batch), 1, 6, continuing=2)
         rows = int(batch.lengths[:2].sum()) + (4 if head == "cls" else int(batch.lengths[2:].sum()))
         assert len(live.hidden) == rows
@@ -392,15 +519,12 @@ def test_the_engine_lets_texts_end_where_their_answer_is_final(head: str, on_mis
 # Half precision
 
 
-@pytest.mark.parametrize("first_tokens_from", [0, 10**9])
 @torch.inference_mode()
-def test_bfloat16_stays_near_float32(first_tokens_from: int) -> None:
+def test_bfloat16_stays_near_float32() -> None:
     model = make_model(head="cls", num_attention_heads=2)
     batch = batch_of([1, 5, 30, 64, 17])
     expected = alone(model, batch)[-1]
-    built = CudaBackend.build(
-        model.to(torch.bfloat16), dtype="float32", options=CudaOptions(first_tokens_from=first_tokens_from)
-    )
+    built = CudaBackend.build(model.to(torch.bfloat16), dtype="float32")
     live = built.start(batch)
     for layer in range(1, NUM_LAYERS + 1):
         live = built.advance(live, layer, 5, continuing=0 if layer == NUM_LAYERS else 5)
@@ -486,9 +610,8 @@ def gpu_model(dtype: torch.dtype, **changes: Any) -> GeepForSequenceClassificati
         CudaOptions(compile=True, graphs=False),
         CudaOptions(compile=False, graphs=True, record_after=0),
         CudaOptions(compile=True, graphs=True, record_after=0),
-        CudaOptions(compile=True, graphs=True, record_after=0, first_tokens_from=0),
     ],
-    ids=["tiles", "varlen", "runs", "compile", "graphs", "compile-graphs", "first-tokens"],
+    ids=["tiles", "varlen", "runs", "compile", "graphs", "compile-graphs"],
 )
 @torch.inference_mode()
 def test_a_gpu_gives_the_answers_of_float32_on_the_cpu(dtype: torch.dtype, options: CudaOptions) -> None:
@@ -510,6 +633,27 @@ def test_a_gpu_gives_the_answers_of_float32_on_the_cpu(dtype: torch.dtype, optio
 
 
 @on_gpu
+@pytest.mark.parametrize(("head", "separator_id"), HEADS_AND_SEPARATORS)
+@torch.inference_mode()
+def test_exits_recorded_on_a_gpu_give_the_answers_of_the_cpu(head: str, separator_id: int | None) -> None:
+    model = make_model(head=head, separator_id=separator_id, num_attention_heads=2)
+    batch = batch_for(separator_id, 14, seed=1, longest=30)
+    expected = alone(model, batch)
+    built = CudaBackend.build(
+        model.to("cuda"), dtype="float32", options=CudaOptions(compile=False, graphs=True, record_after=0)
+    )
+    for _ in range(2):
+        live = built.start(batch)
+        for layer, kept in ((1, 14), (2, 14), (3, 9), (4, 2)):
+            live = built.advance(live, layer, kept)
+            found = built.exit_logits(live, layer, 1, kept).cpu()
+            wanted = expected[layer - 1, 1:kept]
+            # Heads of loud weights round; this is a thousandth of the largest logit.
+            assert torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
+    assert len({head for each in replays_of(built, torch.nn.Module).values() for head in each}) == NUM_LAYERS
+
+
+@on_gpu
 @torch.inference_mode()
 def test_texts_beyond_a_tile_equal_the_cpu() -> None:
     model = make_model(max_position_embeddings=300, num_attention_heads=2)
@@ -526,7 +670,7 @@ def test_texts_beyond_a_tile_equal_the_cpu() -> None:
 @torch.inference_mode()
 def test_a_staircase_that_stops_waits_for_nothing(head: str, longest: int) -> None:
     model = gpu_model(torch.bfloat16, head=head, num_attention_heads=2)
-    options = CudaOptions(compile=False, record_after=0, first_tokens_from=0)
+    options = CudaOptions(compile=False, record_after=0)
     built = CudaBackend.build(model, dtype="float32", options=options)
     batch = batch_of([longest, 7, 60, 33, 12, 5])
 

@@ -35,6 +35,7 @@ from hypothesis import given, settings, strategies as st
 
 from geep.backends import BACKENDS
 from geep.engine import Engine, EngineConfig, EngineOptions, ExitSettings, Prediction, Predictions
+from geep.engine.tokens import in_parts
 from geep.exits import AGREEMENT, AgreementScore, Fusing, follow, profile_exits
 from geep.modeling import FAMILIES
 
@@ -798,6 +799,26 @@ def test_tokens_do_not_depend_on_the_parts_in_which_they_are_made(
         assert (parts.batch.token_type_ids is None) == (whole.batch.token_type_ids is None)
         if whole.batch.token_type_ids is not None:
             assert np.array_equal(parts.batch.token_type_ids, whole.batch.token_type_ids)
+
+
+def test_beside_a_gpu_parts_are_smaller_and_answers_the_same(
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geep.engine.tokens.TEXTS_PER_CALL", 12)
+    texts, asked = random_texts(25, seed=9), []
+    expected, usual = tiny_engine.predict(texts), list(tiny_engine.predict_stream(texts))
+
+    def on_gpu(texts: Any, pairs: Any, device_type: str) -> Any:
+        asked.append(device_type)
+        return in_parts(texts, pairs, "cuda")
+
+    monkeypatch.setattr("geep.engine.engine.in_parts", on_gpu)
+    for source in (texts, iter(texts)):
+        parts = list(tiny_engine.predict_stream(source))
+        assert [len(part) for part in parts] == [*[3] * 8, 1]
+        assert_alike([prediction for part in parts for prediction in part], expected)
+    assert [len(part) for part in usual] == [12, 12, 1]
+    assert asked == [tiny_engine.model.device.type] * 2
 
 
 def test_what_came_before_a_bad_text_in_a_stream_is_answered(

@@ -121,8 +121,8 @@ def test_last_of_equal_keys_wins_in_a_batch_and_between_batches() -> None:
 
 def test_capacity_is_rounded_up_and_doubles_when_needed() -> None:
     table = HashTable(100)
-    assert (table.capacity, table.load_factor, len(table), table.max_load_factor) == (128, 0.0, 0, 0.8)
-    insert(table, [(key, key) for key in range(102)])
+    assert (table.capacity, table.load_factor, len(table), table.max_load_factor) == (128, 0.0, 0, 0.5)
+    insert(table, [(key, key) for key in range(64)])
     assert table.capacity == 128
     insert(table, [(1000, 1)])
     assert table.capacity == 256
@@ -149,6 +149,17 @@ def test_state_makes_the_same_table_again(pairs: list[tuple[int, int]]) -> None:
     insert(again, [(41, 1)])
     assert same_bytes(again, insert(table, [(41, 1)]))
     assert same_bytes(on_device(table, "cpu"), table)
+
+
+def test_a_table_filled_as_they_once_were_still_loads_and_stays_as_it_is() -> None:
+    former = insert(HashTable(16, max_load_factor=0.8), [(key, key + 1) for key in range(12)])
+    again = HashTable.from_state(former.state())
+    assert same_bytes(again, former)
+    assert again.find(ints([0, 11, 12])).tolist() == [1, 12, MISSING]
+    assert insert(again, [(99, 1)]).capacity == 32
+    assert again.max_load_factor == 0.8
+    with pytest.raises(ValueError, match=r"Found 12 keys in 16 slots, expected a load factor of at most 0\.5"):
+        HashTable.from_state(former.state(), max_load_factor=0.5)
 
 
 def test_state_is_a_copy() -> None:

@@ -4,12 +4,11 @@ Texts lie packed, as in `geep.backends.packed`, and a layer runs on a prefix of 
 
 - attention on short texts in tiles (`geep.backends.tiles`), on longer ones by PyTorch's variable-length flash kernel;
 - what follows attention is one function, compiled once and used by all layers, whose weights are arguments;
-- small batches replay CUDA graphs (`geep.backends.graphs`);
-- token ids and all that is derived from lengths reach the device in one copy (`geep.backends.staging`) and stay there;
-- texts that end at a layer whose exit reads only [CLS] run that layer for [CLS] alone.
+- small batches replay CUDA graphs of layers and of exits (`geep.backends.graphs`);
+- token ids and all that is derived from lengths reach the device in one copy (`geep.backends.staging`) and stay there.
 
-Not yet run on a GPU: tests run the same code on CPU tensors. Every bound in `CudaOptions` is arithmetic, not
-measurement; `benchmarks/gpu.py` measures them.
+Texts that end at a layer run it whole: to run it for [CLS] alone, as `packed` does on CPUs, made every size slower on
+the GPU it was tried on. Tests run the same code on CPU tensors, those marked `gpu` on a device.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from geep.backends.graphs import LayerGraphs
+from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces
 from geep.backends.int8 import ActivationRanges
-from geep.backends.packed import PackedBackend, embed, joined, only_first_tokens_end, position_ids
-from geep.backends.packed_layer import PackedLayer, attend_first, attend_runs, length_runs, packed_layers
+from geep.backends.packed import PackedBackend, embed, joined, position_ids
+from geep.backends.packed_layer import PackedLayer, attend_runs, length_runs, packed_layers
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
 from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
@@ -51,19 +50,18 @@ class CudaOptions:
             or runs where there is no varlen. Where tiles and varlen really cross is not yet measured.
         compile: Whether to compile what follows attention. None: on CUDA.
         graphs: Whether small batches in tiles replay CUDA graphs. None: on CUDA.
-        graph_tokens: Largest batch for graphs. A layer of BERT-base takes 23 ns a token on an H100 and ten launches
-            take some 80 µs, so up to 4,096 tokens launching may take longer than running (both estimated).
-        record_after: Uses of a layer at a size before its graph is recorded.
-        first_tokens_from: Tokens of ending texts from which running [CLS] alone pays: its launches cost more than a
-            layer on fewer tokens takes.
+        graph_tokens: Largest batch for graphs. On the H200 that it was run on, the launches of a layer took the host
+            some 500 µs, and a layer of BERT-base takes the device some 25 ns a token: at this size half as long, in
+            buffers a third larger than the batch, too. How far above it graphs pay is not yet measured.
+        record_after: Uses of a layer, or of an exit, at a size before its graph is recorded: what is used once or twice
+            is not worth the milliseconds of recording; from then on a replay saves those launches at each use.
     """
 
     attention: Literal["auto", "tiles", "varlen", "runs"] = "auto"
     compile: bool | None = None
     graphs: bool | None = None
-    graph_tokens: int = 4096
-    record_after: int = 1000
-    first_tokens_from: int = 4096
+    graph_tokens: int = 8192
+    record_after: int = 2
 
 
 class LayerWeights(NamedTuple):
@@ -117,8 +115,6 @@ def compiled(finish: Finish, layers: Sequence[LayerWeights], **options: Any) -> 
 @dataclass(frozen=True, slots=True)
 class CudaTexts:
     """Live texts.
-
-    Of a text that has ended (see `Backend.advance`) only the first token may be left; its length is then 1.
 
     Attributes:
         hidden: Hidden states, (num_tokens, hidden).
@@ -212,9 +208,13 @@ class CudaBackend:
         if device.type == "cuda" if options.graphs is None else options.graphs:
             graphs = LayerGraphs(
                 lambda layer, hidden, tiles: _tiled_layer(layers[layer - 1], hidden, tiles, num_heads, finish),
-                width=model.config.hidden_size,
-                dtype=model.dtype,
-                device=device,
+                BucketShape(
+                    model.config.hidden_size,
+                    model.config.num_labels or 0,
+                    tells_texts_apart=model.config.separator_id is not None,
+                    dtype=model.dtype,
+                    device=device,
+                ),
                 max_tokens=options.graph_tokens,
                 record_after=options.record_after,
             )
@@ -235,46 +235,28 @@ class CudaBackend:
         return place(embed(encoder, inputs))
 
     def advance(self, live: CudaTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> CudaTexts:
-        """Run a layer on a prefix of the texts; the prefix is a view."""
+        """Run a layer on a prefix of the texts, those that end there like the others; the prefix is a view."""
         before, live = live.hidden, live.prefix(num_texts)
-        if continuing is None or not self._pays_first_tokens(live, layer, continuing):
-            return replace(live, hidden=self._run(live, layer, before))
-        # Those that end: their first tokens only.
-        weights, ending = self.layers[layer - 1], live.lengths[continuing:]
-        starts = live.offsets[continuing:-1]
-        first = live.hidden.index_select(0, starts)
-        sizes = live.offsets[continuing:].diff()
-        mixed = attend_first(
-            first,
-            weights.qkv,
-            self.num_heads,
-            lambda q, scale: _mix_padded(q, scale, live.hidden, starts, sizes, ending),
-        )
-        hidden = self.finish(mixed, first, weights)
-        going = live.prefix(continuing)
-        if len(going.hidden):
-            hidden = torch.cat([self._run(going, layer, before), hidden])
-        ends = live.offsets[continuing] + torch.arange(1, len(ending) + 1, dtype=torch.int32, device=hidden.device)
-        return replace(
-            going,
-            hidden=hidden,
-            lengths=np.concatenate([going.lengths, np.ones_like(ending)]),
-            offsets=torch.cat([going.offsets, ends]),
-            firsts=live.firsts,
-            firsts_there=live.firsts_there,
-        )
+        return replace(live, hidden=self._run(live, layer, before))
 
     def exit_logits(
         self, live: CudaTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
     ) -> Tensor:
-        """Run the classifier of a layer, or another head, on a range of texts; the range is a view."""
+        """Run the classifier of a layer, or another head, on a range of texts: logits in the model's dtype or float32.
+
+        Where the texts' hidden states lie in a graph's buffers, the classifier is replayed for all of them.
+        """
+        reader: Any = self.model.head_at(layer) if head is None else head
+        if head is None and self.graphs is not None:
+            replayed = self.graphs.exit_logits(reader, live.hidden, start, stop)
+            if replayed is not None:
+                return replayed
         first = int(live.lengths[:start].sum())
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
-        reader: Any = self.model.head_at(layer) if head is None else head
         firsts = None if live.firsts_there is None else live.firsts_there[start:stop]
-        offsets = live.offsets[start : stop + 1] - first
-        return reader.forward_packed(hidden, offsets, int(lengths.max(initial=0)), firsts)
+        offsets = live.offsets[start : stop + 1]
+        return reader.forward_packed(hidden, offsets - first if first else offsets, int(lengths.max(initial=0)), firsts)
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""
@@ -311,7 +293,9 @@ class CudaBackend:
         if not len(live.hidden):
             return live.hidden
         if tiles is not None:
-            replayed = None if self.graphs is None else self.graphs(layer, before, live.hidden, tiles)
+            replayed = None
+            if self.graphs is not None:
+                replayed = self.graphs(layer, before, live.hidden, TextPlaces(tiles, live.offsets, live.firsts_there))
             return (
                 _tiled_layer(weights, live.hidden, tiles, self.num_heads, self.finish) if replayed is None else replayed
             )
@@ -324,37 +308,9 @@ class CudaBackend:
             mixed = self.varlen(query, key, value, live.offsets, live.offsets, longest, longest).flatten(1)
         return self.finish(mixed, live.hidden, weights)
 
-    def _pays_first_tokens(self, live: CudaTexts, layer: int, continuing: int) -> bool:
-        """Whether to run a layer for the first tokens of the texts that end there."""
-        if not only_first_tokens_end(self.model, layer, len(live.lengths), continuing):
-            return False
-        ending, going = live.lengths[continuing:], live.lengths[:continuing]
-        # The tokens of those that go on are copied once more: about a twentieth of a layer's time.
-        enough = int(ending.sum()) >= self.options.first_tokens_from + int(going.sum()) // 16
-        return enough and bool(ending.all())  # a text without tokens has no first one: the usual way knows how
-
 
 def _tiled_layer(weights: LayerWeights, hidden: Tensor, tiles: Tiles, num_heads: int, finish: Finish) -> Tensor:
     return finish(attend_tiles(F.linear(hidden, *weights.qkv), tiles, num_heads), hidden, weights)
-
-
-def _mix_padded(
-    query: Tensor, scale: float, hidden: Tensor, starts: Tensor, sizes: Tensor, lengths: Integers
-) -> Tensor:
-    """The `mix` of `attend_first` for texts at `starts`; padded in groups whose lengths lie within a factor of two."""
-    out = torch.empty_like(query)
-    steps = np.flatnonzero(np.diff(np.ceil(np.log2(lengths)))) + 1
-    borders = [0, *steps.tolist(), len(lengths)]
-    for begin, end in zip(borders, borders[1:], strict=False):
-        # Kernels with a mask want its rows aligned.
-        longest = -(-int(lengths[begin:end].max()) // 8) * 8
-        column = torch.arange(longest, dtype=starts.dtype, device=starts.device)
-        token = (starts[begin:end, None] + column).clamp_(max=len(hidden) - 1)
-        tokens = hidden.index_select(0, token.flatten()).view(end - begin, 1, longest, -1)
-        inside = (column < sizes[begin:end, None])[:, None, None]
-        mixed = F.scaled_dot_product_attention(query[begin:end, None], tokens, tokens, attn_mask=inside, scale=scale)
-        out[begin:end] = mixed[:, 0]
-    return out
 
 
 def _find_varlen(model: GeepForSequenceClassification, num_heads: int) -> Varlen | None:

@@ -1,8 +1,8 @@
-"""CUDA graphs of single layers: for small batches, whose kernels are shorter than it takes to launch them.
+"""CUDA graphs of layers and of exits: for small batches, whose kernels are shorter than it takes to launch them.
 
 A graph replays fixed kernels on fixed memory. So there are buffers for a few sizes ("buckets"), tokens are copied into
-the smallest that holds them, and a graph is recorded for each (layer, bucket) that is used often enough. What lies in a
-buffer beyond the live tokens is left over from earlier batches; it never meets them (see `_Bucket`).
+the smallest that holds them, and a graph is recorded for each layer and each exit in a bucket from its third use on.
+What lies in a buffer beyond the live tokens is left over from earlier batches; it never meets them (see `_Bucket`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,112 +36,190 @@ def max_tiles(num_tokens: int) -> int:
     return num_tokens // TILE + num_tokens // (4 * TILE) + 1
 
 
+def max_texts(num_tokens: int) -> int:
+    """Texts that a bucket has room for; batches of shorter ones on average run their exits without graphs."""
+    return num_tokens // 4 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class BucketShape:
+    """What all buckets have in common.
+
+    Attributes:
+        width: Of the hidden states.
+        num_labels: Of the logits.
+        tells_texts_apart: Whether exits are told where the first text of a pair ends.
+        dtype: Of the hidden states.
+        device: Where they are.
+    """
+
+    width: int
+    num_labels: int
+    tells_texts_apart: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+class TextPlaces(NamedTuple):
+    """Where texts lie, on the device: tiles, offsets (num_texts + 1,), first texts of pairs (num_texts,) or None."""
+
+    tiles: Tiles
+    offsets: Tensor
+    firsts: Tensor | None
+
+
 class _Bucket:
     """Memory that graphs of one size read and write.
 
     A live token meets only tokens of its own text: linear layers and norms go row by row, and attention stays in its
     tile, where the bias keeps other slots out. Every index that is left over points into the buffers, and every left
     over row of biases lets something through, so nothing in here becomes NaN by itself.
+
+    Exits see all tokens, cut into texts: first those that were loaded, then one of all tokens behind them, then empty
+    ones. While texts leave nothing is loaded: the offsets of those that stay are a prefix, and nobody reads the others.
     """
 
-    def __init__(self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        tiles = max_tiles(num_tokens)
-        self.hidden = torch.zeros(num_tokens, width, dtype=dtype, device=device)
+    def __init__(self, num_tokens: int, shape: BucketShape) -> None:
+        tiles, texts, device = max_tiles(num_tokens), max_texts(num_tokens), shape.device
+        self.hidden = torch.zeros(num_tokens, shape.width, dtype=shape.dtype, device=device)
         self.source = torch.zeros(tiles * TILE, dtype=torch.int32, device=device)
         self.slot = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-        self.bias = torch.zeros(tiles, 1, TILE, TILE, dtype=dtype, device=device)
-        self.replays: dict[int, Work] = {}
-        self.uses: Counter[int] = Counter()
+        self.bias = torch.zeros(tiles, 1, TILE, TILE, dtype=shape.dtype, device=device)
+        self.offsets = torch.full((texts + 2,), num_tokens, dtype=torch.int32, device=device)
+        self.offsets[:1].zero_()
+        self.firsts = torch.zeros(texts + 1, dtype=torch.int32, device=device) if shape.tells_texts_apart else None
+        # Exits are judged in float32 at least: so the cast is in the graph.
+        precise = torch.promote_types(shape.dtype, torch.float32)
+        self.logits = torch.zeros(texts + 1, shape.num_labels, dtype=precise, device=device)
+        self.replays: dict[Hashable, Work] = {}
+        self.uses: Counter[Hashable] = Counter()
         self.holds: weakref.ref[Tensor] | None = None
+        self.has_texts = False
 
-    def load(self, hidden: Tensor, tiles: Tiles) -> None:
+    def load(self, hidden: Tensor, places: TextPlaces) -> None:
+        num_tokens, tiles, num_texts = len(self.hidden), places.tiles, len(places.offsets) - 1
         self.hidden[: len(hidden)].copy_(hidden)
-        self.source[: len(tiles.source)].copy_(tiles.source)
+        # Of texts that were let go some tokens may be named that lie nowhere here.
+        torch.clamp(tiles.source, max=num_tokens - 1, out=self.source[: len(tiles.source)])
         self.slot[: len(tiles.slot)].copy_(tiles.slot)
         self.bias[: tiles.num_tiles].copy_(tiles.bias)
+        self.has_texts = num_texts <= max_texts(num_tokens)
+        if self.has_texts:
+            self.offsets[: num_texts + 1].copy_(places.offsets)
+            self.offsets[num_texts + 1 :].fill_(num_tokens)
+            if self.firsts is not None and places.firsts is not None:
+                self.firsts[:num_texts].copy_(places.firsts)
+                self.firsts[num_texts:].zero_()
+
+    def has(self, hidden: Tensor) -> bool:
+        """Whether its hidden states are these very ones."""
+        return self.holds is not None and self.holds() is hidden
 
 
 class LayerGraphs:
-    """Runs layers on small batches by replaying graphs; see the module's docstring. May be used by several threads.
+    """Runs layers, and the exits behind them, on small batches by replaying graphs; see the module's docstring.
 
-    Memory is bounded: buffers and graphs exist for the sizes of `bucket_sizes`, and all graphs share one pool for what
-    they compute on the way. They may, since only one runs at a time and none leaves a result there.
+    May be used by several threads. Memory is bounded: buffers and graphs exist for the sizes of `bucket_sizes`, and all
+    graphs share one pool for what they compute on the way. They may, since only one runs at a time and none leaves a
+    result there.
 
     Args:
         run: The layer, eager or compiled.
-        width: Of the hidden states.
-        dtype: Of the hidden states.
-        device: Where they are. On a CPU nothing is recorded and a replay runs the layer: so the rest can be tested.
+        shape: Of the buckets. On a CPU nothing is recorded and a replay runs the work: so the rest can be tested.
         max_tokens: Batches above it are not for graphs.
-        record_after: Uses of a layer at a size before a graph is recorded. Recording takes milliseconds and a replay
-            saves microseconds, so a graph must be used a thousand times to be worth it (not yet measured).
+        record_after: Uses of a layer or an exit at a size before a graph is recorded.
     """
 
-    def __init__(
-        self,
-        run: RunLayer,
-        *,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_tokens: int,
-        record_after: int,
-    ) -> None:
-        self._run, self._record_after = run, record_after
-        self._width, self._dtype, self._device = width, dtype, device
+    def __init__(self, run: RunLayer, shape: BucketShape, *, max_tokens: int, record_after: int) -> None:
+        self._run, self._shape, self._record_after = run, shape, record_after
         self._sizes = bucket_sizes(max_tokens)
         self._buckets: dict[int, _Bucket] = {}
         self._lock = threading.Lock()
-        self._recorder = _Recorder(device) if device.type == "cuda" else None
+        self._recorder = _Recorder(shape.device) if shape.device.type == "cuda" else None
 
-    def __call__(self, layer: int, before: Tensor, hidden: Tensor, tiles: Tiles) -> Tensor | None:
+    def __call__(self, layer: int, before: Tensor, hidden: Tensor, places: TextPlaces) -> Tensor | None:
         """Run a layer; None where no graph fits, or none is worth recording yet.
 
         Args:
             layer: Counted from 1.
-            before: The hidden states of which `hidden` is a prefix. If they came out of the bucket that is used now,
-                they still lie there and are not copied again.
+            before: The hidden states of which `hidden` is a prefix. If they came out of a bucket last and still lie
+                there, the prefix stays in it and is not copied again, until it fills less than half: on few tokens a
+                layer takes less than a copy.
             hidden: (num_tokens, hidden).
-            tiles: Their tiles.
+            places: Where their texts lie.
         """
         with self._lock, torch.inference_mode():
-            bucket = self._bucket(len(hidden), tiles.num_tiles)
+            bucket = self._holding(before)
+            if bucket is None or 2 * len(hidden) < len(bucket.hidden):
+                bucket = self._smallest(len(hidden), places.tiles.num_tiles)
             if bucket is None:
                 return None
-            if self._recorder is not None:
-                self._recorder.wait()
-            bucket.uses[layer] += 1
             if layer not in bucket.replays:
-                if bucket.uses[layer] <= self._record_after:
+                if not self._is_due(bucket, layer):
                     return None
-                bucket.replays[layer] = self._record(layer, bucket)
-            if bucket.holds is None or bucket.holds() is not before:
-                bucket.load(hidden, tiles)
+                tiles = Tiles(np.zeros(0, dtype=np.int64), bucket.source, bucket.slot, bucket.bias)
+                bucket.holds = None  # recording runs the layer on whatever lies there
+                self._record(bucket, layer, lambda: bucket.hidden.copy_(self._run(layer, bucket.hidden, tiles)))
+            self._take_turn()
+            if not bucket.has(before):
+                bucket.load(hidden, places)
             bucket.replays[layer]()
             # A copy: what is handed out is never changed in place, and the buffer soon will be.
             out = bucket.hidden[: len(hidden)].clone()
             bucket.holds = weakref.ref(out)
-            if self._recorder is not None:
-                self._recorder.mark()
             return out
 
-    def _bucket(self, num_tokens: int, num_tiles: int) -> _Bucket | None:
+    def exit_logits(self, head: Any, hidden: Tensor, start: int, stop: int) -> Tensor | None:
+        """Run an exit on texts that a layer has just left in a bucket; None where there is no such bucket, or no graph.
+
+        Args:
+            head: The exit; a graph is recorded for each.
+            hidden: What `__call__` gave.
+            start: First text.
+            stop: The one behind the last.
+
+        Returns:
+            Logits (stop - start, num_labels), in float32 where the exit's dtype is below.
+        """
+        with self._lock, torch.inference_mode():
+            bucket = self._holding(hidden)
+            if bucket is None or not bucket.has_texts:
+                return None
+            if head not in bucket.replays:
+                if not self._is_due(bucket, head):
+                    return None
+                read: Any = head.forward_packed
+                self._record(
+                    bucket, head, lambda: bucket.logits.copy_(read(bucket.hidden, bucket.offsets, TILE, bucket.firsts))
+                )
+            self._take_turn()
+            bucket.replays[head]()
+            return bucket.logits[start:stop].clone()
+
+    def _holding(self, hidden: Tensor) -> _Bucket | None:
+        return next((bucket for bucket in self._buckets.values() if bucket.has(hidden)), None)
+
+    def _smallest(self, num_tokens: int, num_tiles: int) -> _Bucket | None:
         for size in self._sizes:
             if num_tokens <= size and num_tiles <= max_tiles(size):
                 if size not in self._buckets:
-                    self._buckets[size] = _Bucket(size, self._width, self._dtype, self._device)
+                    self._take_turn()
+                    self._buckets[size] = _Bucket(size, self._shape)
                 return self._buckets[size]
         return None
 
-    def _record(self, layer: int, bucket: _Bucket) -> Work:
-        tiles = Tiles(np.zeros(0, dtype=np.int64), bucket.source, bucket.slot, bucket.bias)
+    def _is_due(self, bucket: _Bucket, what: Hashable) -> bool:
+        """Count a use; whether it is time to record."""
+        bucket.uses[what] += 1
+        return bucket.uses[what] > self._record_after
 
-        def work() -> None:
-            bucket.hidden.copy_(self._run(layer, bucket.hidden, tiles))
+    def _record(self, bucket: _Bucket, what: Hashable, work: Work) -> None:
+        self._take_turn()
+        bucket.replays[what] = work if self._recorder is None else self._recorder.record(work)
 
-        # Recording runs the work on whatever lies in the buffers.
-        bucket.holds = None
-        return work if self._recorder is None else self._recorder.record(work)
+    def _take_turn(self) -> None:
+        if self._recorder is not None:
+            self._recorder.take_turn()
 
 
 class _Recorder:
@@ -149,13 +229,14 @@ class _Recorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._done = torch.cuda.Event()
+        self._last: torch.cuda.Stream | None = None
 
-    def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._done)
-
-    def mark(self) -> None:
-        torch.cuda.current_stream(self._device).record_event(self._done)
+    def take_turn(self) -> None:
+        """Wait, on the device, for what another stream did last with the buffers; usually there is but one stream."""
+        current = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != current:
+            current.wait_stream(self._last)
+        self._last = current
 
     def record(self, work: Work) -> Work:
         """Record work whose memory is fixed; what it allocates comes from the pool."""

@@ -75,16 +75,18 @@ class Tiles:
 
     Attributes:
         tile: Tile of each text, on the host, (num_texts,).
-        source: Token in each slot, (num_tiles * TILE,).
+        source: Token in each slot, (num_tiles * TILE,). Where tokens were let go it may name some of them.
         slot: Slot of each token, (num_tokens,).
         bias: 0 between tokens of one text, -inf elsewhere, (num_tiles, 1, TILE, TILE). Free slots see each other, so
             that no row of scores is all -inf.
+        is_cut: Whether tokens were let go.
     """
 
     tile: NDArray[np.int64]
     source: Tensor
     slot: Tensor
     bias: Tensor
+    is_cut: bool = False
 
     @property
     def num_tiles(self) -> int:
@@ -92,11 +94,11 @@ class Tiles:
         return int(self.bias.shape[0])
 
     def prefix(self, num_texts: int, num_tokens: int) -> Tiles:
-        """Keep the first texts, which have `num_tokens` tokens; all but `source` are views."""
+        """Keep the first texts, which have `num_tokens` tokens; all are views."""
         tiles = int(self.tile[num_texts - 1]) + 1 if num_tokens else 0
-        # The last tile may hold tokens that are gone; one that is there stands in, and nobody looks at it.
-        source = self.source[: tiles * TILE].clamp(max=max(num_tokens - 1, 0))
-        return Tiles(self.tile[:num_texts], source, self.slot[:num_tokens], self.bias[:tiles])
+        return Tiles(
+            self.tile[:num_texts], self.source[: tiles * TILE], self.slot[:num_tokens], self.bias[:tiles], is_cut=True
+        )
 
 
 def tile_bias(text: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +111,9 @@ def tile_bias(text: Tensor, dtype: torch.dtype) -> Tensor:
 def attend_tiles(qkv: Tensor, tiles: Tiles, num_heads: int) -> Tensor:
     """Attention inside each text: (num_tokens, 3 hidden) -> (num_tokens, hidden)."""
     width = qkv.shape[1] // 3
-    laid = qkv.index_select(0, tiles.source).view(-1, TILE, 3, num_heads, width // num_heads)
+    # The last tile may name tokens that are gone; one that is there stands in, and nobody looks at it.
+    source = tiles.source.clamp(max=max(qkv.shape[0] - 1, 0)) if tiles.is_cut else tiles.source
+    laid = qkv.index_select(0, source).view(-1, TILE, 3, num_heads, width // num_heads)
     query, key, value = laid.permute(2, 0, 3, 1, 4)  # each (num_tiles, num_heads, TILE, head)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=tiles.bias)
     return mixed.transpose(1, 2).reshape(-1, width).index_select(0, tiles.slot)

@@ -339,7 +339,8 @@ class Engine:
         """
         settings = self.settings if speed is None else replace(self.settings, speed=speed)
         start = 0
-        for tokens in tokenized_ahead(in_parts(texts, self.text_pairs), self._encode):
+        parts = in_parts(texts, self.text_pairs, self.model.device.type)
+        for tokens in tokenized_ahead(parts, self._encode):
             result = self._answered(tokens.batch, settings, first=start, keep_broken=keep_broken)
             yield self._predictions(result, tokens.truncated, top_k, threshold)
             start += len(tokens.batch)

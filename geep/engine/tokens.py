@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ TextInput = str | tuple[str, str]
 
 # Texts tokenised at once by `predict`. Large enough that sorting finds texts alike, small enough to bound memory.
 TEXTS_PER_CALL = 16_384
-
+# Beside a GPU a part takes as long to tokenise as to run, and only what is another part is tokenised meanwhile.
+PARTS_PER_CALL_BESIDE_GPU = 4
 
 _KINDS = {False: "a single text", True: "a pair of texts"}
 _EXPECTED = {
@@ -70,22 +71,30 @@ def check_texts(texts: Sequence[TextInput], *, first: int = 0, pairs: bool | Non
             )
 
 
-def in_parts(texts: Iterable[TextInput], pairs: bool | None = None) -> Iterator[Sequence[TextInput]]:
-    """Cut texts into parts of `TEXTS_PER_CALL`, each checked as it comes: memory does not grow with their number.
+def in_parts(
+    texts: Iterable[TextInput], pairs: bool | None = None, device_type: str = "cpu"
+) -> Iterator[Sequence[TextInput]]:
+    """Cut texts into parts, each checked as it comes: memory does not grow with their number.
 
     A sequence is checked whole before its first part, so that nothing is run for nothing.
+
+    Args:
+        texts: The texts.
+        pairs: As for `check_texts`.
+        device_type: Where they will run: parts have `TEXTS_PER_CALL` texts, on a GPU a quarter.
 
     Raises:
         TypeError, ValueError: As `check_texts`; also if `texts` is one string.
     """
     if isinstance(texts, str):
         raise TypeError("Expected a list of texts, got one string; write predict([text]).")
+    size = TEXTS_PER_CALL // (PARTS_PER_CALL_BESIDE_GPU if device_type == "cuda" else 1)
     if isinstance(texts, Sequence):
         check_texts(texts, pairs=pairs)
-        yield from (texts[start : start + TEXTS_PER_CALL] for start in range(0, len(texts), TEXTS_PER_CALL))
+        yield from (texts[start : start + size] for start in range(0, len(texts), size))
         return
     source, first = iter(texts), 0
-    while part := list(islice(source, TEXTS_PER_CALL)):
+    while part := list(islice(source, size)):
         check_texts(part, first=first, pairs=pairs)
         yield part
         first += len(part)
@@ -226,4 +235,4 @@ def _encode_slowly(tokenizer: Any, texts: Sequence[TextInput], max_length: int, 
 
 
 def _flat(rows: Sequence[Sequence[int]], lengths: Integers) -> Integers:
-    return np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))

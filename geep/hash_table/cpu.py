@@ -28,6 +28,10 @@ MISSING = -1
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 
+# Searches decide, for a table is built once: they take the longer the fuller it is, on a GPU four times at .9 as at .5.
+MAX_LOAD_FACTOR = 0.5
+_FORMER_MAX_LOAD_FACTOR = 0.8
+
 
 class HashTable:
     """Map int64 keys >= 0 to int64 values >= 0, a batch at a time.
@@ -49,12 +53,14 @@ class HashTable:
     """
 
     def __init__(
-        self, capacity: int = 1024, *, max_load_factor: float = 0.8, device: torch.device | str = "cpu"
+        self, capacity: int = 1024, *, max_load_factor: float = MAX_LOAD_FACTOR, device: torch.device | str = "cpu"
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}; leave it out for the default.")
         if not 0.0 < max_load_factor < 1.0:
-            raise ValueError(f"max_load_factor must be inside (0, 1), got {max_load_factor}; 0.8 is a good value.")
+            raise ValueError(
+                f"max_load_factor must be inside (0, 1), got {max_load_factor}; {MAX_LOAD_FACTOR} is a good value."
+            )
         self._max_load_factor = max_load_factor
         self._len = 0
         self._keys, self._values = _empty_slots(1 << (capacity - 1).bit_length(), torch.device(device))
@@ -142,14 +148,15 @@ class HashTable:
         return {"keys": self._keys.clone(), "values": self._values.clone()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], *, max_load_factor: float = 0.8) -> Self:
+    def from_state(cls, state: dict[str, Tensor], *, max_load_factor: float | None = None) -> Self:
         """Return the table whose `state()` this is, on the device of its tensors.
 
         Every slot is checked first, so that a table from a damaged file is refused rather than searched.
 
         Args:
             state: `keys` and `values`, int64, shape (capacity,).
-            max_load_factor: As in the constructor; at least the load factor of the state.
+            max_load_factor: As in the constructor; at least the load factor of the state. None: the constructor's
+                default, or for a table that is fuller the former one, 0.8.
 
         Raises:
             TypeError: If a tensor is not int64.
@@ -175,8 +182,11 @@ class HashTable:
                 "Found a negative key, a key without a value or a value without a key, expected pairs >= 0 and free "
                 f"slots ({EMPTY_KEY}, {MISSING}){advice}"
             )
+        length = int(used.sum())
+        if max_load_factor is None:
+            max_load_factor = MAX_LOAD_FACTOR if length <= capacity * MAX_LOAD_FACTOR else _FORMER_MAX_LOAD_FACTOR
         table = cls(capacity, max_load_factor=max_load_factor, device=keys.device)
-        table._len = int(used.sum())
+        table._len = length
         if table._len > capacity * max_load_factor:
             raise ValueError(
                 f"Found {table._len} keys in {capacity} slots, expected a load factor of at most {max_load_factor}; "

@@ -129,7 +129,7 @@ class TritonHashTable(cpu.HashTable):
     """
 
     def __init__(
-        self, capacity: int = 1024, *, max_load_factor: float = 0.8, device: torch.device | str = "cuda"
+        self, capacity: int = 1024, *, max_load_factor: float = cpu.MAX_LOAD_FACTOR, device: torch.device | str = "cuda"
     ) -> None:
         check_device(torch.device(device))
         super().__init__(capacity, max_load_factor=max_load_factor, device=device)

@@ -302,7 +302,15 @@ class AttentionHead(nn.Module):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, firsts: Tensor | None = None) -> Tensor:
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
-        narrow = torch.tanh(self.narrow(hidden))  # (batch, seq_len, size)
+        return self._answer(torch.tanh(self.narrow(hidden)), attention_mask)
+
+    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+        """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
+        # Narrowed before it is padded: of short texts most of what is padded is padding.
+        return self._answer(*_padded(torch.tanh(self.narrow(hidden)), offsets, longest))
+
+    def _answer(self, narrow: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits of narrowed tokens, padded with anything, (batch, seq_len, size)."""
         batch, seq_len, size = narrow.shape
         # Only the first token's output is read, so it is the only query.
         first = first_token(narrow, attention_mask)
@@ -314,10 +322,6 @@ class AttentionHead(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout)
         answer = self.attention_out(mixed.transpose(1, 2).reshape(batch, size))
         return self.out(self.dropout(torch.tanh(self.dense(answer))))
-
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
-        """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
-        return self(*_padded(hidden, offsets, longest))
 
 
 def standardise_input(head: nn.Module, mean: Tensor, std: Tensor) -> None:
