@@ -49,6 +49,12 @@ RESULTS = Path(__file__).parent / "results"
 
 MAX_LENGTH = 128
 
+# Of fewer rows steps are smaller, passes more, and a larger share is held out: too few rows certify nothing.
+_FEW_ROWS = 10_000
+
+# Room for what heads read, of a cell.
+_GIGABYTES = 4.0
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -164,20 +170,21 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
     """Everything of a cell."""
     clock = {"start": time.perf_counter()}
     num_rows = len(geep.load_dataset(cell.data, data_dir=data_dir).train)
-    plan = geep.DataPlan(cell.data, data_dir=data_dir, holdout=0.4 if num_rows < 10_000 else 0.3, max_train=max_train)
+    holdout = 0.4 if num_rows < _FEW_ROWS else 0.3
+    plan = geep.DataPlan(cell.data, data_dir=data_dir, holdout=holdout, max_train=max_train)
     dataset = plan.load()
     parts = plan.divide(dataset)
-    is_cuda = torch.cuda.is_available()
+    is_small = len(parts.train) < _FEW_ROWS
     settings = TrainSettings(
         **RECIPES[cell.recipe],
-        epochs=2 if len(parts.train) >= 6000 else 4,
-        batch_size=64,
-        learning_rate=1.5e-4,
+        epochs=4 if is_small else 2,
+        batch_size=64 if is_small else 128,
+        learning_rate=1.5e-4 if is_small else 2e-4,
         max_length=MAX_LENGTH,
         bf16=True,
         seed=cell.seed,
     )
-    fitting = geep.FitSettings(max_gigabytes=4.0, seed=cell.seed)
+    fitting = geep.FitSettings(max_gigabytes=_GIGABYTES, seed=cell.seed)
     trained = geep.train(
         parts, folder, encoder=encoder, settings=settings, fitting=fitting, exit_layers=range(1, 11), plan=plan
     )
@@ -216,7 +223,7 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "seconds": {
             name: round(after - before, 1) for (_, before), (name, after) in zip(times, times[1:], strict=False)
         },
-        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
 
 
