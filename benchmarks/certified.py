@@ -15,7 +15,7 @@ the results already is left out, so the same command goes on:
 
     python benchmarks/certified.py --data-dir DATA --model ENCODER --work WORK --jobs 2
 
-appends to benchmarks/results/certified-<device>.jsonl.
+appends to benchmarks/results/certified.jsonl; each line names its device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import shutil
 import time
 import traceback
@@ -37,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers import AutoConfig
 
 import geep
 from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, calibrate, profile
@@ -110,13 +110,13 @@ def main() -> None:
     parser.add_argument("--max-train", type=int, help="limit on the training rows; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
     parser.add_argument("--seconds", type=float, help="stop after so long; what is not done by then is done next time")
-    parser.add_argument("--output", type=Path, help="file of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS / "certified.jsonl", help="file of the results")
     args = parser.parse_args()
     begin = time.monotonic()
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    output = args.output or RESULTS / f"certified-{_device_name()}.jsonl"
+    output = args.output
     output.parent.mkdir(parents=True, exist_ok=True)
     wanted = list(dict.fromkeys(_wanted(args, output)))
     # Processes of their own, which stay: CUDA is started once in each.
@@ -141,11 +141,6 @@ def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
         is_wanted = cell.data in names and cell.recipe in recipes and cell.seed < args.seeds
         if is_wanted and (cell.data, cell.recipe, cell.seed) not in done:
             yield cell
-
-
-def _device_name() -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None, output: str) -> None:
@@ -185,8 +180,10 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         seed=cell.seed,
     )
     fitting = geep.FitSettings(max_gigabytes=_GIGABYTES, seed=cell.seed)
+    # All but the last two, for every recipe.
+    exit_layers = range(1, AutoConfig.from_pretrained(encoder).num_hidden_layers - 1)
     trained = geep.train(
-        parts, folder, encoder=encoder, settings=settings, fitting=fitting, exit_layers=range(1, 11), plan=plan
+        parts, folder, encoder=encoder, settings=settings, fitting=fitting, exit_layers=exit_layers, plan=plan
     )
     clock["train"] = time.perf_counter()
     engine = Engine.from_pretrained(folder, exits=False, dtype="float32", compile=False)

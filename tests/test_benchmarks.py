@@ -6,19 +6,21 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_engine, make_model, random_texts, toy_task
+from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny_encoder, toy_task
 
 from geep.calibration import ExitRun
 from geep.data import Split
 from geep.engine import ExitSettings
 from geep.promise import RISKS, Promise
+from geep.training import TrainSettings
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -56,6 +58,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "ablation",
         "table_scale",
         "betting",
+        "certified",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
@@ -106,6 +109,55 @@ def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp
     lines = (tmp_path / "results" / "study-trec.jsonl").read_text(encoding="utf-8").splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds == ["training", "calibration", "profile", "run"]
+
+
+@pytest.fixture(scope="module")
+def certified() -> ModuleType:
+    return load("certified")
+
+
+def test_cells_are_run_once_the_default_recipe_first(certified: ModuleType) -> None:
+    cells = list(dict.fromkeys(certified.cells()))
+    assert {cell.recipe for cell in cells[: len(certified.FIRST)]} == {"fitted"}
+    everywhere = [*certified.FIRST, *certified.FURTHER]
+    assert sorted(cell.data for cell in cells if (cell.recipe, cell.seed) == ("fitted", 0)) == sorted(everywhere)
+
+
+def test_a_cell_is_measured_and_reported_and_not_measured_again(
+    certified: ModuleType,
+    rivals: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    encoder = tiny_encoder("bert")
+    encoder.apply(encoder._init_weights)
+    encoder.save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    (tmp_path / "data" / "toy").mkdir(parents=True)
+    for seed, (part, count) in enumerate({"train": 400, "dev": 2200, "test": 100}.items()):
+        texts, labels = toy_task(count, seed=seed)
+        rows = [{"text": text, "label": "abc"[label]} for text, label in zip(texts, labels, strict=True)]
+        path = tmp_path / "data" / "toy" / f"{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    monkeypatch.setattr(certified, "FIRST", ("toy",))
+    output = tmp_path / "out.jsonl"
+    cell = certified.Cell("toy", "fitted", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certified, "TrainSettings", partial(TrainSettings, bf16=False))
+        certified._run(cell, str(tmp_path / "data"), str(tmp_path / "encoder"), str(tmp_path / "work"), None, output)
+    assert "done" in capsys.readouterr().out
+    (line,) = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert line["depths"] == [1, 2, 4]
+    assert line["agreement"][-1] == 100.0
+    for promise in line["promises"].values():
+        assert "refused" in promise or 0 <= promise["layers"] <= 4
+    args = SimpleNamespace(data_dir=tmp_path / "data", only=None, recipes=None, seeds=1)
+    assert cell not in certified._wanted(args, output)
+    assert certified.Cell("toy", "geep", 0) in certified._wanted(args, output)
+    accuracies, promises = load("report_exits")._certified([line, {**line, "recipe": "geep"}])[1::2]
+    assert len(accuracies.splitlines()) == len(promises.splitlines()) == 4
 
 
 def test_hash_table_measurements_agree_and_are_not_made_twice(

@@ -588,8 +588,8 @@ def test_compile_is_for_the_cuda_backend() -> None:
 
 @contextmanager
 def no_wait_allowed() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
