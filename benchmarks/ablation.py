@@ -22,6 +22,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from geep.calibration import (
     Choice,
     ExitRun,
     Outcomes,
-    Search,
+    Route,
     learn_settings,
     predictor_quality,
     profile,
@@ -116,12 +117,13 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
 def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[str, ExitRun]:
     """All exits of all rows, from the cache where they are there."""
     cache.parent.mkdir(parents=True, exist_ok=True)
+    made_of = {**engine.identity, **{name: split.digest() for name, split in splits.items()}}
     if not cache.exists():
         logits = {name: ExitRun.of(engine, split, what=name).exit_logits for name, split in splits.items()}
-        torch.save({"identity": engine.identity, "logits": logits}, cache)
+        torch.save({"made_of": made_of, "logits": logits}, cache)
     kept = torch.load(cache)
-    if kept["identity"] != engine.identity:
-        raise SystemExit(f"{cache} holds logits of another model; delete it.")
+    if kept["made_of"] != made_of:
+        raise SystemExit(f"{cache} holds logits of another model or of other texts; delete it.")
     return {
         name: ExitRun(
             engine.tokenize(split.inputs).batch,
@@ -134,9 +136,22 @@ def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[
 
 def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise, part: Part) -> ExitSettings:
     """Settings of the parts that are on, chosen on tuning rows, at the speed that fresh rows certify."""
-    tuned, checked, search = Outcomes(engine, tuning), Outcomes(engine, fresh), Search.of(promise)
+    tuned, checked = Outcomes(engine, tuning), Outcomes(engine, fresh)
+    found = []
+    for route in Route.all_to(promise):
+        choice = chosen(tuned, route.weighed, part)
+        order = route.order(tuned, choice)
+        walk = walked(checked, order, route.each)
+        if walk.kept is not None:
+            found.append((walk.kept.mean_exit_layer, replace(choice.settings, speed=walk.speed)))
+    return min(found, key=itemgetter(0))[1] if found else replace(choice.settings, speed=0.0)
+
+
+def chosen(tuned: Outcomes, promise: Promise, part: Part) -> Choice:
+    """Settings of the parts that are on, by what a walk weighs them by."""
     learned = [
-        learn_settings(tuned, AGREEMENT, by_labels=promise.needs_labels, fuse=part.fuses, fuse_last=last)
+        learn_settings(tuned, AGREEMENT, by_labels=by_labels, fuse=part.fuses, fuse_last=by_labels and last)
+        for by_labels in ([promise.needs_labels] if promise.needs_labels else [False, True])
         for last in ([False, True] if part.fuses and promise.needs_labels else [False])
     ]
     if not part.fuses:
@@ -149,12 +164,10 @@ def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise,
         for quantile in (TRIAL_QUANTILES if part.predicts else (_FIRST_EXIT,))
         for lexical in ([False, True] if part.lexical else [False])
     ):
-        trials = tuple(tuned.trial(replace(settings, speed=speed), search.each) for speed in TRIAL_SPEEDS)
+        trials = tuple(tuned.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS)
         certain = [trial.mean_exit_layer for trial in trials if trial.passed]
         weighed.append(Choice(settings, trials, min(certain, default=np.inf), bool(certain)))
-    best = min(weighed, key=lambda choice: choice.rank)
-    walks = [walked(checked, order, search.each) for order in search.orders(tuned, best)]
-    return replace(best.settings, speed=max(found.speed for found in walks))
+    return min(weighed, key=lambda choice: choice.rank)
 
 
 def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:

@@ -45,7 +45,6 @@ from geep.calibration import (
     Choice,
     ExitRun,
     Outcomes,
-    Search,
     calibrate,
     choosing,
     profile,
@@ -327,19 +326,19 @@ Method = Callable[[Texts, ExitRun, ExitRun, Promise], Engine]
 
 def _before(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
     """Settings chosen by what looks good on the tuning texts, without asking what they could certify."""
-    engine, each = learned(texts, tuning, plainest(texts, tuning)), promise.halved()
+    engine = learned(texts, tuning, plainest(texts, tuning))
     tuned, certified = Outcomes(engine, tuning), Outcomes(engine, fresh)
     weighed = []
     with _old_bounds():
         for quantile in TRIAL_QUANTILES:
             for lexical in (False, True):
                 settings = replace(engine.settings, speed=0.0, quantile=quantile, lexical_exit=lexical)
-                trials = tuple(tuned.trial(replace(settings, speed=speed), each) for speed in TRIAL_SPEEDS)
+                trials = tuple(tuned.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS)
                 good = [trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed]
                 weighed.append(Choice(settings, trials, min(good, default=np.inf)))
         best = min(weighed, key=lambda choice: choice.least)
-        orders = Search.of(promise).orders(tuned, best)
-        speed = max(walk(lambda settings: certified.trial(settings, each), order).speed for order in orders)
+        order = [replace(best.settings, speed=speed) for speed in TRIAL_SPEEDS]
+        speed = walk(lambda settings: certified.trial(settings, promise), order).speed
     return engine.replace(settings=replace(best.settings, speed=speed))
 
 
@@ -468,7 +467,7 @@ def probe(texts: Texts, halvings: int) -> Iterator[dict[str, Any]]:
 def _probed(texts: Texts, fit: ExitRun, judge: ExitRun, first: int, quantile: float, name: str) -> float:
     engine = learned(texts, fit, AGREEMENT)
     fitted, judged = (Outcomes(engine, run).profile(engine.settings) for run in (fit, judge))
-    depths, promise, least = np.asarray(judged.depths), PROMISES["drop 0.5"].halved(), np.inf
+    depths, promise, least = np.asarray(judged.depths), PROMISES["drop 0.5"], np.inf
     later = np.flatnonzero(depths > first)
     column = int(np.flatnonzero(depths == first)[0])
     for speed in TRIAL_SPEEDS:

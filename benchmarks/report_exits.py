@@ -16,6 +16,9 @@ def exits_parts(results: Path) -> list[str]:
     certified = results / "certified.jsonl"
     if certified.exists():
         parts += ["## What each recipe's exits certify", *_certified(read(certified))]
+    searches = results / "searches.jsonl"
+    if searches.exists():
+        parts += ["## How a speed is looked for", *_searches(read(searches))]
     heads, ablation = results / "heads.jsonl", results / "ablation.jsonl"
     if heads.exists():
         parts += ["## What an exit reads", *_heads(read(heads))]
@@ -147,6 +150,35 @@ def _layers_at(cell: Line, plain: float | None, points: float) -> float | None:
 def _gap(promise: Line) -> float:
     """Test accuracy against the cell's own full model, in points."""
     return float(promise.get("accuracy", 0.0) - promise.get("full_accuracy", 0.0))
+
+
+def _searches(lines: list[Line]) -> list[str]:
+    """A row for each set, promise and share to choose on: layers of every search, means over divisions."""
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        for promise in line["found"]:
+            groups.setdefault((line["data"], promise, line["to_choose_on"]), []).append(line)
+    names = list(next(iter(lines[0]["found"].values())))
+    rows = [
+        [
+            data,
+            promise,
+            share,
+            f"{cells[0]['certified_on']:,}",
+            f"{len(cells)}",
+            *(_over([cell["found"][promise][name]["layers"] for cell in cells], digits=2) for name in names),
+            *(f"{fmean(cell['found'][promise][name]['points'] for cell in cells):+.2f}" for name in names),
+        ]
+        for (data, promise, share), cells in sorted(groups.items())
+    ]
+    header = ["data set", "promise", "to choose on", "certified on", "divisions"]
+    header += [*(f"{name}: layers" for name in names), *(f"{name}: points" for name in names)]
+    return [
+        "Printed by `benchmarks/searches.py`: the same held-out rows, divided several times. Layers (least – most), "
+        f"of {lines[0]['full_layers']}, and accuracy against the full model are those on the test split; where nothing "
+        "is certified all layers count. Test texts of sst2 are sentences, held-out ones phrases.",
+        table(header, rows),
+    ]
 
 
 def _heads(lines: list[Line]) -> list[str]:

@@ -90,7 +90,7 @@ def test_what_cannot_be_done_is_said_at_once(place: Path, tmp_path: Path) -> Non
     few = tmp_path / "few.jsonl"
     few.write_text('{"text": "w1"}\n{"text": "w2"}\n', encoding="utf-8")
     asked = ["accelerate", place / "classifier", "--texts", few, "-o", tmp_path / "out", "--device", "cpu"]
-    assert "at least 368 are needed" in run(*asked, code=2)
+    assert "at least 299 are needed" in run(*asked, code=2)
     few.write_text("", encoding="utf-8")
     run(*asked, code=2)
     assert "no text column 'words'" in run(*arguments(place, output="never"), "--text-column", "words", code=2)

@@ -136,7 +136,7 @@ def test_what_was_done_is_said(made: tuple[Path, Acceleration]) -> None:
     assert (found.num_texts, found.copies) == (different, len(TEXTS) - different)
     assert found.num_learned + found.num_chosen + found.num_certified == different
     assert found.num_learned == pytest.approx(0.6 * different, abs=1)
-    assert found.num_certified == pytest.approx(0.2 * different, abs=1)
+    assert found.num_certified == pytest.approx(0.25 * different, abs=1)
     assert (found.depths, len(found.losses)) == ((1, 2), 2)
     assert found.calibration["certificate"]["promise"]["min_agreement"] == 0.95
     assert Provenance.read(folder).result["speed"] == found.speed
@@ -201,12 +201,12 @@ def test_a_killed_call_goes_on(classifier: Path, made: tuple[Path, Acceleration]
 
 def test_too_few_texts_are_said_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
-        TooFewTextsError, match="at least 368 are needed. Of 500 different texts 20% certify: with 1,845"
+        TooFewTextsError, match="at least 299 are needed. Of 500 different texts 25% certify: with 1,200"
     ):
         accelerate(tmp_path / "nothing", Split([f"text {i}" for i in range(500)]), tmp_path / "out", device="cpu")
     # So many suffice, and no fewer are asked for than certifying takes.
-    parts = TextsFor.of(Split([f"text {i}" for i in range(1845)]), None, Promise(min_agreement=0.99), seed=0)
-    assert len(parts.certify) >= 368
+    parts = TextsFor.of(Split([f"text {i}" for i in range(1200)]), None, Promise(min_agreement=0.99), seed=0)
+    assert len(parts.certify) >= 299
     assert not (tmp_path / "out").exists()
 
 
@@ -234,7 +234,7 @@ def test_labelled_rows_certify_a_loss_of_accuracy(classifier: Path, tmp_path: Pa
     assert found.calibration["promise"]["max_accuracy_drop"] == 0.05
     assert found.speed > 0
     different = len(set(rows.texts))
-    assert found.num_certified == pytest.approx(different / 2, abs=1)
+    assert found.num_certified == pytest.approx(different * 2 / 3, abs=2)
     # What certifies was not learned from.
     assert found.num_learned + found.num_chosen == len(set(TEXTS.texts) - set(rows.texts))
 
@@ -274,7 +274,7 @@ def test_where_no_speed_passes_the_full_model_stays(
     found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
     assert found.speed == 0
     assert (found.after.layers, found.after.agreement) == (4.0, 1.0)
-    assert found.calibration["refused"].startswith("No speed that keeps the promise answers any of 260 texts")
+    assert found.calibration["refused"].startswith("No speed that keeps the promise answers any of 325 texts")
     assert found.before.texts_per_second == found.after.texts_per_second
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert set(engine.predict_columns(TEXTS.texts[:50]).exit_layers.tolist()) == {4}
@@ -301,7 +301,7 @@ def test_what_more_would_take_is_said(made: tuple[Path, Acceleration]) -> None:
     assert "at least 0.975" in nearer.promise
     assert "at least 0.99" in further.promise
     assert made[1].after.layers <= nearer.layers <= further.layers <= 4
-    needed = [Promise(min_agreement=share).halved().texts_needed for share in (0.975, 0.99)]
+    needed = [Promise(min_agreement=share).texts_needed for share in (0.975, 0.99)]
     assert nearer.num_texts >= needed[0]
     assert further.num_texts >= needed[1]
 
@@ -309,7 +309,7 @@ def test_what_more_would_take_is_said(made: tuple[Path, Acceleration]) -> None:
 def test_so_many_texts_do_certify_what_is_said_of_them(profiled: ProfileResult) -> None:
     held, settings = Outcomes(profiled.engine, profiled.heldout), profiled.engine.settings
     for each, agreement in zip(prospects(held, settings, Promise(min_agreement=0.98)), (0.99, 0.996), strict=True):
-        promise = Promise(min_agreement=agreement).halved()
+        promise = Promise(min_agreement=agreement)
         assert each.promise == str(Promise(min_agreement=agreement))
         assert each.num_texts is not None
         trials = [held.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS]

@@ -59,6 +59,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "table_scale",
         "betting",
         "certified",
+        "searches",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:

@@ -31,6 +31,7 @@ from geep.calibration import (
     ExitRun,
     Outcomes,
     ProfileResult,
+    Route,
     calibrate,
     choose,
     layer_quality,
@@ -124,7 +125,7 @@ def test_what_merely_looks_good_gives_way_to_what_can_be_certified(
         return replace(trial, passed=False, risk=0.0, bound=0.03, mean_exit_layer=0.0)
 
     monkeypatch.setattr(Outcomes, "trial", doubtful)
-    chosen = choose(Outcomes(profiled.engine, profiled.heldout), promise.halved())
+    chosen = choose(Outcomes(profiled.engine, profiled.heldout), promise)
     assert chosen.settings.criterion != "margin"
     assert chosen.is_certain
 
@@ -375,7 +376,7 @@ def test_accuracy_needs_labels(profiled: ProfileResult, tuning: Split, fresh: Sp
 
 
 def test_too_few_fresh_texts_are_refused_with_the_number_needed(profiled: ProfileResult) -> None:
-    needed = PROMISES["drop"].halved().texts_needed
+    needed = Route.all_to(PROMISES["drop"])[0].each.texts_needed
     few = FRESH.select(range(needed - 1))
     with pytest.raises(TooFewTextsError, match=f"{needed - 1} calibration texts.*at least {needed} are needed"):
         calibrate(profiled.engine, HELDOUT, few, PROMISES["drop"])

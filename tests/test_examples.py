@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import geep
 from geep.acceleration import training
+from geep.calibration import Route
 from geep.promise import Promise
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,10 @@ def test_example_compiles_and_says_what_it_does(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("promise", "said"),
-    [("0.3", "speed"), ("0.01", f"at least {Promise(max_accuracy_drop=0.01).halved().texts_needed} are needed")],
+    [
+        ("0.3", "speed"),
+        ("0.01", f"at least {Route.all_to(Promise(max_accuracy_drop=0.01))[0].each.texts_needed} are needed"),
+    ],
     ids=["promise", "too-few-texts"],
 )
 def test_quickstart_leaves_a_model_that_predicts(

@@ -17,7 +17,7 @@ import torch
 from conftest import FRESH, HELDOUT, TRAIN, make_engine, make_model, random_texts, split, unlabelled
 from numpy.typing import NDArray
 
-from geep.calibration import ExitRun, Outcomes, ProfileResult, Search, calibrate, kept_run, labels_wanted, profile
+from geep.calibration import ExitRun, Outcomes, ProfileResult, Route, calibrate, kept_run, labels_wanted, profile
 from geep.calibration.certifying import MAX_LABELS, walked
 from geep.cli import calibrate as command
 from geep.data import SomeLabels, Split, read_labels, text_id, unseen, write_to_label
@@ -321,8 +321,10 @@ def test_the_command_asks_for_as_many_labels_as_the_function() -> None:
 
 
 def test_one_walk_keeps_the_whole_error_probability_where_labels_are_few() -> None:
-    both, few = Search.of(DROP), Search.of(DROP, few_labels=True)
-    assert (both.num_walks, both.each.confidence) == (2, DROP.halved().confidence)
-    assert (few.num_walks, few.each) == (1, DROP)
-    assert not few.weighed.needs_labels
-    assert Search.of(replace(DROP, conditional=True)).num_walks == 1
+    careful, daring = Route.all_to(DROP)
+    assert sum(1 - route.each.confidence for route in (careful, daring)) == pytest.approx(1 - DROP.confidence)
+    (few,) = Route.all_to(DROP, few_labels=True)
+    assert few.each == DROP
+    assert (few.weighed.needs_labels, careful.weighed.needs_labels, daring.weighed.needs_labels) == (False, False, True)
+    for promise in (replace(DROP, conditional=True), Promise(min_agreement=0.99)):
+        assert [route.each for route in Route.all_to(promise)] == [promise]

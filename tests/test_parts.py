@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from geep.data import Dataset, Parts, Split, distinct, divide, halves
+from geep.calibration import Route
+from geep.data import Dataset, Parts, Split, distinct, divide, thirds
 from geep.data.parts import ROWS_TO_CERTIFY
 from geep.promise import Promise
 
@@ -38,7 +39,8 @@ def check(parts: Parts) -> None:
 
 
 def test_rows_to_certify_are_enough_for_the_usual_promise() -> None:
-    assert 0.9 * ROWS_TO_CERTIFY < Promise(max_accuracy_drop=0.005).halved().texts_needed <= ROWS_TO_CERTIFY
+    needed = Route.all_to(Promise(max_accuracy_drop=0.005))[0].each.texts_needed
+    assert 0.8 * ROWS_TO_CERTIFY < needed <= ROWS_TO_CERTIFY
 
 
 @pytest.mark.parametrize("max_train", [None, 30, 79])
@@ -55,13 +57,14 @@ def test_without_a_dev_split_training_rows_are_held_out_and_those_left_out_join(
 
 @pytest.mark.parametrize("max_train", [None, 500])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_large_dev_split_is_halved_and_nothing_joins_it(max_train: int | None, labelled: bool) -> None:
+def test_a_large_dev_split_is_cut_and_nothing_joins_it(max_train: int | None, labelled: bool) -> None:
     parts = divide(dataset_of(5000, 2 * ROWS_TO_CERTIFY, labelled=labelled), max_train=max_train)
     check(parts)
     assert kinds(parts.profile) == kinds(parts.calibration) == {"d"}
-    assert len(parts.profile) == len(parts.calibration) == ROWS_TO_CERTIFY
+    assert len(parts.calibration) == pytest.approx(2 * len(parts.profile), abs=6)
+    assert len(parts.profile) + len(parts.calibration) == 2 * ROWS_TO_CERTIFY
     assert len(parts.train) == (max_train or 5000)
-    assert parts.calibration.origin == "half of the development split of d.jsonl"
+    assert parts.calibration.origin == "part of the development split of d.jsonl"
 
 
 @pytest.mark.parametrize(("max_train", "num_profile"), [(None, 1000), (2500, 2500), (4500, 1000)])
@@ -92,7 +95,7 @@ def test_a_dev_split_too_small_to_certify_is_joined_with_a_word(caplog: pytest.L
         parts = divide(dataset_of(5000, 60))
     check(parts)
     assert kinds(parts.calibration) == kinds(parts.profile) == {"d", "t"}
-    assert abs(sum(text[0] == "d" for text in parts.calibration.texts) - 30) <= 3
+    assert abs(sum(text[0] == "d" for text in parts.calibration.texts) - 40) <= 10
     assert "has 60 rows, too few" in caplog.text
     assert "1000 held-out training rows are profiled and calibrated on beside them" in caplog.text
     assert "name others with --calibration" in caplog.text
@@ -105,29 +108,29 @@ def test_a_dev_split_too_small_to_certify_is_joined_with_a_word(caplog: pytest.L
 
 @settings(max_examples=100, deadline=None)
 @given(labels=st.lists(st.integers(0, 30), min_size=2, max_size=200), seed=st.integers(0, 5))
-def test_halves_share_every_label_and_lose_none(labels: list[int], seed: int) -> None:
+def test_a_third_and_the_rest_share_every_label_and_lose_none(labels: list[int], seed: int) -> None:
     split = Split([str(number) for number in range(len(labels))], None, np.array(labels), "somewhere")
-    cut = halves(split, seed=seed)
-    assert halves(split, seed=seed).profile.texts == cut.profile.texts
+    cut = thirds(split, seed=seed)
+    assert thirds(split, seed=seed).profile.texts == cut.profile.texts
     assert sorted([*cut.profile.texts, *cut.calibration.texts], key=int) == split.texts
     assert cut.calibration.texts == sorted(cut.calibration.texts, key=int)
-    assert abs(len(cut.profile) - len(cut.calibration)) <= 1
+    assert abs(len(cut.profile) - len(labels) / 3) < 1
+    assert len(cut.profile)
     assert cut.profile.origin == cut.calibration.origin == "somewhere"
     assert cut.profile.labels is not None
     assert cut.calibration.labels is not None
     one, other = Counter(cut.profile.labels.tolist()), Counter(cut.calibration.labels.tolist())
-    assert all(abs(one[label] - other[label]) <= 1 for label in set(labels))
+    assert all(abs(2 * one[label] - other[label]) <= 2 for label in set(labels))
 
 
-def test_labels_of_a_single_row_reach_both_halves() -> None:
+def test_labels_of_a_single_row_reach_both_parts() -> None:
     """Put to one side all of them, the other would never meet what is rare."""
     split = Split([str(number) for number in range(60)], None, np.arange(60))
-    cut = halves(split)
-    assert len(cut.profile) == len(cut.calibration) == 30
+    cut = thirds(split)
+    assert (len(cut.profile), len(cut.calibration)) == (20, 40)
     # Neither the label's number nor its place decides.
     sides = [str(number) in set(cut.calibration.texts) for number in range(60)]
-    assert sides != [number % 2 == 0 for number in range(60)]
-    assert sides != [number % 2 == 1 for number in range(60)]
+    assert all(sides != [number % 3 != turn for number in range(60)] for turn in range(3))
 
 
 def test_a_part_of_rows_says_where_they_came_from() -> None:

@@ -169,7 +169,7 @@ def test_half_a_point_needs_hundreds_of_texts() -> None:
 
 @given(PROMISES)
 def test_half_a_promise_has_half_the_error_probability(promise: Promise) -> None:
-    half = promise.halved()
+    half = promise.sharing(0.5)
     assert 1 - half.confidence == pytest.approx((1 - promise.confidence) / 2)
     assert (half.max_accuracy_drop, half.min_agreement) == (promise.max_accuracy_drop, promise.min_agreement)
     assert half.texts_needed >= promise.texts_needed
@@ -255,7 +255,7 @@ def test_promises_are_broken_no_more_often_than_they_say(name: str, world: str, 
     assert max(map(truth, speeds)) > promise.allowed  # there is something to break
     random, num_texts, rounds = np.random.default_rng(0), 700, 400
     borders = np.cumsum(rates)
-    each = promise if num_walks == 1 else promise.halved()
+    each = promise if num_walks == 1 else promise.sharing(0.5)
     broken, kept = 0, []
     for _ in range(rounds):
         unsure = random.random(num_texts)

@@ -21,9 +21,9 @@ from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_ex
 from geep.acceleration.looking import look_ahead
 from geep.acceleration.prospects import prospects
 from geep.acceleration.record import Acceleration, Pace
-from geep.calibration import ExitRun, Outcomes, calibrate, profile, save_refusal
+from geep.calibration import ExitRun, Outcomes, Route, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
-from geep.data import Split, distinct, halves, unseen
+from geep.data import Split, distinct, thirds, unseen
 from geep.distilling import FitSettings
 from geep.engine import Engine, EngineConfig
 from geep.folder import TRAINING_FILE, HubOptions, Provenance, reachable
@@ -37,7 +37,7 @@ _DEFAULT_PROMISE = Promise(min_agreement=0.99)
 _DEFAULT_SETTINGS = FitSettings()
 
 # Shares of the texts that are learned from and chosen on; the rest certifies.
-_LEARN, _CHOOSE = 0.6, 0.2
+_LEARN, _CHOOSE = 0.6, 0.15
 
 # Texts that are timed: enough for some batches, few enough to take seconds.
 _TIMED = 400
@@ -68,9 +68,9 @@ class TextsFor:
 
     @classmethod
     def of(cls, texts: Split, calibration: Split | None, promise: Promise, *, seed: int) -> TextsFor:
-        """Divide texts at random: 60 % to learn from, 20 % to choose on, 20 % to certify on.
+        """Divide texts at random: 60 % to learn from, 15 % to choose on, 25 % to certify on.
 
-        Rows named for calibration certify in their place; a promise about accuracy chooses settings on half of them.
+        Rows named for calibration certify in their place; a promise about accuracy chooses settings on a third of them.
 
         Raises:
             ValueError: If there are too few texts, or calibration rows lack what the promise needs or are of another
@@ -88,7 +88,7 @@ class TextsFor:
         copies, count = len(texts) - len(rows), len(rows)
         if copies > len(texts) / 2:
             logger.warning("Of %d texts only %d are different; copies teach nothing.", len(texts), len(rows))
-        each, tune = promise.halved(), None  # two walks share the error probability
+        each, tune = Route.all_to(promise)[0].each, None
         if calibration is None:
             learn, choose = round(_LEARN * count), round((_LEARN + _CHOOSE) * count)
             share = 1 - _LEARN - _CHOOSE
@@ -101,9 +101,11 @@ class TextsFor:
         else:
             certify = distinct(calibration)
             if promise.needs_labels:
-                parts = halves(certify, seed=seed)
+                parts = thirds(certify, seed=seed)
                 tune, certify = parts.profile, parts.calibration
-            check_enough(len(certify), each, note=" Half of the rows given certify." if promise.needs_labels else "")
+            check_enough(
+                len(certify), each, note=" Two thirds of the rows given certify." if promise.needs_labels else ""
+            )
             rows = unseen(rows, calibration)
             if len(rows) < count / 2:
                 logger.warning(

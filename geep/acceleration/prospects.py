@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from geep.calibration import TRIAL_SPEEDS, Outcomes
+from geep.calibration import TRIAL_SPEEDS, Outcomes, Route
 from geep.engine import ExitSettings
 from geep.promise import PairedCounts, Promise
 
@@ -52,7 +52,7 @@ def prospects(tuning: Outcomes, settings: ExitSettings, promise: Promise) -> tup
 
 
 def _prospect(counted: list[tuple[PairedCounts, float]], promise: Promise) -> Prospect:
-    each = promise.halved()  # two walks share the error probability
+    each = Route.all_to(promise)[0].each
     serving = [(layers, needed) for counts, layers in counted if (needed := _texts_needed(counts, each)) is not None]
     return Prospect(str(promise), *min(serving, default=(None, None)))
 

@@ -15,7 +15,7 @@ from .keeping import kept_run as kept_run
 from .labelling import Wanted as Wanted, labels_wanted as labels_wanted
 from .learning import fit_agreement as fit_agreement, learn_settings as learn_settings
 from .leaving import Answered as Answered, Leavers as Leavers
-from .ordering import Search as Search
+from .ordering import Route as Route
 from .profiling import (
     TABLE_SPEEDS as TABLE_SPEEDS,
     PredictorQuality as PredictorQuality,

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from geep.calibration.choosing import base_settings, choose, criteria
 from geep.calibration.labelling import labels_wanted
 from geep.calibration.leaving import Leavers
-from geep.calibration.ordering import Order, Search
+from geep.calibration.ordering import Order, Route
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import SomeLabels, Split
 from geep.engine import Certificate, Engine, ExitSettings, StoredExits
@@ -159,9 +160,8 @@ def calibrate(
         tuning: Texts to choose settings on, or their run.
         fresh: Texts to certify on, or their run. Those among them that the table was made from, or that settings are
             chosen on, are left out.
-        promise: What must be kept. Two walks certify it, from speed 0 and from the speed that looks safest on the
-            tuning texts, each at half of its error probability; the faster result is kept. One walk does where
-            `labels` are given, and for a conditional promise, whose walk opens exits from the deepest on.
+        promise: What must be kept. The walks of `Route.all_to` certify it; that with the fewest layers is kept. Where
+            the promise is conditional, it opens exits from the deepest on.
         on_miss: The rule to calibrate for.
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else the
             profile's.
@@ -193,8 +193,8 @@ def calibrate(
             "learned labels; run `geep profile` first, or leave it out."
         )
     # Where two walks share the error probability, the better of their results still keeps the promise.
-    search = Search.of(promise, few_labels=labels is not None)
-    check_enough(len(fresh), search.each)
+    routes = Route.all_to(promise, few_labels=labels is not None)
+    check_enough(len(fresh), routes[0].each)
     _check_given_labels(engine, fresh, promise, labels)
     for part, what in ((tuning, "texts to choose settings on"), (fresh, "texts to certify on")):
         if isinstance(part, Split):
@@ -205,7 +205,7 @@ def calibrate(
                 "labelled (labels=, --texts), or promise agreement with the full model: min_agreement "
                 "(--min-agreement)."
             )
-    rows, given = _unused(engine, tuning, fresh, search.each), len(fresh)
+    rows, given = _unused(engine, tuning, fresh, routes[0].each), len(fresh)
     if len(rows) < given:
         fresh = fresh.select(rows) if isinstance(fresh, ExitRun) else fresh.select(rows.numpy())
     known = None if labels is None else labels.at(rows.numpy())
@@ -225,20 +225,26 @@ def calibrate(
                 "it with ExitRun.of(engine, texts)."
             )
     _check_not_constant(tuned, certified)
-    choice = choose(
-        tuned,
-        replace(search.weighed, conditional=False),
-        on_miss=on_miss,
-        criterion=criterion,
-        lexical_exit=lexical_exit,
-        cost=cost,
-        progress=progress,
+    choices = [
+        choose(
+            tuned,
+            replace(route.weighed, conditional=False),
+            on_miss=on_miss,
+            criterion=criterion,
+            lexical_exit=lexical_exit,
+            cost=cost,
+            progress=progress,
+        )
+        for route in routes
+    ]
+    quantised = certified.run.reference is not None
+    orders = [route.order(tuned, choice, quantised=quantised) for route, choice in zip(routes, choices, strict=True)]
+    walks = [walked(certified, order, route.each) for order, route in zip(orders, routes, strict=True)]
+    best = min(
+        range(len(walks)), key=lambda number: inf if (end := walks[number].kept) is None else end.mean_exit_layer
     )
-    orders = search.orders(tuned, choice, quantised=certified.run.reference is not None)
-    walks = [walked(certified, order, search.each) for order in orders]
-    best = max(range(len(walks)), key=lambda number: (walks[number].kept is not None, walks[number].speed))
     result, passed = walks[best], walks[best].num_passed
-    settings = orders[best][passed - 1] if passed else replace(choice.settings, speed=0.0)
+    settings = orders[best][passed - 1] if passed else replace(choices[best].settings, speed=0.0)
     kept = _with_certificate(engine.replace(settings=settings), promise, result, certified)
     wanted = None if known is None else labels_wanted(certified, orders, walks, most=max_labels)
     if wanted is not None and not labels and wanted.next_step > max_labels:

@@ -70,7 +70,7 @@ def choose(
 
     Args:
         tuning: An engine on texts that it was not trained on.
-        promise: What must be kept, at the confidence of each of the two walks.
+        promise: What settings are weighed by.
         on_miss: The rule to choose for.
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else
             the engine's.

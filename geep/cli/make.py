@@ -174,9 +174,9 @@ def train_command(
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
             fitting = replace(fitting, seed=seed)
         dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
-        from geep.data.parts import is_halved
+        from geep.data.parts import is_cut
 
-        if dataset.dev is not None and is_halved(dataset.dev):
+        if dataset.dev is not None and is_cut(dataset.dev):
             opt.refuse_ignored(context, ["holdout"], "with a development split of so many rows")
         parts = plan.divide(dataset)
         certifying = rows_to_certify(console, calibration, parts, plan)

@@ -16,13 +16,13 @@ from .labelling import (
 )
 from .parts import (
     DataPlan as DataPlan,
-    Halves as Halves,
+    HeldOut as HeldOut,
     Holdout as Holdout,
     Parts as Parts,
     distinct as distinct,
     divide as divide,
-    halves as halves,
     holdout as holdout,
+    thirds as thirds,
     unseen as unseen,
 )
 from .rows import BadRow as BadRow, Row as Row

@@ -58,9 +58,9 @@ class Promise:
         """The risk that may not be exceeded."""
         return self.max_accuracy_drop if self.max_accuracy_drop is not None else 1 - (self.min_agreement or 0.0)
 
-    def halved(self) -> Promise:
-        """The same promise at half the error probability: what each of two walks has to certify."""
-        return replace(self, confidence=1 - (1 - self.confidence) / 2)
+    def sharing(self, share: float) -> Promise:
+        """The same promise at a share of the error probability: what one of several walks has to certify."""
+        return replace(self, confidence=1 - (1 - self.confidence) * share)
 
     @property
     def texts_needed(self) -> int:
