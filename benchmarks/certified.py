@@ -71,6 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "geep, fitted": {"recipe": "geep", "fit_exits": True},
     "geep-paper": {"recipe": "geep-paper"},
     "fastbert": {"recipe": "fastbert"},
+    "tune": {"recipe": "tune"},
 }
 
 # A topic set, English and Chinese sentiment, questions, titles, pairs: where recipes are compared and seeds repeated.

@@ -17,7 +17,7 @@ import geep
 NAMES: dict[str, tuple[str, ...]] = {
     "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
     "ENCODERS": ("all-minilm-l6-v2",),
-    "RECIPES": ("fitted", "geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
+    "RECIPES": ("fitted", "tune", "geep", "geep-paper", "fastbert", "deebert", "pabee", "vanilla"),
     "HEADS": ("attention", "cls", "conv", "mean", "mean+max"),
     "PREDICTORS": ("counts", "fitted"),
     "CRITERIA": ("entropy", "confidence", "margin"),

@@ -73,6 +73,16 @@ def distillation_loss(output: ExitOutput, labels: Tensor, problem_type: str | No
     return torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]]).sum()
 
 
+def followed_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The full model's loss against the labels, plus the mean over exits of KL(full model ‖ exit), all in one.
+
+    The encoder learns to say early what it says at the end; labels hold the end where it is.
+    """
+    exits = _required(output.exit_logits)
+    soft = torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]])
+    return label_loss(exits[-1], labels, problem_type) + soft.mean()
+
+
 def exit_label_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
     """DeeBERT's second step (Xin et al. 2020): sum over exits of the loss against the labels."""
     exits = _required(output.exit_logits)

@@ -10,6 +10,7 @@ from geep.training.losses import (
     Loss,
     distillation_loss,
     exit_label_loss,
+    followed_loss,
     full_model_loss,
     guided_shared_exit_loss,
     shared_exit_loss,
@@ -63,6 +64,13 @@ _SHARED: Mapping[str, bool] = {"output_exits": True, "output_shared_exits": True
 
 RECIPES: dict[str, Recipe] = {
     "fitted": Recipe((Stage("fine-tune", full_model_loss),), trains_exits=False, fits_exits=True),
+    "tune": Recipe(
+        (
+            Stage("fine-tune", full_model_loss),
+            Stage("tune", followed_loss, needs=_EXITS, epochs_scale=1 / 3, learning_rate_scale=0.3),
+        ),
+        fits_exits=True,
+    ),
     "geep": Recipe((Stage("shared-exit", guided_shared_exit_loss, needs=_SHARED),)),
     "geep-paper": Recipe((Stage("shared-exit", shared_exit_loss, needs=_SHARED),)),
     "fastbert": Recipe(
