@@ -210,6 +210,7 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "fitted_on": trained.num_fitted,
         "profiled_on": len(parts.profile),
         "certified_on": len(parts.calibration),
+        "search": "careful and daring",
         "tested_on": len(test),
         "epochs": settings.epochs,
         "steps": trained.steps,

@@ -107,6 +107,7 @@ def _certified(lines: list[Line]) -> list[str]:
                 ),
             ]
         )
+    searches = "; ".join(sorted({line["search"] for line in lines}))
     devices = ", ".join(sorted({line["device"] for line in lines}))
     header = ["data set", "recipe", "seeds", "rows", "full model", "against plain"]
     header += ["exit 1", "exit 3", "exit 6", "table", "layers at 0.5 below", "at 1 below"]
@@ -124,7 +125,7 @@ def _certified(lines: list[Line]) -> list[str]:
         "and so not certified; a dash: at none.",
         table(header, accuracies),
         "The same models, each promise certified on held-out rows, looked at on the test rows. Where nothing could be "
-        "certified, all layers are counted.",
+        f"certified, all layers are counted. Searches for the speed: {searches} (see below).",
         table(["data set", "recipe", "certified on", *named], promises),
     ]
 

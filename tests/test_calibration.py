@@ -40,6 +40,7 @@ from geep.calibration import (
     save_refusal,
     try_speed,
 )
+from geep.calibration.ordering import WALK_SPEEDS
 from geep.calibration.profiling import LABEL_SHARE, label_targets
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
@@ -271,7 +272,9 @@ def test_the_engine_keeps_exactly_the_risk_that_was_certified(
     assert engine.settings.on_miss == on_miss
     assert result.num_texts == len(FRESH)
     assert all(trial.passed == (trial.bound <= promise.allowed) for trial in found.trials)
-    assert {trial.speed for trial in found.trials} <= set(TRIAL_SPEEDS)
+    assert {trial.speed for trial in found.trials} <= set(WALK_SPEEDS)
+    assert set(TRIAL_SPEEDS) < set(WALK_SPEEDS)
+    assert list(WALK_SPEEDS) == sorted(set(WALK_SPEEDS))
     if lexical_exit is not None:
         assert engine.settings.lexical_exit == lexical_exit
     passed = [trial for trial in found.trials if trial.passed]

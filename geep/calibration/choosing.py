@@ -20,7 +20,7 @@ from geep.scheduler import CostModel, expected_seconds, thin_out
 
 Integers = NDArray[np.int64]
 
-# Speeds that `calibrate` walks, fixed before any text is seen: dense where well-trained exits live, near 0.
+# Speeds that settings are weighed at, fixed before any text is seen: dense where well-trained exits live, near 0.
 TRIAL_SPEEDS: tuple[float, ...] = tuple(
     round(float(speed), 4) for speed in (*np.geomspace(0.001, 0.1, 15), *np.linspace(0.14, 1.0, 44))
 )

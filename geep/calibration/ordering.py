@@ -10,12 +10,22 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import inf
 
+import numpy as np
+
 from geep.calibration.choosing import TRIAL_SPEEDS, Choice
 from geep.calibration.runs import Outcomes
 from geep.engine import ExitSettings
 from geep.promise import Promise, Trial
 
 Order = tuple[ExitSettings, ...]
+
+WALK_SPEEDS: tuple[float, ...] = tuple(
+    np.interp(np.arange(0, len(TRIAL_SPEEDS) - 0.9, 1 / 4), np.arange(len(TRIAL_SPEEDS)), TRIAL_SPEEDS)
+    .round(6)
+    .tolist()
+)
+"""Speeds of a walk: `TRIAL_SPEEDS`, and three between each two. Steps cost no certainty, as nothing is tested after a
+failure, and of small ones the last that passes is nearer to what may be lost."""
 
 # A careful walk's settings are weighed by how often answers change, at so many times what accuracy may lose: changes
 # that spoil and changes that repair cancel in part.
@@ -69,22 +79,21 @@ class Route:
         if self.each.conditional:
             found: Order = _openings(tuning, choice, self.weighed)
         else:
-            speeds = _from_safest(choice.trials) if self.from_safest else TRIAL_SPEEDS
-            found = tuple(replace(choice.settings, speed=speed) for speed in speeds)
+            first = _safest(choice.trials) if self.from_safest else 0.0
+            found = tuple(replace(choice.settings, speed=speed) for speed in WALK_SPEEDS if speed >= first)
         if quantised and not self.from_safest:
             return (replace(choice.settings, speed=0.0), *found)
         return found
 
 
-def _from_safest(trials: Sequence[Trial]) -> list[float]:
-    """Speeds from the one that looks safest on the tuning texts upwards.
+def _safest(trials: Sequence[Trial]) -> float:
+    """The speed that looks safest on the tuning texts, the highest of several.
 
     A walk from speed 0 has to pass where a handful of answers change: there the bound is wide and one text of bad
-    luck ends it, long before speeds at which as many answers are repaired as spoilt. This walk begins there. It may
-    fail at its first step, if what looked safest was luck.
+    luck ends it, long before speeds at which as many answers are repaired as spoilt. A daring walk begins there. It
+    may fail at its first step, if what looked safest was luck.
     """
-    safest = min(range(len(trials)), key=lambda number: (trials[number].bound, -number))
-    return [trial.speed for trial in trials[safest:]]
+    return min(trials, key=lambda trial: (trial.bound, -trial.speed)).speed
 
 
 def _openings(tuning: Outcomes, choice: Choice, promise: Promise) -> Order:
@@ -109,5 +118,5 @@ def _openings(tuning: Outcomes, choice: Choice, promise: Promise) -> Order:
     best = min(
         range(len(orders)), key=lambda number: [trial.mean_exit_layer for trial in reached[number][-1:]] or [inf]
     )
-    faster = (replace(opened[-1], speed=speed) for speed in TRIAL_SPEEDS[best + 1 :])
+    faster = (replace(opened[-1], speed=speed) for speed in WALK_SPEEDS if speed > TRIAL_SPEEDS[best])
     return (*orders[best], *faster)
