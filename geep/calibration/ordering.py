@@ -19,10 +19,10 @@ from geep.promise import Promise, Trial
 
 Order = tuple[ExitSettings, ...]
 
+_PLACES = np.arange(len(TRIAL_SPEEDS))
+
 WALK_SPEEDS: tuple[float, ...] = tuple(
-    np.interp(np.arange(0, len(TRIAL_SPEEDS) - 0.9, 1 / 4), np.arange(len(TRIAL_SPEEDS)), TRIAL_SPEEDS)
-    .round(6)
-    .tolist()
+    np.interp(np.arange(0, _PLACES[-1] + 0.1, 1 / 4), _PLACES, TRIAL_SPEEDS).round(6).tolist()
 )
 """Speeds of a walk: `TRIAL_SPEEDS`, and three between each two. Steps cost no certainty, as nothing is tested after a
 failure, and of small ones the last that passes is nearer to what may be lost."""
