@@ -123,7 +123,7 @@ def main() -> None:
     # Processes of their own, which stay: CUDA is started once in each.
     context = multiprocessing.get_context("spawn")
     common = (str(args.data_dir), args.model, str(args.work), args.max_train, str(output))
-    with context.Pool(args.jobs) as pool:
+    with context.Pool(args.jobs, _be_quiet) as pool:
         todo = [pool.apply_async(_run, (cell, *common)) for cell in wanted]
         while not all(each.ready() for each in todo):
             if args.seconds is not None and time.monotonic() - begin > args.seconds:
@@ -144,11 +144,14 @@ def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
             yield cell
 
 
-def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None, output: str) -> None:
-    """Measure a cell and append its line; an error is shown and ends this cell alone."""
+def _be_quiet() -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None, output: str) -> None:
+    """Measure a cell and append its line; an error is shown and ends this cell alone."""
     begin = time.perf_counter()
     folder = Path(work) / f"{cell.data}-{cell.recipe.replace(', ', '-')}-{cell.seed}"
     try:
