@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,22 @@ def test_attention_can_be_forced() -> None:
         CudaBackend.build(model, dtype="float32", options=CudaOptions(attention="tiles")).start(batch_of([129]))
     with pytest.raises(ValueError, match=r"needs float16 or bfloat16 on a CUDA device.*float32 on cpu"):
         CudaBackend.build(model, dtype="float32", options=CudaOptions(attention="varlen"))
+
+
+def test_large_batches_of_long_texts_leave_tiles_where_there_is_varlen() -> None:
+    options = CudaOptions(graph_tokens=100, varlen_from=48)
+    without = CudaBackend.build(make_model(max_position_embeddings=300), dtype="float32", options=options)
+    beside = replace(without, varlen=lambda *_: None)
+
+    def in_tiles(backend: CudaBackend, *lengths: int) -> bool:
+        return backend.start(batch_of([*lengths])).tiles is not None
+
+    assert in_tiles(beside, 50, 50)  # no larger than what graphs replay
+    assert not in_tiles(beside, 50, 51)
+    assert not in_tiles(beside, 20, 76, 48)
+    assert in_tiles(beside, 20, 76, 47)
+    assert in_tiles(without, 50, 51)
+    assert not in_tiles(without, 20, 129)
 
 
 # One upload

@@ -47,7 +47,10 @@ class CudaOptions:
     Attributes:
         attention: "tiles" (texts up to 128 tokens), "varlen" (half precision on CUDA only) or "runs" (one call for
             each run of equal lengths). "auto": tiles where no text of the batch is longer than a tile, else varlen,
-            or runs where there is no varlen. Where tiles and varlen really cross is not yet measured.
+            or runs where there is no varlen; varlen, too, for batches too large for graphs of `varlen_from` tokens a
+            text.
+        varlen_from: On an H200 a layer takes as long in tiles as with varlen somewhere between 25 tokens a text (tiles
+            are 6 % faster) and 64 (8 % slower).
         compile: Whether to compile what follows attention. None: on CUDA.
         graphs: Whether small batches in tiles replay CUDA graphs. None: on CUDA.
         graph_tokens: Largest batch for graphs. On the H200 that it was run on, the launches of a layer took the host
@@ -58,6 +61,7 @@ class CudaOptions:
     """
 
     attention: Literal["auto", "tiles", "varlen", "runs"] = "auto"
+    varlen_from: int = 48
     compile: bool | None = None
     graphs: bool | None = None
     graph_tokens: int = 8192
@@ -277,8 +281,7 @@ class CudaBackend:
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         longest = int(lengths.max(initial=0))
         pairs = [] if firsts is None else [firsts]
-        auto = self.options.attention == "auto"
-        if not (longest <= TILE if auto else self.options.attention == "tiles"):
+        if not self._in_tiles(lengths, longest):
             sent, tiles = self.staging.upload([*rows, *pairs, offsets]), None
         else:
             plan = plan_tiles(lengths)
@@ -286,6 +289,14 @@ class CudaBackend:
             tiles = Tiles(plan.tile, source, slot, tile_bias(text, self.model.dtype))
         there = sent[len(rows)] if pairs else None
         return sent[: len(rows)], lambda hidden: CudaTexts(hidden, lengths, sent[-1], longest, tiles, firsts, there)
+
+    def _in_tiles(self, lengths: Integers, longest: int) -> bool:
+        """Whether attention of a batch runs in tiles."""
+        if self.options.attention != "auto":
+            return self.options.attention == "tiles"
+        num_tokens = int(lengths.sum())
+        for_varlen = num_tokens > self.options.graph_tokens and num_tokens >= self.options.varlen_from * len(lengths)
+        return longest <= TILE and not (for_varlen and self.varlen is not None)
 
     def _run(self, live: CudaTexts, layer: int, before: Tensor) -> Tensor:
         """Run a layer on all tokens, whose hidden states are a prefix of `before`."""
