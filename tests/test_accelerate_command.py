@@ -72,6 +72,14 @@ def test_labelled_rows_certify_accuracy(place: Path) -> None:
     assert "pink" in run(*asked, *options[:-1], code=2)
 
 
+def test_a_promise_may_hold_among_early_leavers_too(place: Path) -> None:
+    found = run(*arguments(place, output="conditional"), "--conditional", "--json")
+    assert found["calibration"]["promise"]["conditional"]
+    assert found["calibration"]["certificate"]["promise"]["conditional"]
+    assert "among the texts answered by any depth" in found["promise"]
+    assert "another promise" in run(*arguments(place, output="conditional"), code=2)
+
+
 @pytest.mark.parametrize("step", ["fit_exits", "profile", "calibrate", "_paces"])
 def test_a_command_that_was_killed_goes_on(place: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> None:

@@ -444,6 +444,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("--calibration", "--exit-layers", "--head", "--max-length", "--seed"), ALWAYS),
         **dict.fromkeys(("--text-column", "--text-pair-column", "--quoting", "--device"), ALWAYS),
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json", "--any-pace"), ALWAYS),
+        "--conditional": ALWAYS,
         "--label-column": ("no labelled rows",),
         "--revision": ("classifier folder",),
     },
@@ -455,7 +456,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("--token", "--cache-dir", "--local-files-only", "--json"), ALWAYS),
         **dict.fromkeys(("--exit-layers", "--calibrate"), ("vanilla",)),
         **dict.fromkeys(("--max-drop", "--min-agreement", "--confidence"), ("vanilla", "no-calibrate")),
-        "--calibration": ("vanilla", "no-calibrate"),
+        **dict.fromkeys(("--calibration", "--conditional"), ("vanilla", "no-calibrate")),
         **dict.fromkeys(("--text-column", "--text-pair-column", "--label-column", "--quoting"), ("named data",)),
         "--revision": ("named encoder", "encoder folder"),
         "--fit-exits": ("fitted",),
@@ -495,7 +496,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Options that 1 is no value of.
 VALUES = dict.fromkeys(("--min-agreement", "--confidence", "--threshold", "--speed", "--holdout"), "0.6")
-FLAGS = {"--calibrate", "--fit-exits", "--overwrite", "--quoting", "--scores", "--any-pace"}
+FLAGS = {"--conditional", "--calibrate", "--fit-exits", "--overwrite", "--quoting", "--scores", "--any-pace"}
 
 
 def test_every_option_is_known_to_count_or_to_be_ignored() -> None:

@@ -33,6 +33,7 @@ def accelerate_command(
     min_agreement: opt.MinAgreement = None,
     max_drop: opt.MaxDrop = None,
     confidence: opt.Confidence = 0.95,
+    conditional: opt.Conditional = False,
     calibration: opt.CalibrationRows = None,
     exit_layers: Annotated[
         str | None,
@@ -81,7 +82,7 @@ def accelerate_command(
         console = show.console_for(as_json)
         if max_drop is None and min_agreement is None:
             min_agreement = _DEFAULT_AGREEMENT
-        promise = opt.promise(max_drop, min_agreement, confidence)
+        promise = opt.promise(max_drop, min_agreement, confidence, conditional=conditional)
         if Path(model).is_dir():
             opt.refuse_ignored(context, ["revision"], f"with {model}, which is not from the hub")
         columns: dict[str, Any] = {

@@ -109,6 +109,7 @@ def train_command(
     max_drop: opt.MaxDrop = None,
     min_agreement: opt.MinAgreement = None,
     confidence: opt.Confidence = 0.95,
+    conditional: opt.Conditional = False,
     calibration: opt.CalibrationRows = None,
     data_dir: opt.DataDir = None,
     text_column: opt.TextColumn = "text",
@@ -141,7 +142,7 @@ def train_command(
         console = show.console_for(as_json)
         # Refused before an hour of training and not after it.
         _refuse_ignored(context, model, recipe, fit_exits, calibrate)
-        asked = opt.promise(max_drop, min_agreement, confidence)
+        asked = opt.promise(max_drop, min_agreement, confidence, conditional=conditional)
         settings = geep.TrainSettings(
             recipe=recipe,
             fit_exits=fit_exits,
@@ -183,7 +184,7 @@ def train_command(
         show.rows(console, dataset, parts)
         requested = asdict(asked)
         if calibrate and asked.needs_labels and (parts.profile.labels is None or certifying.labels is None):
-            asked = geep.Promise(min_agreement=1 - asked.allowed, confidence=asked.confidence)
+            asked = replace(asked, max_accuracy_drop=None, min_agreement=1 - asked.allowed)
             console.print("[yellow]Held-out rows have no labels: the promise is agreement with the full model.[/]")
         with show.bars(console) as progress:
             result = geep.train(
@@ -231,7 +232,7 @@ def train_command(
 
 def _refuse_ignored(context: typer.Context, model: str, recipe: str, fit_exits: bool, calibrate: bool) -> None:
     """Refuse options of `geep train` that others rule out."""
-    promised = ("max_drop", "min_agreement", "confidence", "calibration")
+    promised = ("max_drop", "min_agreement", "confidence", "conditional", "calibration")
     if not calibrate:
         opt.refuse_ignored(context, promised, "with --no-calibrate")
     if recipe in opt.NAMES["RECIPES"]:
