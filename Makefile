@@ -9,12 +9,15 @@ OLDEST := .venv-oldest
 demo: $(VENV)/.demo
 	$(BIN)/geep demo
 
+# A file of tests to a process, of which there are as many as cores: so each has one thread.
+PYTEST := -m pytest -n auto --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 # The same tests at the lower bounds of pyproject.toml.
 test-oldest: $(OLDEST)/.dev
-	$(OLDEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check geep tests benchmarks examples
