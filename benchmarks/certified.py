@@ -133,14 +133,18 @@ def main() -> None:
             time.sleep(0.5)
 
 
-def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
+def _done(output: Path) -> set[Cell]:
     known = output.read_text("utf-8").splitlines() if output.exists() else []
-    done = {(line["data"], line["recipe"], line["seed"]) for line in map(json.loads, known)}
+    return {Cell(line["data"], line["recipe"], line["seed"]) for line in map(json.loads, known)}
+
+
+def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
+    done = _done(output)
     names = args.only.split(",") if args.only else [path.name for path in args.data_dir.iterdir()]
     recipes = args.recipes.split(";") if args.recipes else list(RECIPES)
     for cell in cells():
         is_wanted = cell.data in names and cell.recipe in recipes and cell.seed < args.seeds
-        if is_wanted and (cell.data, cell.recipe, cell.seed) not in done:
+        if is_wanted and cell not in done:
             yield cell
 
 
@@ -156,8 +160,10 @@ def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None
     folder = Path(work) / f"{cell.data}-{cell.recipe.replace(', ', '-')}-{cell.seed}"
     try:
         line = json.dumps(measured(cell, data_dir, model, folder, max_train), ensure_ascii=False)
-        with Path(output).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        # A process whose parent was killed ends its cell, which another may have begun again meanwhile.
+        if cell not in _done(Path(output)):
+            with Path(output).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         print(f"{cell} done in {time.perf_counter() - begin:.0f} s", flush=True)
     except Exception:
         print(f"{cell} failed:\n{traceback.format_exc()}", flush=True)
