@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -100,12 +100,7 @@ def main() -> None:
 
 def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
     """One line for each promise and part."""
-    plan, parts = geep.parts_of(folder)
-    engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
-    if test is None:
-        raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
-    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}
-    runs = runs_of(engine, splits, cache)
+    engine, runs = runs_of(folder, cache)
     found = profile(engine, runs["teaching"], runs["profile"])
     for promise_name, promise in PROMISES.items():
         for part_name, part in PARTS.items():
@@ -114,8 +109,13 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
             yield {"promise": promise_name, "part": part_name, **outcome(deployed, runs["test"])}
 
 
-def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[str, ExitRun]:
-    """All exits of all rows, from the cache where they are there."""
+def runs_of(folder: Path, cache: Path) -> tuple[Engine, dict[str, ExitRun]]:
+    """The engine of a folder, and all exits of all its rows by part, from the cache where they are there."""
+    plan, parts = geep.parts_of(folder)
+    engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
+    if test is None:
+        raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
+    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}
     cache.parent.mkdir(parents=True, exist_ok=True)
     made_of = {**engine.identity, **{name: split.digest() for name, split in splits.items()}}
     if not cache.exists():
@@ -124,7 +124,7 @@ def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[
     kept = torch.load(cache)
     if kept["made_of"] != made_of:
         raise SystemExit(f"{cache} holds logits of another model or of other texts; delete it.")
-    return {
+    return engine, {
         name: ExitRun(
             engine.tokenize(split.inputs).batch,
             kept["logits"][name],
@@ -137,14 +137,23 @@ def runs_of(engine: Engine, splits: dict[str, geep.Split], cache: Path) -> dict[
 def certified(engine: Engine, tuning: ExitRun, fresh: ExitRun, promise: Promise, part: Part) -> ExitSettings:
     """Settings of the parts that are on, chosen on tuning rows, at the speed that fresh rows certify."""
     tuned, checked = Outcomes(engine, tuning), Outcomes(engine, fresh)
+    return fewest_layers(tuned, checked, Route.all_to(promise), lambda weighed: chosen(tuned, weighed, part))
+
+
+def fewest_layers(
+    tuned: Outcomes, checked: Outcomes, routes: Sequence[Route], choose: Callable[[Promise], Choice]
+) -> ExitSettings:
+    """What walks certify with the fewest layers; the full model where nothing is."""
     found = []
-    for route in Route.all_to(promise):
-        choice = chosen(tuned, route.weighed, part)
+    for route in routes:
+        choice = choose(route.weighed)
         order = route.order(tuned, choice)
         walk = walked(checked, order, route.each)
-        if walk.kept is not None:
-            found.append((walk.kept.mean_exit_layer, replace(choice.settings, speed=walk.speed)))
-    return min(found, key=itemgetter(0))[1] if found else replace(choice.settings, speed=0.0)
+        if walk.kept is None:
+            found.append((float(tuned.depths[-1]), replace(choice.settings, speed=0.0)))
+        else:
+            found.append((walk.kept.mean_exit_layer, order[walk.num_passed - 1]))
+    return min(found, key=itemgetter(0))[1]
 
 
 def chosen(tuned: Outcomes, promise: Promise, part: Part) -> Choice:
@@ -173,31 +182,42 @@ def chosen(tuned: Outcomes, promise: Promise, part: Part) -> Choice:
 def outcome(engine: Engine, run: ExitRun) -> dict[str, Any]:
     """What an engine does on the rows of a run."""
     settings, outcomes = engine.settings, Outcomes(engine, run)
+    if engine.predictor is None:
+        raise SystemExit("The model has no table.")
     found, plan, column = outcomes.profile(settings), outcomes.planned(settings), outcomes.answered(settings)
-    rows, depths = np.arange(len(found)), np.asarray(found.depths)
-    if found.correct is None or found.reference_correct is None or engine.predictor is None:
-        raise SystemExit("The test rows have no labels, or the model no table.")
+    depths = np.asarray(found.depths)
     counted = _Counted(engine.deployment.backend, engine.depths[-1])
     replace(engine.course, backend=counted).run(run.batch, engine.plan(run.batch), engine.settings)
     asked = np.isin(depths, settings.asked_layers(engine.depths)[:-1])
     between = (depths >= depths[plan][:, None]) & (depths <= depths[column][:, None]) & asked
-    quality = predictor_quality(found.from_depth(1), run.batch, engine.predictor, max(settings.speed, TRIAL_SPEEDS[0]))
+    foretold = predictor_quality(found.from_depth(1), run.batch, engine.predictor, max(settings.speed, TRIAL_SPEEDS[0]))
     return {
         "speed": settings.speed,
         "criterion": settings.criterion,
         "quantile": settings.quantile,
         "lexical_exit": settings.lexical_exit,
         "fused": sorted(settings.fusing),
-        "layers": round(float(depths[column].mean()), 3),
         "full_layers": int(depths[-1]),
-        "accuracy": round(100 * float(found.correct[rows, column].mean()), 2),
-        "full_accuracy": round(100 * float(found.reference_correct.mean()), 2),
-        "agreement": round(100 * float(found.agrees[rows, column].mean()), 2),
-        "by_table": round(100 * float((column == 0).mean()), 2) if depths[0] == 0 else 0.0,
+        **quality(outcomes, settings),
         "exits_asked": round(float(between.sum(1).mean()), 3) if settings.speed else 0.0,
         "waits": counted.waits,
         "num_texts": len(found),
-        "rank_correlation": round(quality.rank_correlation, 3),
+        "rank_correlation": round(foretold.rank_correlation, 3),
+    }
+
+
+def quality(outcomes: Outcomes, settings: ExitSettings) -> dict[str, float]:
+    """Mean layers of labelled texts, and accuracy, agreement and what the table answers alone, in percent."""
+    found, column = outcomes.profile(settings), outcomes.answered(settings)
+    if found.correct is None or found.reference_correct is None:
+        raise SystemExit("The rows have no labels, expected some to report on.")
+    rows, layers = np.arange(len(found)), np.asarray(found.depths)[column]
+    return {
+        "layers": round(float(layers.mean()), 3),
+        "accuracy": round(100 * float(found.correct[rows, column].mean()), 2),
+        "full_accuracy": round(100 * float(found.reference_correct.mean()), 2),
+        "agreement": round(100 * float(found.agrees[rows, column].mean()), 2),
+        "by_table": round(100 * float((layers == 0).mean()), 2),
     }
 
 

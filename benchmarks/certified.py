@@ -33,9 +33,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from ablation import quality
 from transformers import AutoConfig
 
 import geep
@@ -174,10 +174,10 @@ def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None
 def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: int | None) -> dict[str, Any]:
     """Everything of a cell."""
     clock = {"start": time.perf_counter()}
-    num_rows = len(geep.load_dataset(cell.data, data_dir=data_dir).train)
-    holdout = 0.4 if num_rows < _FEW_ROWS else 0.3
-    plan = geep.DataPlan(cell.data, data_dir=data_dir, holdout=holdout, max_train=max_train)
+    plan = geep.DataPlan(cell.data, data_dir=data_dir, holdout=0.3, max_train=max_train)
     dataset = plan.load()
+    if len(dataset.train) < _FEW_ROWS:
+        plan = replace(plan, holdout=0.4)
     parts = plan.divide(dataset)
     is_small = len(parts.train) < _FEW_ROWS
     settings = TrainSettings(
@@ -257,20 +257,7 @@ def _kept(found: ProfileResult, fresh: ExitRun, test: ExitRun, promise: Promise)
     outcomes = Outcomes(engine, test)
 
     def outcome(speed: float) -> dict[str, Any]:
-        settings = replace(engine.settings, speed=speed)
-        seen, column = outcomes.profile(settings), outcomes.answered(settings)
-        rows, depths = np.arange(len(seen)), np.asarray(seen.depths)
-        correct, whole = seen.correct, seen.reference_correct
-        if correct is None or whole is None:
-            raise ValueError("The test rows have no labels, expected some to report on.")
-        return {
-            "speed": speed,
-            "layers": round(float(depths[column].mean()), 3),
-            "accuracy": round(100 * float(correct[rows, column].mean()), 2),
-            "full_accuracy": round(100 * float(whole.mean()), 2),
-            "agreement": round(100 * float(seen.agrees[rows, column].mean()), 2),
-            "by_table": round(100 * float((depths[column] == 0).mean()), 2),
-        }
+        return {"speed": speed, **quality(outcomes, replace(engine.settings, speed=speed))}
 
     curve = [outcome(speed) for speed in TRIAL_SPEEDS]
     return {

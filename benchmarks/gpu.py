@@ -4,8 +4,7 @@ Measured, on an encoder of BERT-base's shape with random weights (or on --model)
 
 - staircase: time of texts of mixed predicted depth (drawn, mean about four of twelve) against full depth, and how much
   of the saved layers arrives as saved time: calls of 1 to 65,536 texts, small ones without graphs, too, exits "cls"
-  and "conv";
-  at one size also where about a third of those asked go on (on_miss="continue");
+  and "conv"; at one size also where about a third of those asked go on (on_miss="continue");
 - texts: texts/s at full depth from token ids and from raw texts, and of the tokenizer alone;
 - full_depth: full model on texts of 128 tokens, and its share of the peak;
 - prediction: texts/s of the exit table, single texts and pairs;

@@ -45,6 +45,7 @@ from geep.calibration import (
     Choice,
     ExitRun,
     Outcomes,
+    Route,
     calibrate,
     choosing,
     profile,
@@ -152,11 +153,12 @@ def collect(name: str, data_dir: Path, model: Path, cache: Path, max_test: int) 
         saved = np.load(file)
         batch = TokenBatch(saved["input_ids"].astype(np.int64), None, saved["lengths"])
         runs[part] = ExitRun(batch, torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"]))
-    heldout = _joined(runs["profile"], runs["calibration"])
+    heldout = joined(runs["profile"], runs["calibration"])
     return Texts(engine, runs["train"], heldout, runs["test"], len(runs["profile"].batch))
 
 
-def _joined(first: ExitRun, second: ExitRun) -> ExitRun:
+def joined(first: ExitRun, second: ExitRun) -> ExitRun:
+    """The texts of two runs of an engine, all labelled."""
     assert first.labels is not None
     assert second.labels is not None
     return ExitRun(
@@ -231,7 +233,7 @@ def _layers_at(judged: ExitProfile, levels: NDArray[np.float32]) -> list[float]:
 def _judged(texts: Texts, fit: ExitRun, judge: ExitRun) -> dict[str, tuple[ExitProfile, NDArray[np.float32]]]:
     """Profiles of the judged half, and the uncertainties of the fitted half as levels to try."""
     engine = learned(texts, fit, AGREEMENT)
-    both, settings = Outcomes(engine, _joined(fit, judge)), engine.settings
+    both, settings = Outcomes(engine, joined(fit, judge)), engine.settings
     plain = both.profile(replace(settings, criterion=plainest(texts, fit)))
     learnt = both.profile(settings)
     own = {depth: replace(score, table=0.0) for depth, score in without_table(Outcomes(engine, fit)).items()}
@@ -326,19 +328,19 @@ Method = Callable[[Texts, ExitRun, ExitRun, Promise], Engine]
 
 def _before(texts: Texts, tuning: ExitRun, fresh: ExitRun, promise: Promise) -> Engine:
     """Settings chosen by what looks good on the tuning texts, without asking what they could certify."""
-    engine = learned(texts, tuning, plainest(texts, tuning))
+    engine, each = learned(texts, tuning, plainest(texts, tuning)), promise.sharing(0.5)
     tuned, certified = Outcomes(engine, tuning), Outcomes(engine, fresh)
     weighed = []
     with _old_bounds():
         for quantile in TRIAL_QUANTILES:
             for lexical in (False, True):
                 settings = replace(engine.settings, speed=0.0, quantile=quantile, lexical_exit=lexical)
-                trials = tuple(tuned.trial(replace(settings, speed=speed), promise) for speed in TRIAL_SPEEDS)
+                trials = tuple(tuned.trial(replace(settings, speed=speed), each) for speed in TRIAL_SPEEDS)
                 good = [trial.mean_exit_layer for trial in trials if trial.risk <= promise.allowed]
                 weighed.append(Choice(settings, trials, min(good, default=np.inf)))
         best = min(weighed, key=lambda choice: choice.least)
-        order = [replace(best.settings, speed=speed) for speed in TRIAL_SPEEDS]
-        speed = walk(lambda settings: certified.trial(settings, promise), order).speed
+        orders = [Route(each, each, from_safest=safest).order(tuned, best) for safest in (False, True)]
+        speed = max(walk(lambda settings: certified.trial(settings, each), order).speed for order in orders)
     return engine.replace(settings=replace(best.settings, speed=speed))
 
 
@@ -467,7 +469,7 @@ def probe(texts: Texts, halvings: int) -> Iterator[dict[str, Any]]:
 def _probed(texts: Texts, fit: ExitRun, judge: ExitRun, first: int, quantile: float, name: str) -> float:
     engine = learned(texts, fit, AGREEMENT)
     fitted, judged = (Outcomes(engine, run).profile(engine.settings) for run in (fit, judge))
-    depths, promise, least = np.asarray(judged.depths), PROMISES["drop 0.5"], np.inf
+    depths, promise, least = np.asarray(judged.depths), PROMISES["drop 0.5"].sharing(0.5), np.inf
     later = np.flatnonzero(depths > first)
     column = int(np.flatnonzero(depths == first)[0])
     for speed in TRIAL_SPEEDS:

@@ -16,19 +16,17 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from ablation import runs_of
+from ablation import fewest_layers, runs_of
+from prediction import joined
 
-import geep
-from geep.backends import TokenBatch
-from geep.calibration import ExitRun, Outcomes, Route, choose, profile
-from geep.calibration.certifying import walked
-from geep.engine import Engine, ExitSettings
-from geep.promise import Promise
+from geep.calibration import Outcomes, Route, choose, profile
+from geep.engine import ExitSettings
+from geep.promise import RISKS, Promise
 
 RESULTS = Path(__file__).parent / "results" / "searches.jsonl"
 
@@ -82,12 +80,7 @@ def main() -> None:
 
 def measured(folder: Path, cache: Path, divisions: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:
     """One line for each division."""
-    plan, parts = geep.parts_of(folder)
-    engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
-    if test is None:
-        raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
-    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}
-    runs = runs_of(engine, splits, cache)
+    engine, runs = runs_of(folder, cache)
     held = joined(runs["profile"], runs["calibration"])
     for seed, share in divisions:
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
@@ -103,7 +96,7 @@ def measured(folder: Path, cache: Path, divisions: list[tuple[int, str]]) -> Ite
             "full_layers": int(engine.depths[-1]),
             "found": {
                 promise_name: {
-                    name: outcome(tested, certified(tuned, checked, search(promise)))
+                    name: outcome(tested, fewest_layers(tuned, checked, search(promise), partial(choose, tuned)))
                     for name, search in SEARCHES.items()
                 }
                 for promise_name, promise in PROMISES.items()
@@ -111,43 +104,11 @@ def measured(folder: Path, cache: Path, divisions: list[tuple[int, str]]) -> Ite
         }
 
 
-def joined(one: ExitRun, other: ExitRun) -> ExitRun:
-    """The texts of two runs of an engine."""
-    if one.labels is None or other.labels is None:
-        raise SystemExit("The held-out rows have no labels, expected some.")
-    types = None
-    if one.batch.token_type_ids is not None and other.batch.token_type_ids is not None:
-        types = np.concatenate([one.batch.token_type_ids, other.batch.token_type_ids])
-    ids, lengths = (
-        np.concatenate([getattr(run.batch, name) for run in (one, other)]) for name in ("input_ids", "lengths")
-    )
-    logits = torch.cat([one.exit_logits, other.exit_logits], 1)
-    return replace(
-        one, batch=TokenBatch(ids, types, lengths), exit_logits=logits, labels=torch.cat([one.labels, other.labels])
-    )
-
-
-def certified(tuned: Outcomes, checked: Outcomes, routes: tuple[Route, ...]) -> ExitSettings | None:
-    """What walks certify with the fewest layers; None where nothing is."""
-    ends = []
-    for route in routes:
-        order = route.order(tuned, choose(tuned, route.weighed))
-        walk = walked(checked, order, route.each)
-        if walk.kept is not None:
-            ends.append((walk.kept.mean_exit_layer, order[walk.num_passed - 1]))
-    return min(ends, key=lambda end: end[0])[1] if ends else None
-
-
-def outcome(tested: Outcomes, settings: ExitSettings | None) -> dict[str, float]:
+def outcome(tested: Outcomes, settings: ExitSettings) -> dict[str, float]:
     """Layers, and points of accuracy against the full model."""
-    if settings is None:
-        return {"layers": float(tested.depths[-1]), "points": 0.0}
-    found, column = tested.profile(settings), tested.answered(settings)
-    if found.correct is None or found.reference_correct is None:
-        raise SystemExit("The test rows have no labels, expected some.")
-    right = found.correct[np.arange(len(found)), column].mean() - found.reference_correct.mean()
-    layers = float(np.asarray(found.depths)[column].mean())
-    return {"layers": round(layers, 3), "points": round(100 * float(right), 2)}
+    answered = tested.judged(settings)
+    lost = RISKS["max_accuracy_drop"].observed(answered.by(len(answered.depths) - 1))
+    return {"layers": round(answered.mean_exit_layer, 3), "points": round(-100 * lost, 2)}
 
 
 if __name__ == "__main__":

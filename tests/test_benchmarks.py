@@ -112,8 +112,8 @@ def test_a_study_runs_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, tmp
     assert kinds == ["training", "calibration", "profile", "run"]
 
 
-@pytest.fixture(scope="module")
-def certified() -> ModuleType:
+@pytest.fixture
+def certified(rivals: None) -> ModuleType:
     return load("certified")
 
 

@@ -50,7 +50,7 @@ class CudaOptions:
             or runs where there is no varlen; varlen, too, for batches too large for graphs of `varlen_from` tokens a
             text.
         varlen_from: On an H200 a layer takes as long in tiles as with varlen somewhere between 25 tokens a text (tiles
-            are 6 % faster) and 64 (8 % slower).
+            are 6 % faster) and 64 (9 % slower).
         compile: Whether to compile what follows attention. None: on CUDA.
         graphs: Whether small batches in tiles replay CUDA graphs. None: on CUDA.
         graph_tokens: Largest batch for graphs. On the H200 that it was run on, the launches of a layer took the host

@@ -240,9 +240,8 @@ def calibrate(
     quantised = certified.run.reference is not None
     orders = [route.order(tuned, choice, quantised=quantised) for route, choice in zip(routes, choices, strict=True)]
     walks = [walked(certified, order, route.each) for order, route in zip(orders, routes, strict=True)]
-    best = min(
-        range(len(walks)), key=lambda number: inf if (end := walks[number].kept) is None else end.mean_exit_layer
-    )
+    ends = [inf if found.kept is None else found.kept.mean_exit_layer for found in walks]
+    best = ends.index(min(ends))
     result, passed = walks[best], walks[best].num_passed
     settings = orders[best][passed - 1] if passed else replace(choices[best].settings, speed=0.0)
     kept = _with_certificate(engine.replace(settings=settings), promise, result, certified)

@@ -51,7 +51,7 @@ class Route:
 
     @classmethod
     def all_to(cls, promise: Promise, *, few_labels: bool = False) -> tuple[Route, ...]:
-        """The walks that certify a promise; the faster result is kept.
+        """The walks that certify a promise, the careful one first; the faster result is kept.
 
         A careful one for every promise: settings that change few answers, from the lowest speed on. What tells how many
         answers are right takes thousands of rows; how many change, some hundreds tell. For a promise about accuracy a

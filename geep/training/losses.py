@@ -29,6 +29,11 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, problem_type: s
     )
 
 
+def _distances(exits: Tensor, problem_type: str | None) -> Tensor:
+    """KL(full model ‖ exit) of every exit, (num_exits,)."""
+    return torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]])
+
+
 def shared_exit_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
     """The paper's one-step loss (Li et al. 2024): the teacher learns the labels behind every depth, exits follow it.
 
@@ -59,7 +64,7 @@ def _shared_terms(output: ExitOutput, labels: Tensor, problem_type: str | None) 
     """CE of every sub-network and, last, of the full model (num_exits + 1,); KL of every exit (num_exits,)."""
     shared, exits = _required(output.shared_exit_logits), _required(output.exit_logits)
     hard = torch.stack([label_loss(logits, labels, problem_type) for logits in shared])
-    return hard, torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]])
+    return hard, _distances(exits, problem_type)
 
 
 def full_model_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -69,8 +74,7 @@ def full_model_loss(output: ExitOutput, labels: Tensor, problem_type: str | None
 
 def distillation_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
     """FastBERT's second step (Liu et al. 2020): sum over exits of KL(full model ‖ exit); uses no labels."""
-    exits = _required(output.exit_logits)
-    return torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]]).sum()
+    return _distances(_required(output.exit_logits), problem_type).sum()
 
 
 def followed_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -79,8 +83,7 @@ def followed_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) 
     The encoder learns to say early what it says at the end; labels hold the end where it is.
     """
     exits = _required(output.exit_logits)
-    soft = torch.stack([distillation(exits[-1], logits, problem_type) for logits in exits[:-1]])
-    return label_loss(exits[-1], labels, problem_type) + soft.mean()
+    return label_loss(exits[-1], labels, problem_type) + _distances(exits, problem_type).mean()
 
 
 def exit_label_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
