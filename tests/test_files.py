@@ -258,7 +258,7 @@ def test_utf_16_with_its_mark_is_read(encoding: str, tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-32"), "UTF-32; write it as UTF-8"),
         ("a.csv", codecs.BOM_UTF32_BE + "text\na\n".encode("utf-32-be"), "UTF-32; write it as UTF-8"),
         ("a.csv", "text\na\n".encode("utf-16-le"), "UTF-16 without a byte order mark"),
-        ("a.tsv.gz", gzip.compress("text\na\n".encode("utf-16-be")), "UTF-16 without a byte order mark"),
+        ("a.tsv.gz", gzip.compress("text\na\n".encode("utf-16-be"), mtime=0), "UTF-16 without a byte order mark"),
         ("a.jsonl", bytes(range(256)), "binary data"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "an encoding other than UTF-8"),
         ("a.jsonl", b"id,text\n1,a\n2,b\n", "CSV or TSV; name it .csv or .tsv"),
@@ -271,11 +271,11 @@ def test_utf_16_with_its_mark_is_read(encoding: str, tmp_path: Path) -> None:
         ("a.csv", b'<?xml version="1.0"?>', "HTML or XML"),
         ("a.csv", b"%PDF-1.7", "a PDF document"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("a.jsonl.gz", gzip.compress(b"%PDF-1.7"), "a PDF document"),
+        ("a.jsonl.gz", gzip.compress(b"%PDF-1.7", mtime=0), "a PDF document"),
         ("a.parquet", THREE, "no readable Parquet file; it seems to be JSON"),
-        ("a.parquet", gzip.compress(b"PAR1"), "no readable Parquet file; it is compressed (.gz)"),
+        ("a.parquet", gzip.compress(b"PAR1", mtime=0), "no readable Parquet file; it is compressed (.gz)"),
         ("a.parquet", b"", "no readable Parquet file"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(THREE)), "compressed twice (.gz within .gz)"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(THREE, mtime=0), mtime=0), "compressed twice (.gz within .gz)"),
     ],
 )
 def test_a_file_of_another_kind_is_named(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
@@ -634,7 +634,7 @@ def test_a_fifo_is_opened_once(name: str, tmp_path: Path) -> None:
         (b'[{"text": "a"}, {"text": "b"}, {"text": "c"}]', ".jsonl", None),
         (b"text\na\nb\nc\n", ".csv", ("text",)),
         (b"id\ttext\n1\ta\n2\tb\n3\tc\n", ".csv", ("id", "text")),
-        (gzip.compress(THREE), ".jsonl", None),
+        (gzip.compress(THREE, mtime=0), ".jsonl", None),
         (codecs.BOM_UTF16_LE + THREE.decode().encode("utf-16-le"), ".jsonl", None),
     ],
 )
