@@ -7,7 +7,7 @@ runs once for each run of texts of equal length.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -127,6 +127,14 @@ class PackedLayer:
             activation_name=activation,
             num_heads=num_heads,
         )
+
+    def to(self, dtype: torch.dtype) -> PackedLayer:
+        """Return the layer with its matrices in another dtype; norms stay, which compute in float32 anyway."""
+
+        def cast(linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return linear[0].to(dtype), linear[1].to(dtype)
+
+        return replace(self, qkv=cast(self.qkv), out=cast(self.out), up=cast(self.up), down=cast(self.down))
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun], watch: Watch | None = None) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden); `watch` is shown the input of each linear layer."""
