@@ -32,7 +32,7 @@ from geep.backends.packed_layer import PackedLayer, attend_runs, length_runs, pa
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
 from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, Spans, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,8 @@ class CudaBackend:
         hidden = live.hidden[first : first + int(lengths.sum())]
         firsts = None if live.firsts_there is None else live.firsts_there[start:stop]
         offsets = live.offsets[start : stop + 1]
-        return reader.forward_packed(hidden, offsets - first if first else offsets, int(lengths.max(initial=0)), firsts)
+        offsets = offsets - first if first else offsets
+        return reader.forward_packed(hidden, Spans(offsets, len(hidden), int(lengths.max(initial=0)), firsts))
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""
