@@ -161,6 +161,20 @@ def test_seconds_by_hand() -> None:
     assert seconds_of(CostModel(0, 0, 1, 0), budget=1000, window=15) == pytest.approx(2 * 2 / 3)
 
 
+def test_seconds_of_calls_by_hand() -> None:
+    first, last, lengths = np.array([1, 1, 0]), np.array([1, 3, 0]), np.array([10, 10, 10])
+
+    def layers_of(call_size: int) -> float:
+        budget = {"max_batch_tokens": 10**6, "window_tokens": 10**6}
+        return expected_seconds(first, last, lengths, [1, 3], CostModel(1, 0, 0, 0), call_size=call_size, **budget)
+
+    # A text of three runs layer 1 alone, one runs all three: of one-text calls each layer is its own.
+    assert layers_of(1) == pytest.approx(2 / 3 + 1 / 3 + 1 / 3)
+    # Of two texts a call runs layer 1 but where neither does, and layers 2 and 3 where either does.
+    assert layers_of(2) == pytest.approx((1 - 1 / 9) / 2 + 2 * (1 - 4 / 9) / 2)
+    assert layers_of(1000) == pytest.approx(3 / 1000)
+
+
 @given(TEXTS.filter(lambda texts: any(length for _, length in texts)), BUDGETS)
 def test_full_runs_take_every_layer_of_every_token(texts: list[tuple[int, int]], budget: int) -> None:
     layers, lengths = (np.array(column) for column in zip(*texts, strict=True))
