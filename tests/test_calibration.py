@@ -313,21 +313,11 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     assert {answer.exit_layer for answer in answers} <= {0, *dear.engine.settings.check_layers, 4}
 
 
-def test_of_few_texts_a_call_asks_fewer_exits(profiled: ProfileResult) -> None:
-    # Of the texts many are sure at exit 2 and some at exit 3, none before.
-    scores = {0: (-50.0, 0.0, 0.0), 1: (-50.0, 0.0, 0.0), 2: (-1.0, 0.5, 0.1), 3: (0.0, 1.0, 0.1)}
-    doubts = {depth: AgreementScore(*weights) for depth, weights in scores.items()}
-    engine, promise = profiled.engine, PROMISES["agreement"]
-    engine = engine.replace(settings=replace(engine.settings, agreement=doubts, fusing={}))
-    runs, cost = (ExitRun.of(engine, HELDOUT), ExitRun.of(engine, FRESH)), CostModel(1.0, 0.1, 9.0, 0.0)
-    found = {}
-    for size in (1, 10_000):
-        settings = calibrate(engine, *runs, promise, criterion=AGREEMENT, cost=cost, call_size=size).engine.settings
-        assert settings.check_layers is not None
-        found[size] = settings.check_layers
-    assert len(found[1]) < len(found[10_000])
-    with pytest.raises(ValueError, match="found 8 and no cost"):
-        calibrate(engine, *runs, promise, call_size=8)
+def test_a_size_of_calls_weighs_time(profiled: ProfileResult) -> None:
+    runs = ExitRun.of(profiled.engine, HELDOUT), ExitRun.of(profiled.engine, FRESH)
+    for options, found in (({}, "found 8 and no cost"), ({"cost": CostModel(1, 1)}, "found 0 and a cost")):
+        with pytest.raises(ValueError, match=found):
+            calibrate(profiled.engine, *runs, PROMISES["drop"], call_size=0 if options else 8, **options)
 
 
 def test_the_criterion_that_runs_fewest_layers_is_chosen(profiled: ProfileResult) -> None:
