@@ -188,8 +188,8 @@ def test_of_few_texts_a_call_fewer_exits_pay() -> None:
 
         return thin_out((1, 2, 3), seconds)
 
-    # Of one text a check takes three quarters of a layer, which a quarter of the texts save at the first exit; of a full
-    # batch next to nothing.
+    # Of one text a check takes three quarters of a layer, which a quarter of the texts save at the first exit, of a
+    # full batch next to nothing.
     assert (asked(1), asked(None)) == ((2, 3), (1, 2, 3))
 
 
