@@ -34,7 +34,7 @@ def layer_of(model: GeepForSequenceClassification, number: int) -> Any:
 @pytest.mark.parametrize("head", ["mean", "cls", "attention"])
 def test_a_family_as_it_is_passes_the_trial(family: str, head: str) -> None:
     model = make_model(family, head=head)
-    ways = (True, False) if FAMILIES[family].packed else (False,)
+    ways = (True, False)
     assert [unlike_hugging_face(model, packed=packed, max_length=MAX_LENGTH) for packed in ways] == [None] * len(ways)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from geep.backends import BACKENDS, TokenBatch
-from geep.backends.packed_layer import LAYER_PARTS, length_runs
+from geep.backends.packed_layer import FORMS, length_runs
 from geep.backends.protocol import token_positions
 from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification
@@ -146,7 +146,7 @@ def test_texts_of_the_longest_length_fit(backend: str, family: str) -> None:
 
 
 def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
-    assert LAYER_PARTS.keys() == {name for name, family in FAMILIES.items() if family.packed}
+    assert FORMS.keys() == {name for name, family in FAMILIES.items() if family.packed}
     with pytest.raises(ValueError, match="'modernbert'; use backend='padded'"):
         BACKENDS["packed"].build(make_model("modernbert"), dtype="float32")
     assert not any(backend.supports(AutoConfig.for_model("gpt2")) for backend in BACKENDS.values())

@@ -36,7 +36,7 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     given = made_up_inputs(model.encoder, max_length)
     batch = _packed(given)
     with torch.inference_mode():
-        # Hugging Face's own layers need no look at what is between them; ALBERT's hidden states have more than those.
+        # Hugging Face's own layers need no look at what is between them.
         depths = model.config.depths if packed else model.config.depths[-1:]
         expected = _by_hugging_face(model, given, depths)
         backend: Any = PackedBackend(model, packed_layers(model)) if packed else PaddedBackend(model)
@@ -71,7 +71,9 @@ def _by_hugging_face(model: GeepForSequenceClassification, given: dict[str, Tens
             f"The encoder does not run on made-up texts of at most {given['input_ids'].shape[1]} tokens of its "
             f"vocabulary ({error}); its config and its weights do not belong together."
         ) from error
-    states = [model.finish(found.hidden_states[layer]) for layer in depths[:-1]] + [found.last_hidden_state]
+    # An ALBERT with several layers in a group gives the hidden states of each of them.
+    each = 0 if found.hidden_states is None else (len(found.hidden_states) - 1) // depths[-1]
+    states = [model.finish(found.hidden_states[each * layer]) for layer in depths[:-1]] + [found.last_hidden_state]
     heads = map(model.head_at, depths)
     separator, mask = model.config.separator_id, given["attention_mask"]
     firsts = None if separator is None else first_lengths(given["input_ids"], mask, separator)

@@ -1,0 +1,285 @@
+"""How the tokens of a text look at each other: the part of a packed layer in which families differ most.
+
+A mixer takes queries, keys and values of texts of equal length and gives what each token takes over from its text. It
+sees positions only as distances between tokens. So texts may also lie side by side in a block of one length, kept apart
+by a bias (`geep.backends.tiles`). Read `Mixer`, then `mixers_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+TILE = 128
+"""Tokens of a tile (`geep.backends.tiles`): tables of distances reach across one, however few positions there are."""
+
+# Distances share as many numbers in MPNet, whatever its config says.
+_MPNET_BUCKETS = 32
+
+
+class Mixer(Protocol):
+    """One layer's attention, with all that it knows of positions."""
+
+    def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Let every token look at its text.
+
+        Args:
+            block: Queries, keys and values, (num_texts, length, 3, num_heads, head); may be changed in place.
+            bias: Added to the scores, (num_texts, 1, length, length).
+
+        Returns:
+            (num_texts, num_heads, length, head).
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class DotProduct:
+    """Scaled dot product, blind to positions (BERT).
+
+    Attributes:
+        scale: Of the scores; None: one over the root of a head's width.
+    """
+
+    scale: float | None = None
+
+    def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Mixer`."""
+        query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class DistanceBias:
+    """Scaled dot product and, for each head, a number for each distance between two tokens (MPNet).
+
+    Attributes:
+        table: The number for distance key - query at column distance + (columns - 1) / 2, (num_heads, columns).
+    """
+
+    table: Tensor
+
+    def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Mixer`."""
+        query, key, value = block.permute(2, 0, 3, 1, 4)
+        own = by_distance(self.table, block.shape[1])[None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=own if bias is None else own + bias)
+
+
+def by_distance(table: Tensor, length: int) -> Tensor:
+    """Lay out values for distances (…, columns), as `DistanceBias.table` has them, as (…, length, length).
+
+    Raises:
+        ValueError: If the table does not reach as far as such a text.
+    """
+    middle = table.shape[-1] // 2
+    if length > middle + 1:
+        raise ValueError(f"The encoder has positions for {middle + 1} tokens, got a text of {length}; cut it.")
+    # Row i of the result is columns length - 1 - i … of these; rows are copied whole, so this is as fast as a copy.
+    return table[..., middle - length + 1 : middle + length].unfold(-1, length, 1).flip(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Queries and keys turned by their position; in some layers tokens see only those around them (ModernBERT).
+
+    The coordinates that are turned together lie side by side: `paired` puts the weights into this order.
+
+    Attributes:
+        turns: Turn of each pair of coordinates at each position, complex, (positions, head / 2).
+        window: Largest distance at which tokens see each other; None: any.
+    """
+
+    turns: Tensor
+    window: int | None
+
+    def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Mixer`."""
+        length = block.shape[1]
+        if length > len(self.turns):
+            raise ValueError(f"The encoder has positions for {len(self.turns)} tokens, got a text of {length}; cut it.")
+        turned = block[:, :, :2]
+        precise = turned.to(self.turns.real.dtype)  # half precision would be too coarse; else the same memory
+        torch.view_as_complex(precise.unflatten(-1, (-1, 2))).mul_(self.turns[:length, None, None])
+        if precise is not turned:
+            turned.copy_(precise)
+        if self.window is not None and length > self.window + 1:
+            seen = window_bias(length, self.window, block.dtype, block.device)
+            bias = seen if bias is None else seen + bias
+        query, key, value = block.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def paired(weight: Tensor, num_heads: int) -> Tensor:
+    """Put the rows of a query's or key's weight (num_heads · head, …) so that what `Rotary` turns lies side by side.
+
+    Hugging Face turns coordinate d together with d + head / 2. Scores do not depend on the order of coordinates.
+    """
+    return weight.view(num_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+@lru_cache(maxsize=4)
+def window_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where tokens are at most a window apart, else -inf, (1, 1, length, length); not to be changed."""
+    with torch.inference_mode(mode=False):
+        place = torch.arange(length, device=device)
+        far = (place[:, None] - place).abs() > window
+        return torch.zeros(far.shape, dtype=dtype, device=device).masked_fill_(far, -torch.inf)[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Disentangled:
+    """Scaled dot product, and products of contents with the vectors of distances (DeBERTa, He et al. 2021).
+
+    The score of query i and key j is scale · (qᵢ·kⱼ + qᵢ·pᵢ₋ⱼ + kⱼ·rᵢ₋ⱼ). The vectors p and r of a distance are
+    projections of weights, so they are made once.
+
+    Attributes:
+        scale: Of the scores.
+        keys: Vectors p of the buckets of distances, times `scale`, (buckets, num_heads · head); None: no such part.
+        queries: Vectors r, likewise.
+        span: Half the number of buckets.
+        log_buckets: Whether far distances share buckets, and the distance up to which these are told apart; None: every
+            distance has its own, up to `span`.
+    """
+
+    scale: float
+    keys: Tensor | None
+    queries: Tensor | None
+    span: int
+    log_buckets: tuple[int, int] | None
+
+    def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Mixer`."""
+        length = block.shape[1]
+        rows = bucket_rows(length, self.span, self.log_buckets, block.device)
+        parts = [] if bias is None else [bias.transpose(0, 1)]
+        if self.keys is not None:
+            parts.append(_shifted(block[:, :, 0], self.keys.index_select(0, rows.flip(0))))
+        if self.queries is not None:
+            parts.append(_shifted(block[:, :, 1], self.queries.index_select(0, rows)).transpose(2, 3))
+        scores = parts[0]
+        for part in parts[1:]:
+            scores = scores + part
+        query, key, value = block.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=scores.transpose(0, 1), scale=self.scale)
+
+
+def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:
+    """Multiply contents (num_texts, length, heads, head) with vectors (2 length - 1, heads · head), shifted by place.
+
+    Returns:
+        The product of the content at place a with vector b - a + length - 1, at [a, b]: (heads, num_texts, length,
+        length), a view.
+    """
+    num_texts, length, num_heads, head = contents.shape
+    width = len(vectors)
+    by_head = contents.permute(2, 0, 1, 3).reshape(num_heads, num_texts * length, head)
+    products = torch.bmm(by_head, vectors.view(width, num_heads, head).permute(1, 2, 0))
+    # Going down a row is going one column less far: no element has to be moved.
+    strides = (num_texts * length * width, length * width, width - 1, 1)
+    return products.as_strided((num_heads, num_texts, length, length), strides, length - 1)
+
+
+@lru_cache(maxsize=1024)
+def bucket_rows(length: int, span: int, log_buckets: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """Bucket of each distance query - key, from 1 - length to length - 1: (2 length - 1,); not to be changed."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    with torch.inference_mode(mode=False):
+        distance = torch.arange(1 - length, length)
+        if log_buckets is not None:
+            distance = make_log_bucket_position(distance, *log_buckets).long()
+        return (distance + span).clamp_(0, 2 * span - 1).to(device)
+
+
+def mixes_plainly(config: PreTrainedConfig) -> bool:
+    """Whether positions reach an encoder's tokens by their embeddings alone."""
+    return config.model_type not in _MAKE
+
+
+def why_not_mixed(config: PreTrainedConfig) -> str | None:
+    """Say what in a config makes attention other than any mixer; None where nothing does."""
+    if config.model_type == "mpnet" and config.relative_attention_num_buckets < _MPNET_BUCKETS:
+        found = config.relative_attention_num_buckets
+        return f"Packed layers have relative_attention_num_buckets={_MPNET_BUCKETS}, the encoder's config has {found}"
+    if config.model_type == "modernbert":
+        for kind in set(config.layer_types):
+            rope = config.rope_parameters.get(kind)
+            if kind not in ("full_attention", "sliding_attention") or rope is None or rope["rope_type"] != "default":
+                return f"Packed layers turn by fixed frequencies, the encoder's config has {rope} for {kind!r}"
+    return None
+
+
+def mixers_of(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+    """The mixers of an encoder's layers, one for each.
+
+    Args:
+        encoder: One of `FAMILIES`, whose config `why_not_packed` has nothing against.
+        layers: Its layers in the order in which they run; some may be the same.
+    """
+    make = _MAKE.get(encoder.config.model_type)
+    with torch.no_grad():
+        return [DotProduct()] * len(layers) if make is None else make(encoder, layers)
+
+
+def _mpnet(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+    reach = max(encoder.config.max_position_embeddings, TILE)
+    distances = torch.arange(1 - reach, reach, device=encoder.device)
+    rows = encoder.encoder.relative_position_bucket(distances)
+    table = encoder.encoder.relative_attention_bias(rows).t().contiguous()
+    return [DistanceBias(table.detach())] * len(layers)
+
+
+def _deberta(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+    vectors = encoder.encoder.get_rel_embedding()
+
+    def mixer(layer: Any) -> Mixer:
+        own = layer.attention.self
+        kinds = [kind for kind in ("c2p", "p2c") if kind in own.pos_att_type]
+        scale = (own.attention_head_size * (1 + len(kinds))) ** -0.5
+        if vectors is None or not kinds:
+            return DotProduct(scale)
+        span = own.pos_ebd_size
+        key, query = (
+            (own.key_proj, own.query_proj)
+            if own.share_att_key
+            else (getattr(own, "pos_key_proj", None), getattr(own, "pos_query_proj", None))
+        )
+        keys, queries = (
+            scale * project(vectors[: 2 * span]).detach() if kind in kinds else None
+            for kind, project in (("c2p", key), ("p2c", query))
+        )
+        far = (own.position_buckets, own.max_relative_positions)
+        return Disentangled(scale, keys, queries, span, far if min(far) > 0 else None)
+
+    return [mixer(layer) for layer in layers]
+
+
+def _modernbert(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+    config = encoder.config
+    precise = torch.promote_types(encoder.dtype, torch.float32)
+    # Made anew: the encoder's own frequencies were rounded when it was cast.
+    rotary = type(encoder.rotary_emb)(config).to(precise)
+    positions = torch.arange(max(config.max_position_embeddings, TILE))[None]
+    turns = {}
+    for kind in set(config.layer_types):
+        cos, sin = rotary(torch.zeros(1, dtype=precise), positions, kind)
+        half = cos.shape[-1] // 2
+        turns[kind] = torch.complex(cos[0, :, :half], sin[0, :, :half]).to(encoder.device)
+    windows = {"sliding_attention": config.sliding_window, "full_attention": None}
+    kinds = [layer.attention_type for layer in layers]
+    return [Rotary(turns[kind], windows[kind]) for kind in kinds]
+
+
+_MAKE: Mapping[str, Callable[[Any, list[nn.Module]], list[Mixer]]] = {
+    "mpnet": _mpnet,
+    "deberta-v2": _deberta,
+    "modernbert": _modernbert,
+}
