@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from geep.backends import BACKENDS, TokenBatch
-from geep.backends.packed_layer import FORMS, length_runs
+from geep.backends.forms import FORMS
+from geep.backends.packed_layer import length_runs
 from geep.backends.protocol import token_positions
 from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification

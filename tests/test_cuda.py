@@ -30,8 +30,9 @@ from transformers import AutoConfig
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend, TokenBatch
 from geep.backends.cuda import compiled
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces, _Bucket, bucket_sizes, max_texts, max_tiles
+from geep.backends.mixers import TILE
 from geep.backends.staging import Staging
-from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
+from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.engine.deployment import default_backend
 from geep.modeling import HEADS, GeepForSequenceClassification

@@ -27,12 +27,12 @@ from transformers import PreTrainedConfig
 
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces
 from geep.backends.int8 import ActivationRanges
-from geep.backends.mixers import mixes_plainly
+from geep.backends.mixers import TILE, mixes_plainly
 from geep.backends.packed import PackedBackend, embed, joined, position_ids
 from geep.backends.packed_layer import PackedLayer, attend_runs, each_once, length_runs, packed_layers, steps_of
 from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
-from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
+from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.modeling import GeepForSequenceClassification, family_of
 
 logger = logging.getLogger(__name__)
@@ -226,11 +226,11 @@ class CudaBackend:
         """
         options = CudaOptions() if options is None else options
         packed = packed_layers(model)
-        weights, device = each_once(LayerWeights.of, packed), model.device
-        varlen = _find_varlen(model, packed[0].num_heads) if mixes_plainly(model.encoder.config) else None
-        if options.attention == "varlen" and not mixes_plainly(model.encoder.config):
+        weights, device, config = each_once(LayerWeights.of, packed), model.device, model.encoder.config
+        varlen = _find_varlen(model, packed[0].num_heads) if mixes_plainly(config) else None
+        if options.attention == "varlen" and not mixes_plainly(config):
             raise ValueError(
-                f"attention='varlen' knows no distances between tokens, which {model.encoder.config.model_type!r} needs; "
+                f"attention='varlen' knows no distances between tokens, which {config.model_type!r} needs; "
                 "use attention='auto'."
             )
         if options.attention == "varlen" and varlen is None:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geep.backends.tiles import TILE, Tiles
+from geep.backends.mixers import TILE
+from geep.backends.tiles import Tiles
 
 Work = Callable[[], object]
 # layer, hidden states (num_tokens, hidden), tiles -> hidden states

@@ -7,13 +7,13 @@ by a bias (`geep.backends.tiles`). Read `Mixer`, then `mixers_of`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
@@ -217,7 +217,7 @@ def why_not_mixed(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def mixers_of(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+def mixers_of(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
     """The mixers of an encoder's layers, one for each.
 
     Args:
@@ -229,7 +229,7 @@ def mixers_of(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
         return [DotProduct()] * len(layers) if make is None else make(encoder, layers)
 
 
-def _mpnet(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+def _mpnet(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
     reach = max(encoder.config.max_position_embeddings, TILE)
     distances = torch.arange(1 - reach, reach, device=encoder.device)
     rows = encoder.encoder.relative_position_bucket(distances)
@@ -237,7 +237,7 @@ def _mpnet(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
     return [DistanceBias(table.detach())] * len(layers)
 
 
-def _deberta(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
     vectors = encoder.encoder.get_rel_embedding()
 
     def mixer(layer: Any) -> Mixer:
@@ -253,7 +253,7 @@ def _deberta(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
             else (getattr(own, "pos_key_proj", None), getattr(own, "pos_query_proj", None))
         )
         keys, queries = (
-            scale * project(vectors[: 2 * span]).detach() if kind in kinds else None
+            (scale * project(vectors[: 2 * span])).detach() if kind in kinds and project is not None else None
             for kind, project in (("c2p", key), ("p2c", query))
         )
         far = (own.position_buckets, own.max_relative_positions)
@@ -262,7 +262,7 @@ def _deberta(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
     return [mixer(layer) for layer in layers]
 
 
-def _modernbert(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
+def _modernbert(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
     config = encoder.config
     precise = torch.promote_types(encoder.dtype, torch.float32)
     # Made anew: the encoder's own frequencies were rounded when it was cast.
@@ -278,7 +278,7 @@ def _modernbert(encoder: Any, layers: list[nn.Module]) -> list[Mixer]:
     return [Rotary(turns[kind], windows[kind]) for kind in kinds]
 
 
-_MAKE: Mapping[str, Callable[[Any, list[nn.Module]], list[Mixer]]] = {
+_MAKE: Mapping[str, Callable[[Any, Sequence[Any]], list[Mixer]]] = {
     "mpnet": _mpnet,
     "deberta-v2": _deberta,
     "modernbert": _modernbert,
