@@ -30,7 +30,7 @@ from transformers import AutoConfig
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend, TokenBatch
 from geep.backends.cuda import compiled
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces, _Bucket, bucket_sizes, max_texts, max_tiles
-from geep.backends.mixers import TILE
+from geep.backends.mixers import TILE, DotProduct
 from geep.backends.staging import Staging
 from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.engine import Engine, EngineConfig, ExitSettings
@@ -117,7 +117,7 @@ def test_attention_in_tiles_is_attention_in_each_text(lengths: list[int], data: 
         weights = (query @ key.transpose(1, 2) / 2).softmax(-1)
         parts.append((weights @ value).transpose(0, 1).reshape(-1, 16))
     expected = torch.cat(parts) if parts else qkv[:, :16]
-    assert torch.allclose(attend_tiles(qkv, tiles, num_heads=4), expected, atol=1e-5)
+    assert torch.allclose(attend_tiles(qkv, tiles, 4, DotProduct()), expected, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=25)
@@ -573,17 +573,10 @@ def test_one_compilation_serves_all_layers_and_sizes() -> None:
 # The engine
 
 
-def test_the_default_backend_depends_on_family_and_device() -> None:
-    cuda = torch.device("cuda")
-    assert [default_backend(AutoConfig.for_model(family), cuda) for family in ("bert", "distilbert", "modernbert")] == [
-        "cuda",
-        "cuda",
-        "padded",
-    ]
-    assert [default_backend(AutoConfig.for_model(family), CPU) for family in ("bert", "modernbert")] == [
-        "packed",
-        "padded",
-    ]
+def test_the_default_backend_depends_on_encoder_and_device() -> None:
+    known, other = AutoConfig.for_model("modernbert"), AutoConfig.for_model("bert", is_decoder=True)
+    assert [default_backend(config, torch.device("cuda")) for config in (known, other)] == ["cuda", "padded"]
+    assert [default_backend(config, CPU) for config in (known, other)] == ["packed", "padded"]
 
 
 def test_a_device_that_the_backend_does_not_run_on_is_refused() -> None:

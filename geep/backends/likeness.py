@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geep.backends.mixers import telling_length
 from geep.backends.packed import PackedBackend
 from geep.backends.packed_layer import packed_layers
 from geep.backends.padded import PaddedBackend
@@ -33,7 +34,9 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     Raises:
         ValueError: If the model itself does not run.
     """
-    given = made_up_inputs(model.encoder, max_length)
+    # Far distances are seen only in a text that is long enough; one of those is enough.
+    lengths = (telling_length(model.encoder.config), 2, 4) if packed else (6, 2, 4)
+    given = made_up_inputs(model.encoder, max_length, lengths)
     batch = _packed(given)
     with torch.inference_mode():
         # Hugging Face's own layers need no look at what is between them.

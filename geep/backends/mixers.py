@@ -110,6 +110,8 @@ class Rotary:
         if precise is not turned:
             turned.copy_(precise)
         if self.window is not None and length > self.window + 1:
+            if bias is None and length >= _BANDS_FROM * self.window:
+                return _mix_in_bands(block, self.window)
             seen = window_bias(length, self.window, block.dtype, block.device)
             bias = seen if bias is None else seen + bias
         query, key, value = block.permute(2, 0, 3, 1, 4)
@@ -122,6 +124,43 @@ def paired(weight: Tensor, num_heads: int) -> Tensor:
     Hugging Face turns coordinate d together with d + head / 2. Scores do not depend on the order of coordinates.
     """
     return weight.view(num_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+# Windows in a text from which on bands pay for their copies.
+_BANDS_FROM = 5
+
+
+def _mix_in_bands(block: Tensor, window: int) -> Tensor:
+    """What `Rotary` does with a long text, in time that grows with its length: a piece looks at itself and two others.
+
+    A text is cut into pieces as long as the window, so the tokens of one see no further than the piece before and the
+    one behind.
+    """
+    num_texts, length, _, num_heads, head = block.shape
+    pieces = -(-length // window)
+    missing = pieces * window - length
+    # Queries (num_texts · pieces, num_heads, window, head), keys and values the same of three windows.
+    query = F.pad(block[:, :, 0], (0, 0, 0, 0, 0, missing)).view(-1, window, num_heads, head).transpose(1, 2)
+    around = F.pad(block[:, :, 1:], (0, 0, 0, 0, 0, 0, window, window + missing)).unfold(1, 3 * window, window)
+    key, value = around.permute(2, 0, 1, 3, 5, 4).flatten(1, 2)
+    seen = band_bias(length, window, block.dtype, block.device).expand(num_texts, -1, -1, -1, -1).flatten(0, 1)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    return mixed.transpose(1, 2).reshape(num_texts, -1, num_heads, head)[:, :length].transpose(1, 2)
+
+
+@lru_cache(maxsize=16)
+def band_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where a token of a piece sees one of the three pieces around it, else -inf; not to be changed.
+
+    Returns:
+        (pieces, 1, window, 3 window). Rows beyond the text let all through, so that none is all -inf.
+    """
+    with torch.inference_mode(mode=False):
+        query = torch.arange(-(-length // window) * window, device=device).view(-1, window, 1)
+        key = query[:, :1] - window + torch.arange(3 * window, device=device)  # (pieces, 1, 3 window)
+        hidden = ((query - key).abs() > window) | (key < 0) | (key >= length)
+        hidden &= query < length
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 @lru_cache(maxsize=4)
@@ -215,6 +254,15 @@ def why_not_mixed(config: PreTrainedConfig) -> str | None:
             if kind not in ("full_attention", "sliding_attention") or rope is None or rope["rope_type"] != "default":
                 return f"Packed layers turn by fixed frequencies, the encoder's config has {rope} for {kind!r}"
     return None
+
+
+def telling_length(config: PreTrainedConfig) -> int:
+    """Tokens of a text in which distances of every kind occur: each its own, those that share, those that see none."""
+    if config.model_type == "mpnet":
+        return _MPNET_BUCKETS
+    if config.model_type == "deberta-v2" and config.relative_attention:
+        return max(config.position_buckets // 2 + 3, 6)
+    return config.sliding_window + 2 if config.model_type == "modernbert" else 6
 
 
 def mixers_of(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
