@@ -129,8 +129,7 @@ def test_eight_bits_stay_near_float32_where_the_layer_is_built_like_berts(family
     ranges = observe(packed_layers(model), [(live.hidden, live.runs)])
     built, expected = PackedBackend.build(model, dtype="int8", ranges=ranges), alone(model, batch)[-1]
     found = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 20)
-    assert torch.allclose(found, expected, atol=0.1 * float(expected.abs().max()), rtol=0)
-    assert not torch.equal(found, expected)
+    assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.1
 
 
 @torch.no_grad()
