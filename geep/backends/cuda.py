@@ -245,7 +245,7 @@ class CudaBackend:
         graphs = None
         if device.type == "cuda" if options.graphs is None else options.graphs:
             graphs = LayerGraphs(
-                lambda layer, hidden, tiles: layers[layer].in_tiles(hidden, tiles),
+                lambda layer, hidden, tiles: layers[layer - 1].in_tiles(hidden, tiles),
                 BucketShape(
                     model.config.hidden_size,
                     model.config.num_labels or 0,
@@ -276,7 +276,7 @@ class CudaBackend:
     def advance(self, live: CudaTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> CudaTexts:
         """Run a layer on a prefix of the texts, those that end there like the others; the prefix is a view."""
         before, live = live.hidden, live.prefix(num_texts)
-        for number in steps_of(range(len(self.layers)), layer, self.model.config.num_hidden_layers):
+        for number in steps_of(range(1, len(self.layers) + 1), layer, self.model.config.num_hidden_layers):
             hidden = self._run(live, number, before)
             before, live = hidden, replace(live, hidden=hidden)
         return live
@@ -338,8 +338,8 @@ class CudaBackend:
         return longest <= TILE and not (for_varlen and self.varlen is not None)
 
     def _run(self, live: CudaTexts, number: int, before: Tensor) -> Tensor:
-        """Run a layer (from 0) on all tokens, whose hidden states are a prefix of `before`."""
-        layer, tiles, hidden = self.layers[number], live.tiles, live.hidden
+        """Run a packed layer (from 1) on all tokens, whose hidden states are a prefix of `before`."""
+        layer, tiles, hidden = self.layers[number - 1], live.tiles, live.hidden
         if not len(hidden):
             return hidden
         if tiles is not None:

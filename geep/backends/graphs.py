@@ -142,7 +142,7 @@ class LayerGraphs:
         """Run a layer; None where no graph fits, or none is worth recording yet.
 
         Args:
-            layer: What `run` knows it by.
+            layer: Counted from 1, as `run` counts.
             before: The hidden states of which `hidden` is a prefix. If they came out of a bucket last and still lie
                 there, the prefix stays in it and is not copied again, until it fills less than half: on few tokens a
                 layer takes less than a copy.
