@@ -553,20 +553,22 @@ def test_bfloat16_stays_near_float32() -> None:
 # Compiling
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
 @torch.no_grad()
-def test_one_compilation_serves_all_layers_and_sizes() -> None:
+def test_one_compilation_serves_all_layers_and_sizes(family: str) -> None:
     graphs: list[Any] = []
 
     def count(graph: Any, _inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    built = CudaBackend.build(make_model(), dtype="float32")
-    finish = compiled(built.finish, built.layers, backend=count)
+    layers = CudaBackend.build(make_model(family), dtype="float32").layers
+    finish = compiled(layers[0].finish, [layer.weights for layer in layers], backend=count)
     for rows in (5, 9, 200, 2):
-        for weights in built.layers:
+        for layer in layers:
             mixed, hidden = torch.randn(rows, 32), torch.randn(rows, 32)
-            assert torch.allclose(finish(mixed, hidden, weights), built.finish(mixed, hidden, weights), atol=1e-6)
+            expected = layer.finish(mixed, hidden, layer.weights)
+            assert torch.allclose(finish(mixed, hidden, layer.weights), expected, atol=1e-6)
     assert len([graph for graph in graphs if len(graph.graph.nodes) > 1]) == 1
 
 
