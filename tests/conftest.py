@@ -39,8 +39,14 @@ from geep.training import TrainSettings, encode, run_recipe
 
 
 def no_gpu() -> bool:
-    """What a test that is not marked `gpu` or `any_device` hears of whether there is a GPU."""
+    """What a test that is not marked `gpu` or `any_device` hears of whether there is a GPU; so with bfloat16."""
     return False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what this CPU cannot run."""
+    if item.get_closest_marker("bfloat16") and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("bfloat16 needs AVX-512 BF16")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,6 +57,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", no_gpu)
         patch.setattr(torch.accelerator, "is_available", no_gpu)
+        if item.get_closest_marker("bfloat16") is None:
+            # Nor does the default dtype depend on the CPU.
+            patch.setattr(torch.cpu, "_is_avx512_bf16_supported", no_gpu)
         return (yield)
 
 
@@ -280,7 +289,7 @@ def tiny_model() -> GeepForSequenceClassification:
 @pytest.fixture(scope="session")
 def tiny_engine() -> Engine:
     """An engine with a fitted table; shared, for engines do not change."""
-    return make_engine()
+    return make_engine(config=EngineConfig(device="cpu", dtype="float32"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -321,7 +330,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
         checkpoint_dir=tmp_path_factory.mktemp("train") / "checkpoints",
         device="cpu",
     )
-    return Engine(model, tokenizer, config=EngineConfig(device="cpu", max_batch_tokens=500))
+    return Engine(model, tokenizer, config=EngineConfig(device="cpu", dtype="float32", max_batch_tokens=500))
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,8 @@ def test_bfloat16_stays_near_float32(family: str, changes: dict[str, Any], backe
     model = make_model(family, **changes)
     batch = random_batch(6, seed=5, longest=longest(family))
     expected = alone(model, batch)[-1]
-    built: Any = BACKENDS[backend].build(model.to(torch.bfloat16), dtype="bfloat16")
+    model = model.to(BACKENDS[backend].model_dtype("bfloat16", "cpu"))
+    built: Any = BACKENDS[backend].build(model, dtype="bfloat16")
     found = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 6).float()
     assert torch.allclose(found, expected, atol=TOLERANCES[torch.bfloat16] * float(expected.abs().max()), rtol=0)
 

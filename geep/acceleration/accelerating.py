@@ -256,7 +256,7 @@ def _certified(
         logger.warning("%s", refusal)
         save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
-        before, after = _paces(kept, certified, parts.certify)
+        before = after = _pace(_unrounded(kept), parts.certify, layers=float(kept.depths[-1]), agreement=1.0)
     else:
         result.save(folder, **options)
         kept, said = result.engine, result.record()
@@ -334,12 +334,14 @@ def _run_of(engine: Engine, fitted: FittedExits) -> ExitRun:
 
 
 def _check_that_it_pays(engine: Engine, run: ExitRun) -> None:
-    """Refuse a speed at which exits are asked and save nothing.
+    """Refuse a speed at which exits are asked and save nothing; all layers, rounded and certified, may still pay.
 
     Raises:
         NothingCertifiedError: If no text is answered before the last layer.
     """
     outcomes = Outcomes(engine, run)
+    if engine.deployment.is_rounded and engine.certificate is not None:
+        return
     if (outcomes.answered(engine.settings) == len(outcomes.depths) - 1).all():
         raise NothingCertifiedError(
             f"No speed that keeps the promise answers any of {len(run):,} texts before the last layer: the full model "
@@ -363,18 +365,28 @@ def _check_pace(before: Pace, after: Pace) -> None:
 
 
 def _paces(engine: Engine, run: ExitRun, texts: Split) -> tuple[Pace, Pace]:
-    """The full model and the engine at its speed, on texts that certified it."""
+    """The full model as it was, in float32, and the engine at its speed, on texts that certified it."""
     outcomes = Outcomes(engine, run)
     profiled = outcomes.profile(engine.settings)
     column, rows = outcomes.answered(engine.settings), np.arange(len(run))
     layers, agreement = float(np.asarray(profiled.depths)[column].mean()), float(profiled.agrees[rows, column].mean())
-    speeds = (0.0, engine.settings.speed)
-    seconds = dict.fromkeys(speeds, float("inf"))
+    before = _pace(_unrounded(engine), texts, layers=float(engine.depths[-1]), agreement=1.0)
+    return before, _pace(engine, texts, layers=layers, agreement=agreement)
+
+
+def _unrounded(engine: Engine) -> Engine:
+    """The full model that promises are about."""
+    if engine.deployment.is_rounded:
+        return engine.in_float32()
+    return engine.replace(settings=replace(engine.settings, speed=0.0))
+
+
+def _pace(engine: Engine, texts: Split, *, layers: float, agreement: float) -> Pace:
+    """Time an engine on some texts; the first of three rounds makes warm, and is the worst."""
     timed = texts.select(range(min(len(texts), _TIMED))).inputs
-    for _ in range(3):  # the first round makes warm, and is the worst
-        for speed in seconds:
-            start = time.perf_counter()
-            engine.predict_columns(timed, speed=speed)
-            seconds[speed] = min(seconds[speed], time.perf_counter() - start)
-    full, fast = (len(timed) / seconds[speed] for speed in speeds)
-    return Pace(float(engine.depths[-1]), full, 1.0), Pace(layers, fast, agreement)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        engine.predict_columns(timed)
+        seconds.append(time.perf_counter() - start)
+    return Pace(layers, len(timed) / min(seconds), agreement)

@@ -30,7 +30,7 @@ from geep.backends.int8 import ActivationRanges
 from geep.backends.mixers import TILE, mixes_plainly
 from geep.backends.packed import PackedBackend, embed, joined, position_ids
 from geep.backends.packed_layer import PackedLayer, attend_runs, each_once, length_runs, packed_layers, steps_of
-from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
+from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
 from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.modeling import GeepForSequenceClassification, family_of
@@ -208,6 +208,11 @@ class CudaBackend:
     def dtypes(cls, device_type: str) -> tuple[str, ...]:
         """Dtypes it runs on a kind of device, its default first."""
         return FLOAT_DTYPES.get(device_type, ())
+
+    @classmethod
+    def model_dtype(cls, dtype: str, device_type: str) -> torch.dtype:
+        """The dtype itself: the model is cast as a whole."""
+        return TORCH_DTYPES[dtype]
 
     @classmethod
     def build(

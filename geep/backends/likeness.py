@@ -42,7 +42,7 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
         # Hugging Face's own layers need no look at what is between them.
         depths = model.config.depths if packed else model.config.depths[-1:]
         expected = _by_hugging_face(model, given, depths)
-        backend: Any = PackedBackend(model, packed_layers(model)) if packed else PaddedBackend(model)
+        backend: Any = PackedBackend(model, packed_layers(model), model.dtype) if packed else PaddedBackend(model)
         found = _by_hand(backend, batch, depths)
     if not torch.isfinite(expected).all():
         return None  # broken as it is, which the first text says

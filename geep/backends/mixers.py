@@ -8,7 +8,7 @@ by a bias (`geep.backends.tiles`). Read `Mixer`, then `mixers_of`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ class Mixer(Protocol):
             (num_texts, num_heads, length, head).
         """
 
+    def to(self, dtype: torch.dtype) -> Mixer:
+        """Return the mixer for values of another dtype."""
+
 
 @dataclass(frozen=True, slots=True)
 class DotProduct:
@@ -53,6 +56,10 @@ class DotProduct:
         """See `Mixer`."""
         query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+
+    def to(self, dtype: torch.dtype) -> DotProduct:
+        """See `Mixer`."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,10 @@ class DistanceBias:
         query, key, value = block.permute(2, 0, 3, 1, 4)
         own = by_distance(self.table, block.shape[1])[None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=own if bias is None else own + bias)
+
+    def to(self, dtype: torch.dtype) -> DistanceBias:
+        """See `Mixer`."""
+        return DistanceBias(self.table.to(dtype))
 
 
 def by_distance(table: Tensor, length: int) -> Tensor:
@@ -116,6 +127,10 @@ class Rotary:
             bias = seen if bias is None else seen + bias
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+    def to(self, dtype: torch.dtype) -> Rotary:
+        """See `Mixer`; values are turned in float32 at least."""
+        return self
 
 
 def paired(weight: Tensor, num_heads: int) -> Tensor:
@@ -208,6 +223,11 @@ class Disentangled:
             scores = scores + part
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=scores.transpose(0, 1), scale=self.scale)
+
+    def to(self, dtype: torch.dtype) -> Disentangled:
+        """See `Mixer`."""
+        keys, queries = (None if rows is None else rows.to(dtype) for rows in (self.keys, self.queries))
+        return replace(self, keys=keys, queries=queries)
 
 
 def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:

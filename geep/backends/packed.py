@@ -3,12 +3,15 @@
 All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention runs once
 for each run of texts of equal length, which the scheduler lays side by side. The layers come in three forms with the
 same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 8-bit (`Int8Layer`, CPUs).
+
+On a CPU the model itself stays float32, whatever its layers compute in: what promises are about is at hand.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -20,7 +23,7 @@ from geep.backends import int8, onednn
 from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.onednn import FusedLayer
 from geep.backends.packed_layer import LengthRun, each_once, length_runs, packed_layers, steps_of, why_not_packed
-from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch, token_positions
+from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import GeepForSequenceClassification, family_of
 
 
@@ -68,10 +71,19 @@ class PackedTexts:
 
 @dataclass(frozen=True, slots=True)
 class PackedBackend:
-    """The packed backend; see the module's docstring and `Backend`."""
+    """The packed backend; see the module's docstring and `Backend`.
+
+    Attributes:
+        model: Embeds texts; its heads answer, except where there are others.
+        layers: The encoder's layers.
+        dtype: Of the hidden states.
+        heads: Heads in this dtype, by layer, where the model's are in another one.
+    """
 
     model: GeepForSequenceClassification
     layers: tuple[Layer, ...]
+    dtype: torch.dtype
+    heads: Mapping[int, nn.Module] = field(default_factory=dict)
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
@@ -82,21 +94,33 @@ class PackedBackend:
     def dtypes(cls, device_type: str) -> tuple[str, ...]:
         """Dtypes it runs on a kind of device, its default first."""
         known = FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+        if device_type == "cpu" and onednn.multiplies_bfloat16():
+            known = ("bfloat16", "float32")
         return (*known, "int8") if device_type == "cpu" and int8.is_available() else known
 
     @classmethod
+    def model_dtype(cls, dtype: str, device_type: str) -> torch.dtype:
+        """On a CPU float32, else the dtype itself."""
+        return torch.float32 if device_type == "cpu" else TORCH_DTYPES[dtype]
+
+    @classmethod
     def build(cls, model: GeepForSequenceClassification, *, dtype: str, ranges: ActivationRanges | None = None) -> Self:
-        """Take a model that is on its device, in eval mode, in the dtype; for int8 in float32.
+        """Take a model that is on its device, in eval mode, in its `model_dtype`.
 
         Args:
-            model: The model.
+            model: The model; its layers and heads are copied where they are to compute in another dtype.
             dtype: One of `dtypes`.
             ranges: For int8: the ranges of the model's activations.
 
         Raises:
             ValueError: If the family's layer is another one, or int8 comes without ranges.
         """
-        plain = packed_layers(model)
+        plain, heads = packed_layers(model), {}
+        computes_in = model.dtype
+        if dtype == "bfloat16" and model.device.type == "cpu":
+            computes_in = torch.bfloat16
+            plain = each_once(lambda layer: layer.to(computes_in), plain)
+            heads = {depth: copy.deepcopy(model.head_at(depth)).to(computes_in) for depth in model.config.depths}
         layers: tuple[Layer, ...] = plain
         if dtype == "int8":
             if ranges is None:
@@ -107,7 +131,7 @@ class PackedBackend:
             layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
         elif model.device.type == "cpu" and onednn.is_available():
             layers = each_once(FusedLayer.of, plain)
-        return cls(model, layers)
+        return cls(model, layers, computes_in, heads)
 
     def start(self, batch: TokenBatch) -> PackedTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
@@ -120,7 +144,7 @@ class PackedBackend:
             types = np.zeros_like(batch.input_ids) if batch.token_type_ids is None else batch.token_type_ids
             inputs["token_type_ids"] = _row(types, device)
         firsts = batch.firsts(self.model.config.separator_id)
-        return PackedTexts.of(embed(encoder, inputs), batch.lengths, firsts)
+        return PackedTexts.of(embed(encoder, inputs).to(self.dtype), batch.lengths, firsts)
 
     def advance(self, live: PackedTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> PackedTexts:
         """Run a layer on a prefix of the texts; the prefix is a view."""
@@ -147,7 +171,9 @@ class PackedBackend:
         first = int(live.lengths[:start].sum())
         lengths = live.lengths[start:stop]
         hidden = live.hidden[first : first + int(lengths.sum())]
-        reader: Any = self.model.head_at(layer) if head is None else head
+        if head is not None:
+            hidden = hidden.to(self.model.dtype)
+        reader: Any = head or self.heads.get(layer) or self.model.head_at(layer)
         offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(hidden.device)
         firsts = None if live.firsts is None else torch.from_numpy(live.firsts[start:stop]).to(hidden.device)
         return reader.forward_packed(self.model.finish(hidden), offsets, int(lengths.max(initial=0)), firsts)

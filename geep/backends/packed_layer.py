@@ -8,7 +8,7 @@ only place where texts matter: it runs once for each run of texts of equal lengt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -136,6 +136,22 @@ class PackedLayer:
             num_heads=config.num_attention_heads,
             norm_first=form.norm_first,
             mixer=mixer,
+        )
+
+    def to(self, dtype: torch.dtype) -> PackedLayer:
+        """Return the layer with its matrices in another dtype; norms stay, which compute in float32 anyway."""
+
+        def cast(linear: Linear) -> Linear:
+            return linear[0].to(dtype), None if linear[1] is None else linear[1].to(dtype)
+
+        return replace(
+            self,
+            qkv=cast(self.qkv),
+            out=cast(self.out),
+            up=cast(self.up),
+            gate=None if self.gate is None else cast(self.gate),
+            down=cast(self.down),
+            mixer=self.mixer.to(dtype),
         )
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun], watch: Watch | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from geep.backends.int8 import ActivationRanges
-from geep.backends.protocol import FLOAT_DTYPES, Integers, TokenBatch
+from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch
 from geep.modeling import FAMILIES, GeepForSequenceClassification, LayerCall, layer_calls
 
 
@@ -55,6 +55,11 @@ class PaddedBackend:
     def dtypes(cls, device_type: str) -> tuple[str, ...]:
         """Dtypes it runs on a kind of device, its default first."""
         return FLOAT_DTYPES.get(device_type, FLOAT_DTYPES["other"])
+
+    @classmethod
+    def model_dtype(cls, dtype: str, device_type: str) -> torch.dtype:
+        """The dtype itself: the model is cast as a whole."""
+        return TORCH_DTYPES[dtype]
 
     @classmethod
     def build(cls, model: GeepForSequenceClassification, *, dtype: str, ranges: ActivationRanges | None = None) -> Self:

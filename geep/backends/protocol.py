@@ -25,6 +25,14 @@ FLOAT_DTYPES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# The dtype of a model that is cast as a whole.
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Token ids of several texts, one after another, without padding; on the host.
@@ -109,8 +117,12 @@ class Backend(Protocol[Live]):
         """Dtypes ("float32", "bfloat16", "float16", "int8") it runs on a kind of device, its default first."""
 
     @classmethod
+    def model_dtype(cls, dtype: str, device_type: str) -> torch.dtype:
+        """Dtype that a model must have to be built in one of `dtypes`; float32 where the backend rounds by itself."""
+
+    @classmethod
     def build(cls, model: object, *, dtype: str, ranges: object = None) -> Self:
-        """Take a model that is on its device, in eval mode, in `dtype`; for "int8" the model itself is float32.
+        """Take a model that is on its device, in eval mode, in the `model_dtype` of `dtype`.
 
         `ranges` are the `ActivationRanges` of the model, for backends that quantise by observed ranges.
         """

@@ -42,7 +42,7 @@ class Calibration:
 
     Attributes:
         engine: The engine at the calibrated speed; 0, the full model, if no speed passed. Its `certificate` is what may
-            be said of it: None where not even the full model keeps the promise, as in int8 it may not.
+            be said of it: None where not even the full model keeps the promise, as a rounded one may not.
         promise: What was asked for.
         walk: The trials of the better walk.
         num_texts: Texts that the speed was certified on.
@@ -219,10 +219,10 @@ def calibrate(
         )
     )
     for outcomes in (tuned, certified):
-        if engine.deployment.dtype == "int8" and outcomes.run.reference is None:
+        if engine.deployment.is_rounded and outcomes.run.reference is None:
             raise ValueError(
-                "The run of a quantised engine lacks the float32 model's answers, which promises are about; make "
-                "it with ExitRun.of(engine, texts)."
+                f"The run of an engine in {engine.deployment.dtype} lacks the float32 model's answers, which promises "
+                "are about; make it with ExitRun.of(engine, texts)."
             )
     _check_not_constant(tuned, certified)
     choices = [
@@ -237,8 +237,8 @@ def calibrate(
         )
         for route in routes
     ]
-    quantised = certified.run.reference is not None
-    orders = [route.order(tuned, choice, quantised=quantised) for route, choice in zip(routes, choices, strict=True)]
+    rounded = certified.run.reference is not None
+    orders = [route.order(tuned, choice, rounded=rounded) for route, choice in zip(routes, choices, strict=True)]
     walks = [walked(certified, order, route.each) for order, route in zip(orders, routes, strict=True)]
     ends = [inf if found.kept is None else found.kept.mean_exit_layer for found in walks]
     best = ends.index(min(ends))
@@ -271,7 +271,7 @@ def walked(fresh: Outcomes, order: Order, each: Promise) -> Walk:
 
 
 def _leavers(fresh: Outcomes, settings: ExitSettings, promise: Promise) -> tuple[Leavers, ...]:
-    """What was lost among those that leave by each depth; nothing where labels are lacking to tell, in int8."""
+    """What was lost among those that leave by each depth; nothing where labels are lacking to tell, as of rounding."""
     if len(fresh.lacking(settings)):
         return ()
     return fresh.judged(settings).leavers(promise, fresh.asked(settings))

@@ -68,20 +68,20 @@ class Route:
         daring = promise.sharing(_DARING)
         return cls(promise.sharing(1 - _DARING), unchanged), cls(daring, daring, from_safest=True)
 
-    def order(self, tuning: Outcomes, choice: Choice, *, quantised: bool = False) -> Order:
+    def order(self, tuning: Outcomes, choice: Choice, *, rounded: bool = False) -> Order:
         """Settings in the order of the walk.
 
         Args:
             tuning: Texts to choose settings on.
             choice: The settings that were chosen there.
-            quantised: Whether the full model itself is held against another one: a careful walk then begins with it.
+            rounded: Whether the full model itself is held against another one: a careful walk then begins with it.
         """
         if self.each.conditional:
             found: Order = _openings(tuning, choice, self.weighed)
         else:
             first = _safest(choice.trials) if self.from_safest else 0.0
             found = tuple(replace(choice.settings, speed=speed) for speed in WALK_SPEEDS if speed >= first)
-        if quantised and not self.from_safest:
+        if rounded and not self.from_safest:
             return (replace(choice.settings, speed=0.0), *found)
         return found
 

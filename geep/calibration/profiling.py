@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from geep.backends import TokenBatch
 from geep.calibration.learning import learn_settings
-from geep.calibration.quantising import check_quantised
+from geep.calibration.quantising import check_rounded
 from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
@@ -87,6 +87,7 @@ class ProfileResult:
             "fusing": {str(depth): [round(each, 4) for each in astuple(w)] for depth, w in settings.fusing.items()},
             "scores_calibrated": self.scores_calibrated,
             "predictor": predictor.kind if predictor else None,
+            "made_with": self.engine.deployment.made_with,
             "quality": [asdict(row) for row in self.quality],
             "mean_exit_layers": [
                 {"speed": speed, "training_texts": seen, "heldout_texts": fresh}
@@ -123,8 +124,8 @@ def profile(
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
-        ValueError: If either split is empty, labels are not the model's, the criterion is unknown, or a quantised
-            engine answers otherwise than its float32 model too often.
+        ValueError: If either split is empty, labels are not the model's, the criterion is unknown, or a rounded
+            engine (bfloat16, int8) answers otherwise than its float32 model too often.
     """
     if len(engine.depths) < 2:
         raise ValueError(
@@ -139,7 +140,7 @@ def profile(
     held, seen = heldout, train
     if isinstance(held, Split):
         held = ExitRun.of(engine, held, what="all exits, held-out texts", progress=progress)
-    check_quantised(held, multi_label=engine.multi_label)
+    check_rounded(held, engine.deployment.dtype, multi_label=engine.multi_label)
     if isinstance(seen, Split):
         # Training texts fill the table with where exits are sure, not with whether they are right.
         seen = ExitRun.of(engine, seen, what="all exits, training texts", progress=progress, with_reference=False)

@@ -1,4 +1,4 @@
-"""The int8 engine of a float32 one; one that is far off is refused."""
+"""The int8 engine of a float32 one; a rounded one that is far off is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from geep.engine import Engine
 from geep.exits import profile_exits
 from geep.scheduler import schedule
 
-# A quantised model that is further off than this, before any exit, is broken rather than a little less accurate.
-MAX_QUANTISED_DROP = 0.01
-MAX_QUANTISED_DISAGREEMENT = 0.05
+# A rounded model that is further off than this, before any exit, is broken rather than a little less accurate.
+MAX_ROUNDED_DROP = 0.01
+MAX_ROUNDED_DISAGREEMENT = 0.05
 
 
 # Texts on which activations are observed; their ranges hardly move beyond a few hundred.
@@ -38,7 +38,10 @@ def quantise(engine: Engine, texts: Split) -> Engine:
         ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
     """
     batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
-    plain, packed = packed_layers(engine.model), PackedBackend(engine.model, layers=())  # embeds; the plain layers run
+    plain, packed = (
+        packed_layers(engine.model),
+        PackedBackend(engine.model, layers=(), dtype=torch.float32),
+    )  # embeds; the plain layers run
     everyone = np.full(len(batch), engine.depths[-1])
     with torch.inference_mode():
         cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.deployment.max_batch_tokens)
@@ -53,21 +56,21 @@ def quantise(engine: Engine, texts: Split) -> Engine:
     )
 
 
-def check_quantised(run: ExitRun, *, multi_label: bool) -> None:
-    """Refuse a quantised engine that is far from its float32 model with all layers run."""
+def check_rounded(run: ExitRun, dtype: str, *, multi_label: bool) -> None:
+    """Refuse a rounded engine, run in this dtype, that is far from its float32 model with all layers run."""
     if run.reference is None:
         return
     every = profile_exits(
         run.exit_logits[-1:], [1], labels=run.labels, reference=run.reference, multi_label=multi_label
     )
     if every.correct is not None and every.reference_correct is not None:
-        lost, most = float(every.reference_correct.mean() - every.correct.mean()), MAX_QUANTISED_DROP
+        lost, most = float(every.reference_correct.mean() - every.correct.mean()), MAX_ROUNDED_DROP
         what = "points of accuracy"
     else:
-        lost, most = float((~every.agrees).mean()), MAX_QUANTISED_DISAGREEMENT
+        lost, most = float((~every.agrees).mean()), MAX_ROUNDED_DISAGREEMENT
         what = "% of the answers"
     if lost > most:
         raise ValueError(
-            f"int8 loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all layers "
-            f"run, expected at most {100 * most:g}; use float32 or bfloat16."
+            f"{dtype} loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all "
+            f"layers run, expected at most {100 * most:g}; use float32{' or bfloat16' if dtype == 'int8' else ''}."
         )

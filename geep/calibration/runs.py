@@ -64,7 +64,7 @@ class ExitRun:
         progress: Progress = no_progress,
         with_reference: bool = True,
     ) -> ExitRun:
-        """Run the exits of an engine over texts, and the float32 full model of a quantised one if wanted.
+        """Run the exits of an engine over texts, and the float32 full model of a rounded one if wanted.
 
         `what` names the work to `progress`.
 
@@ -76,7 +76,7 @@ class ExitRun:
         batch = engine.tokenize(split.inputs).batch
         labels = None if split.labels is None else torch.from_numpy(split.labels)
         reference = None
-        if engine.deployment.dtype == "int8" and with_reference:
+        if engine.deployment.is_rounded and with_reference:
             reference = engine.in_float32().run_tokens(batch, settings=ExitSettings(speed=0.0)).logits
         logits = engine.exit_logits(batch, what=what, progress=progress)
         for found in (logits, *([] if reference is None else [reference[None]])):

@@ -71,7 +71,7 @@ def batch_tokens(encoder: PreTrainedConfig, dtype: str, device: str) -> int:
 
     Args:
         encoder: The encoder's configuration.
-        dtype: Row of `DTYPES`.
+        dtype: One of `DTYPES`.
         device: Kind of device.
     """
     if device != "cpu":

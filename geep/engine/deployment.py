@@ -6,8 +6,8 @@ Read `EngineConfig` (asked for), `Deployment` (what it became), `load_model`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from geep.backends import BACKENDS, Backend, CudaOptions
 from geep.backends.int8 import ActivationRanges, largest_weight
 from geep.backends.likeness import unlike_hugging_face
+from geep.backends.onednn import multiplies_bfloat16
+from geep.backends.protocol import TORCH_DTYPES
 from geep.engine.admission import check_model, longest_text
 from geep.engine.cost import batch_tokens
 from geep.folder import HubOptions
@@ -29,13 +31,8 @@ from geep.modeling.devices import usable_device
 
 logger = logging.getLogger(__name__)
 
-# Dtypes an engine may be asked for, and the dtype its model then has; which of them a backend runs, it says itself.
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.float32,
-}
+# Dtypes an engine may be asked for; which of them a backend runs, it says itself.
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +42,8 @@ class EngineConfig:
     Attributes:
         backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's family allows it, else padded.
         device: "cpu", "cuda", …; None: a GPU where there is one.
-        dtype: Row of `DTYPES`; None: the backend's default, float32 on a CPU, bfloat16 on a GPU. "int8" multiplies in
-            8 bits and keeps all else in float32.
+        dtype: One of `DTYPES`; None: that in which a folder was certified, else the backend's default: bfloat16 on a
+            GPU, and packed on a CPU that multiplies it itself, else float32. "int8" multiplies in 8 bits.
         max_batch_tokens: Tokens of a staircase; None: enough for the encoder's size (`batch_tokens`).
         window_tokens: Tokens sorted together; bounds memory, since the survivors of a window wait in it.
         max_length: Longest text in tokens; None: the model's limit. Longer texts are cut and say so.
@@ -73,6 +70,30 @@ class EngineConfig:
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
 
+    def as_certified(self, made_with: Mapping[str, Any] | None, *, was_refused: bool) -> EngineConfig:
+        """Return it with the dtype of what was certified, where none is named and it is the same device and backend.
+
+        Args:
+            made_with: Of a certificate; None where there is none.
+            was_refused: Whether nothing could be certified: then nothing is rounded on a CPU.
+        """
+        if self.dtype is not None or (made_with is None and not was_refused):
+            return self
+        device = _device(self.device).type
+        if made_with is None:
+            return replace(self, dtype="float32") if device == "cpu" else self
+        is_elsewhere = device != made_with.get("device") or self.backend not in (None, made_with.get("backend"))
+        dtype = made_with.get("dtype")
+        if is_elsewhere or dtype not in DTYPES:
+            return self
+        if dtype == "bfloat16" and device == "cpu" and not multiplies_bfloat16():
+            logger.warning(
+                "It was certified in bfloat16, which this CPU does not multiply itself (no AVX-512 BF16): running in "
+                "float32, which gives nearly the same answers, slower."
+            )
+            return replace(self, dtype="float32")
+        return replace(self, dtype=dtype)
+
 
 class EngineOptions(TypedDict, total=False):
     """The fields of `EngineConfig` as keywords, for type checkers; a test holds the two together."""
@@ -91,8 +112,8 @@ class Deployment:
     """A model as it runs on this machine.
 
     Attributes:
-        model: On its device and in its dtype, not in training.
-        dtype: Row of `DTYPES`.
+        model: On its device, not in training, in the dtype that its backend wants: float32 where that rounds by itself.
+        dtype: One of `DTYPES`.
         backend: Runs the encoder's layers and the exits.
         backend_name: Row of `BACKENDS`.
         weight_bits: Bits of a weight in the encoder's products.
@@ -116,7 +137,7 @@ class Deployment:
         config: EngineConfig,
         ranges: ActivationRanges | None,
     ) -> Deployment:
-        """Take a model over: move it to the device, cast it to the dtype and build the backend that runs it.
+        """Take a model over: move it to the device, cast it where the backend wants that, and build the backend.
 
         Raises:
             ValueError: As `check_model` and `longest_text`; or if the device cannot run the dtype, or the backend
@@ -132,7 +153,7 @@ class Deployment:
                 part.chunk_size_feed_forward = 0  # type: ignore[assignment]
         backend_name = _backend_name(config.backend, model, device, max_length)
         dtype = _dtype(config.dtype, backend_name, device)
-        model = nn.Module.to(model, device=device, dtype=DTYPES[dtype])
+        model = nn.Module.to(model, device=device, dtype=BACKENDS[backend_name].model_dtype(dtype, device.type))
         backend = _build_backend(backend_name, model, dtype, ranges, config.compile)
         return cls(
             model,
@@ -151,6 +172,11 @@ class Deployment:
             "An engine is neither pickled nor copied: load it in each process, after it has started, with "
             "Engine.from_pretrained(folder). Engine.replace gives one with other settings on the same weights."
         )
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it answers in fewer bits than the model that it holds, which promises are then about."""
+        return self.dtype != "float32" and self.model.dtype == torch.float32
 
     @property
     def made_with(self) -> dict[str, str | int]:
@@ -173,7 +199,7 @@ class Deployment:
 def _weight_bits(dtype: str) -> int:
     if dtype == "int8":
         return 8 if largest_weight() == 127 else 7
-    return torch.finfo(DTYPES[dtype]).bits
+    return torch.finfo(TORCH_DTYPES[dtype]).bits
 
 
 def load_model(
@@ -302,6 +328,6 @@ def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
             f"{asked} is not run by the {backend} backend on {device.type}, which runs {' or '.join(known)}; "
             f"use one of them{f', or backend={others[0]!r}' if others else ''}."
         )
-    if device.type == "cpu" and asked == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and asked == "bfloat16" and not multiplies_bfloat16():
         raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
     return asked

@@ -63,7 +63,7 @@ class Engine:
         """Make an engine of parts in memory; `from_pretrained` makes one of a folder.
 
         Args:
-            model: Taken over: moved to the device and cast to the dtype.
+            model: Taken over: moved to the device and, where the backend wants that, cast to the dtype.
             tokenizer: Its tokenizer.
             predictor: Exit table of this very model and tokenizer.
             settings: When exits answer; None: the full model always does.
@@ -86,7 +86,7 @@ class Engine:
         self.label_names = label_names_of(model.config)
         self.text_pairs: bool | None = model.config.text_pairs
         self._check(self.settings)
-        # Taken before the cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
+        # Taken before a cast: a table made on a bfloat16 engine belongs to the float32 weights in the folder.
         self.identity = fingerprint(model, tokenizer) if identity is None else identity
         self.deployment = Deployment.of(model, tokenizer, self.config, ranges)
         encoder = model.encoder.config
@@ -162,6 +162,9 @@ class Engine:
     ) -> Engine:
         """Load a folder written by `geep train` (or `Engine.save_pretrained`), or such a model of the hub.
 
+        It runs in the dtype that it was certified in, unless one is named; in float32 on a CPU where nothing could be
+        certified.
+
         Args:
             path: Folder or model id.
             speed: Overrides the calibrated speed.
@@ -183,8 +186,9 @@ class Engine:
         hub = reachable(path, HubOptions(revision, token, cache_dir, local_files_only))
         model, tokenizer = load_model(path, hub)
         identity = fingerprint(model, tokenizer)
-        is_int8 = engine_config.dtype == "int8"
-        found = StoredExits.load(path, hub, fingerprint=identity, exits=exits, ranges=is_int8)
+        found = StoredExits.load(path, hub, fingerprint=identity, exits=exits, dtype=engine_config.dtype)
+        made_with = None if found.certificate is None else found.certificate.made_with
+        engine_config = engine_config.as_certified(made_with, was_refused=found.was_refused)
         engine = cls(
             model,
             tokenizer,
@@ -206,7 +210,7 @@ class Engine:
         return engine if speed is None else engine.replace(settings=replace(engine.settings, speed=speed))
 
     def in_float32(self) -> Engine:
-        """Return the engine in float32 on the same weights, without table: the reference of a quantised one.
+        """Return the engine in float32 on the same weights, without table: the reference of a rounded one.
 
         Raises:
             ValueError: If the engine has cast the weights, so that float32 is gone.

@@ -29,16 +29,18 @@ class StoredExits:
         settings: When exits answer.
         ranges: Ranges of activations, for int8; None where there are none.
         certificate: What was certified; None where nothing was.
+        was_refused: Whether it was calibrated and nothing could be certified: the full model answers as it is.
     """
 
     predictor: ExitPredictor | None
     settings: ExitSettings
     ranges: ActivationRanges | None
     certificate: Certificate | None
+    was_refused: bool = False
 
     @classmethod
     def load(
-        cls, model: str | Path, hub: HubOptions, *, fingerprint: dict[str, str], exits: bool, ranges: bool
+        cls, model: str | Path, hub: HubOptions, *, fingerprint: dict[str, str], exits: bool, dtype: str | None
     ) -> StoredExits:
         """Read what belongs to a model: of a folder or of the hub.
 
@@ -47,13 +49,13 @@ class StoredExits:
             hub: How a model of the hub is had.
             fingerprint: Digests of model and tokenizer, to which everything has to belong.
             exits: Whether table, settings and certificate are wanted.
-            ranges: Whether the ranges for int8 are wanted.
+            dtype: What will be run; None: what was certified. The ranges are read for int8.
 
         Raises:
             FileNotFoundError: If a file that is named is not there.
             ValueError: If a file is damaged or belongs to another model.
         """
-        if not (exits or ranges):
+        if not (exits or dtype == "int8"):
             return cls(None, ExitSettings(), None, None)
         while True:
             path = file_of(model, SETTINGS_FILE, hub)
@@ -66,7 +68,9 @@ class StoredExits:
                     f"{path} belongs to another {' and '.join(names)} than the folder's, whose exits it knows nothing "
                     "of: run `geep profile` and `geep calibrate` again, or delete it."
                 )
-            wanted = {"table": exits, "ranges": ranges}
+            certified = None if found.certificate is None or not exits else Certificate.from_dict(found.certificate)
+            runs_in = certified.made_with.get("dtype") if certified is not None and dtype is None else dtype
+            wanted = {"table": exits, "ranges": runs_in == "int8"}
             names_of = {kind: name for kind, name in found.files.items() if name is not None and wanted.get(kind)}
             places = {kind: file_of(model, name, hub) for kind, name in names_of.items()}
             missing = [names_of[kind] for kind, place in places.items() if place is None]
@@ -83,7 +87,8 @@ class StoredExits:
             None if table is None else ExitPredictor.load(table, fingerprint=fingerprint),
             ExitSettings.from_dict(found.settings) if exits else ExitSettings(),
             None if observed is None else ActivationRanges.load(observed, fingerprint=fingerprint),
-            None if found.certificate is None or not exits else Certificate.from_dict(found.certificate),
+            certified,
+            exits and certified is None and bool(found.record.get("calibration")),
         )
 
     def save(self, folder: str | Path, *, fingerprint: dict[str, str], record: Mapping[str, Any] | None = None) -> None:

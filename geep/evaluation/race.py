@@ -121,16 +121,16 @@ def evaluate(
 
 
 def _outcomes(engine: Engine, split: Split, progress: Progress) -> tuple[Outcomes, Outcomes]:
-    """All exits of the engine as deployed, and without quantisation; the same object where there is none."""
+    """All exits of the engine as deployed, and in float32; the same object where it runs in that."""
     what = "all exits, texts to evaluate"
     run = ExitRun.of(engine, split, what=what, progress=progress, with_reference=False)
-    if engine.deployment.dtype != "int8":
+    if not engine.deployment.is_rounded:
         outcomes = Outcomes(engine, run)
         return outcomes, outcomes
-    unquantised = engine.in_float32().replace(predictor=engine.predictor, settings=engine.settings)
-    logits = unquantised.exit_logits(run.batch, what="all exits in float32", progress=progress)
-    plain = replace(run, exit_logits=logits, made_by=run_of(unquantised))
-    return Outcomes(engine, replace(run, reference=logits[-1])), Outcomes(unquantised, plain)
+    in_float32 = engine.in_float32().replace(predictor=engine.predictor, settings=engine.settings)
+    logits = in_float32.exit_logits(run.batch, what="all exits in float32", progress=progress)
+    plain = replace(run, exit_logits=logits, made_by=run_of(in_float32))
+    return Outcomes(engine, replace(run, reference=logits[-1])), Outcomes(in_float32, plain)
 
 
 def _row(

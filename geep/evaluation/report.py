@@ -16,13 +16,13 @@ class EvaluationRow:
 
     Attributes:
         name: What it is.
-        group: "pipeline", "pipeline-sorted", "full", "lexical", "constant", "fastbert", "random", "geep-stop",
-            "geep-continue" or "oracle".
+        group: "pipeline", "pipeline-sorted", "pipeline-bfloat16", "full", "lexical", "constant", "fastbert", "random",
+            "geep-stop", "geep-continue" or "oracle".
         dtype: What it ran in; its accuracy, agreement and times are all of this dtype.
         deployed: Whether it is the engine as it was given: calibrated speed, rule, quantile, exits and lexical exit.
         setting: What was set: batch size, depth or speed.
         accuracy: Share of texts with the right label, on all texts; None without labels.
-        agreement: Share of texts answered as the full model answers them (in float32 where the engine is quantised), on
+        agreement: Share of texts answered as the full model answers them (in float32 where the engine rounds it), on
             all texts.
         mean_exit_layer: Encoder layers run for a text, on all texts.
         layer_speedup: Layers of the full model over layers run, texts counted alike, on all texts; None: none run.
@@ -179,6 +179,7 @@ def draw(report: EvaluationReport, path: str | Path, *, title: str) -> None:
     singles = (
         ("pipeline", "v", "tab:blue"),
         ("pipeline-sorted", "^", "tab:blue"),
+        ("pipeline-bfloat16", "v", "tab:blue"),
         ("fastbert", "D", "tab:orange"),
         ("random", "x", "tab:brown"),
         (other, "P", "tab:pink"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import pipeline
 
 from geep.backends import BACKENDS, Backend
 from geep.calibration import Outcomes
 from geep.engine import Engine, ExitSettings, RunResult
 from geep.exits import ExitProfile, follow
+from geep.modeling import GeepForSequenceClassification
 
 Integers = NDArray[np.int64]
 
@@ -50,7 +52,7 @@ class Rival:
 
     @property
     def dtype(self) -> str:
-        """Row of `DTYPES` that it runs in."""
+        """One of `DTYPES`, that it runs in."""
         return self.outcomes.engine.deployment.dtype
 
 
@@ -66,7 +68,7 @@ def line_up(
 
     Args:
         outcomes: The engine as deployed, on all texts.
-        plain: The same without quantisation, for rivals that know none: the same object where there is none.
+        plain: The same in float32, for rivals that know no rounding: the same object where it runs in that.
         texts: The timed texts.
         timed: Which of all texts they are.
         sweep: Further speeds.
@@ -78,7 +80,7 @@ def line_up(
     return [
         *_full_models(outcomes, plain, texts, trial, sizes),
         *_constants(outcomes, texts),
-        _fastbert(plain, texts, trial, sizes),
+        _fastbert(outcomes if outcomes.engine.deployment.dtype == "bfloat16" else plain, texts, trial, sizes),
         *_ours(outcomes, texts, timed, sweep, generator),
         _oracle(outcomes, texts, timed),
     ]
@@ -103,6 +105,12 @@ def _full_models(
     run = _bind(hf, texts, by_length, by_length=True)
     name = f"HF pipeline, length-sorted, batch {by_length}"
     rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone, unfused))
+    if outcomes is not plain and outcomes.engine.deployment.dtype == "bfloat16":
+        hf16 = _HfPipeline.of(outcomes.engine)
+        size = _fastest(sizes, lambda size: hf16(trial, size, by_length=True))
+        run = _bind(hf16, texts, size, by_length=True)
+        name = f"HF pipeline, bfloat16, length-sorted, batch {size}"
+        rivals.append(Rival(name, "pipeline-bfloat16", "best batch size", run, outcomes, everyone, unfused))
     run = _bind(_run_predict, outcomes.engine, texts, speed=0.0)
     name = f"full model, {outcomes.engine.deployment.backend_name}"
     rivals.append(Rival(name, "full", "speed 0", run, outcomes, everyone, unfused))
@@ -124,17 +132,17 @@ def _constants(outcomes: Outcomes, texts: Sequence[Any]) -> list[Rival]:
     return rivals
 
 
-def _fastbert(plain: Outcomes, texts: Sequence[Any], trial: Sequence[Any], sizes: Sequence[int]) -> Rival:
+def _fastbert(outcomes: Outcomes, texts: Sequence[Any], trial: Sequence[Any], sizes: Sequence[int]) -> Rival:
     """FastBERT's own run: every exit is asked of every text, from the first on."""
-    settings = replace(plain.engine.settings, on_miss="continue", check_layers=None, lexical_exit=False)
-    shrinking = ShrinkingBatch.of(plain.engine.replace(settings=settings))
+    settings = replace(outcomes.engine.settings, on_miss="continue", check_layers=None, lexical_exit=False)
+    shrinking = ShrinkingBatch.of(outcomes.engine.replace(settings=settings))
     size = _fastest(sizes, lambda size: shrinking(trial, size))
-    profile = plain.profile(settings)
+    profile = outcomes.profile(settings)
     first = np.full(len(profile), int(np.searchsorted(profile.depths, 1)))
     columns = follow(profile, first, speed=settings.speed, on_miss="continue")
     run = _bind(shrinking, texts, size)
     name = f"FastBERT, shrinking batch {size}"
-    return Rival(name, "fastbert", f"speed {settings.speed:g}", run, plain, columns, settings)
+    return Rival(name, "fastbert", f"speed {settings.speed:g}", run, outcomes, columns, settings)
 
 
 def _ours(
@@ -227,6 +235,13 @@ def _run_lexical(engine: Engine, texts: Sequence[Any]) -> Tensor | None:
     return None if logits is None else logits.softmax(-1)
 
 
+def _in_its_dtype(engine: Engine) -> GeepForSequenceClassification:
+    """The model in the dtype that an engine runs in, as others run it: cast as a whole. In 8 bits nobody can."""
+    if engine.deployment.dtype != "bfloat16" or engine.model.dtype == torch.bfloat16:
+        return engine.model
+    return nn.Module.to(copy.deepcopy(engine.model), torch.bfloat16)
+
+
 @dataclass(frozen=True, slots=True)
 class _HfPipeline:
     """Hugging Face's text-classification pipeline on the same model, in arrival order or sorted by length."""
@@ -238,7 +253,8 @@ class _HfPipeline:
     @classmethod
     def of(cls, engine: Engine) -> _HfPipeline:
         make: Any = pipeline  # its overloads name every kind of model there is
-        call = make("text-classification", model=engine.model, tokenizer=engine.tokenizer, device=engine.model.device)
+        model = _in_its_dtype(engine)
+        call = make("text-classification", model=model, tokenizer=engine.tokenizer, device=model.device)
         ids = {name: label for label, name in enumerate(engine.label_names)}
         return cls(call, engine.deployment.max_length, ids)
 
@@ -269,7 +285,8 @@ class ShrinkingBatch:
     @classmethod
     def of(cls, engine: Engine) -> ShrinkingBatch:
         """Run an engine's model, padded, at its settings."""
-        return cls(engine, BACKENDS["padded"].build(engine.model, dtype=str(engine.model.dtype).removeprefix("torch.")))
+        model = _in_its_dtype(engine)
+        return cls(engine, BACKENDS["padded"].build(model, dtype=str(model.dtype).removeprefix("torch.")))
 
     def __call__(self, texts: Sequence[Any], batch_size: int) -> Tensor:
         """Answer raw texts: probabilities (num_texts, num_labels)."""
