@@ -186,16 +186,16 @@ def test_what_is_turned_together_comes_to_lie_side_by_side(num_heads: int, pairs
 
 def scores_of(mixer: Disentangled, block: Tensor) -> Tensor:
     """Scores from the definition, one pair of tokens after another."""
-    num_texts, length, _, num_heads, head = block.shape
+    num_texts, length, _, num_heads, _ = block.shape
     query, key = block[:, :, 0], block[:, :, 1]
     scores = torch.zeros(num_texts, num_heads, length, length)
     for i, j in np.ndindex(length, length):
         bucket = min(max(i - j + mixer.span, 0), 2 * mixer.span - 1)
         scores[:, :, i, j] = mixer.scale * (query[:, i] * key[:, j]).sum(-1)
         if mixer.keys is not None:
-            scores[:, :, i, j] += (query[:, i] * mixer.keys[bucket].view(num_heads, head)).sum(-1)
+            scores[:, :, i, j] += (query[:, i] * mixer.keys[:, bucket]).sum(-1)
         if mixer.queries is not None:
-            scores[:, :, i, j] += (key[:, j] * mixer.queries[bucket].view(num_heads, head)).sum(-1)
+            scores[:, :, i, j] += (key[:, j] * mixer.queries[:, bucket]).sum(-1)
     return scores
 
 
@@ -206,7 +206,7 @@ def test_disentangled_scores_are_those_of_the_definition(
 ) -> None:
     torch.manual_seed(length)
     block = torch.randn(num_texts, length, 3, 2, 4)
-    keys, queries = (torch.randn(2 * span, 8) if part else None for part in parts)
+    keys, queries = (torch.randn(2, 2 * span, 4) if part else None for part in parts)
     mixer = Disentangled(0.3, keys, queries, span, None)
     expected = scores_of(mixer, block).softmax(-1) @ block[:, :, 2].transpose(1, 2)
     assert torch.allclose(mixer(block.clone()), expected, atol=1e-5)

@@ -196,7 +196,7 @@ class Disentangled:
 
     Attributes:
         scale: Of the scores.
-        keys: Vectors p of the buckets of distances, times `scale`, (buckets, num_heads · head); None: no such part.
+        keys: Vectors p of the buckets of distances, times `scale`, (num_heads, buckets, head); None: no such part.
         queries: Vectors r, likewise.
         span: Half the number of buckets.
         log_buckets: Whether far distances share buckets, and the distance up to which these are told apart; None: every
@@ -215,9 +215,9 @@ class Disentangled:
         rows = bucket_rows(length, self.span, self.log_buckets, block.device)
         parts = [] if bias is None else [bias.transpose(0, 1)]
         if self.keys is not None:
-            parts.append(_shifted(block[:, :, 0], self.keys.index_select(0, rows.flip(0))))
+            parts.append(_shifted(block[:, :, 0], self.keys.index_select(1, rows.flip(0))))
         if self.queries is not None:
-            parts.append(_shifted(block[:, :, 1], self.queries.index_select(0, rows)).transpose(2, 3))
+            parts.append(_shifted(block[:, :, 1], self.queries.index_select(1, rows)).transpose(2, 3))
         scores = parts[0]
         for part in parts[1:]:
             scores = scores + part
@@ -231,16 +231,16 @@ class Disentangled:
 
 
 def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply contents (num_texts, length, heads, head) with vectors (2 length - 1, heads · head), shifted by place.
+    """Multiply contents (num_texts, length, heads, head) with vectors (heads, 2 length - 1, head), shifted by place.
 
     Returns:
         The product of the content at place a with vector b - a + length - 1, at [a, b]: (heads, num_texts, length,
         length), a view.
     """
     num_texts, length, num_heads, head = contents.shape
-    width = len(vectors)
+    width = vectors.shape[1]
     by_head = contents.permute(2, 0, 1, 3).reshape(num_heads, num_texts * length, head)
-    products = torch.bmm(by_head, vectors.view(width, num_heads, head).permute(1, 2, 0))
+    products = torch.bmm(by_head, vectors.transpose(1, 2))
     # Going down a row is going one column less far: no element has to be moved.
     strides = (num_texts * length * width, length * width, width - 1, 1)
     return products.as_strided((num_heads, num_texts, length, length), strides, length - 1)
@@ -308,6 +308,9 @@ def _mpnet(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
 def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
     vectors = encoder.encoder.get_rel_embedding()
 
+    def by_head(rows: Tensor) -> Tensor:
+        return rows.detach().unflatten(1, (encoder.config.num_attention_heads, -1)).transpose(0, 1).contiguous()
+
     def mixer(layer: Any) -> Mixer:
         own = layer.attention.self
         kinds = [kind for kind in ("c2p", "p2c") if kind in own.pos_att_type]
@@ -321,7 +324,7 @@ def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
             else (getattr(own, "pos_key_proj", None), getattr(own, "pos_query_proj", None))
         )
         keys, queries = (
-            (scale * project(vectors[: 2 * span])).detach() if kind in kinds and project is not None else None
+            by_head(scale * project(vectors[: 2 * span])) if kind in kinds and project is not None else None
             for kind, project in (("c2p", key), ("p2c", query))
         )
         far = (own.position_buckets, own.max_relative_positions)
