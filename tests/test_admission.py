@@ -44,9 +44,11 @@ def test_a_family_as_it_is_passes_the_trial(family: str, head: str) -> None:
 def other_distances(mixer: Any) -> Any:
     """The same mixer, but for what is far apart."""
     if isinstance(mixer, Rotary):
-        return replace(mixer, window=None if mixer.window is None else mixer.window + 1)
-    if isinstance(mixer, Disentangled):
-        return replace(mixer, log_buckets=None)
+        return mixer if mixer.window is None else Rotary.of(mixer.turns, mixer.window + 1, torch.float32)
+    if isinstance(mixer, Disentangled) and mixer.keys is not None:
+        buckets = mixer.keys.shape[1]  # each distance gets its own, as far as they go
+        own = torch.arange(len(mixer.rows)) - len(mixer.rows) // 2 + buckets // 2
+        return replace(mixer, rows=own.clamp(0, buckets - 1))
     table = mixer.table.clone()
     table[:, table.shape[1] // 2 + 25 :] += 1
     return replace(mixer, table=table)

@@ -39,6 +39,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("modernbert", {}),
     ("modernbert", {"local_attention": 4, "global_attn_every_n_layers": 3}),
     ("modernbert", {"local_attention": 2, "global_attn_every_n_layers": 1}),
+    ("modernbert", {"local_attention": 1}),
     ("modernbert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "hidden_activation": "silu"}),
 ]
 every_setting = pytest.mark.parametrize(
@@ -156,11 +157,11 @@ def test_a_text_beyond_the_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="positions for 4 tokens, got a text of 5"):
         by_distance(torch.zeros(1, 7), 5)
     with pytest.raises(ValueError, match="positions for 4 tokens, got a text of 5"):
-        Rotary(torch.ones(4, 2, dtype=torch.complex64), None)(torch.zeros(1, 5, 3, 1, 4))
+        Rotary.of(torch.ones(4, 2, dtype=torch.complex64), None, torch.float32)(torch.zeros(1, 5, 3, 1, 4))
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3))
+@given(st.integers(1, 40), st.integers(0, 9), st.integers(1, 3))
 def test_a_window_hides_what_is_further_however_it_is_computed(length: int, window: int, num_texts: int) -> None:
     torch.manual_seed(length)
     block = torch.randn(num_texts, length, 3, 2, 4)
@@ -168,7 +169,7 @@ def test_a_window_hides_what_is_further_however_it_is_computed(length: int, wind
     place = torch.arange(length)
     far = (place[:, None] - place).abs() > window
     expected = (query @ key.transpose(-1, -2) / 2).masked_fill(far, -torch.inf).softmax(-1) @ value
-    unturned = Rotary(torch.ones(40, 2, dtype=torch.complex64), window)
+    unturned = Rotary.of(torch.ones(40, 2, dtype=torch.complex64), window, torch.float32)
     assert torch.allclose(unturned(block.clone()), expected, atol=1e-5)
     # Tiles bring a bias of their own.
     zeros = torch.zeros(num_texts, 1, length, length)
@@ -190,7 +191,7 @@ def scores_of(mixer: Disentangled, block: Tensor) -> Tensor:
     query, key = block[:, :, 0], block[:, :, 1]
     scores = torch.zeros(num_texts, num_heads, length, length)
     for i, j in np.ndindex(length, length):
-        bucket = min(max(i - j + mixer.span, 0), 2 * mixer.span - 1)
+        bucket = mixer.rows[len(mixer.rows) // 2 + i - j]
         scores[:, :, i, j] = mixer.scale * (query[:, i] * key[:, j]).sum(-1)
         if mixer.keys is not None:
             scores[:, :, i, j] += (query[:, i] * mixer.keys[:, bucket]).sum(-1)
@@ -202,12 +203,12 @@ def scores_of(mixer: Disentangled, block: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 12), st.sampled_from([(1, 1), (1, 0), (0, 1)]))
 def test_disentangled_scores_are_those_of_the_definition(
-    length: int, num_texts: int, span: int, parts: tuple[int, int]
+    length: int, num_texts: int, buckets: int, parts: tuple[int, int]
 ) -> None:
     torch.manual_seed(length)
     block = torch.randn(num_texts, length, 3, 2, 4)
-    keys, queries = (torch.randn(2, 2 * span, 4) if part else None for part in parts)
-    mixer = Disentangled(0.3, keys, queries, span, None)
+    keys, queries = (torch.randn(2, buckets, 4) if part else None for part in parts)
+    mixer = Disentangled(0.3, keys, queries, torch.randint(0, buckets, (2 * length + 3,)))
     expected = scores_of(mixer, block).softmax(-1) @ block[:, :, 2].transpose(1, 2)
     assert torch.allclose(mixer(block.clone()), expected, atol=1e-5)
     assert torch.allclose(mixer(block, torch.zeros(num_texts, 1, length, length)), expected, atol=1e-5)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -84,16 +84,24 @@ class DistanceBias:
 
 
 def by_distance(table: Tensor, length: int) -> Tensor:
-    """Lay out values for distances (…, columns), as `DistanceBias.table` has them, as (…, length, length).
+    """Lay out values for distances (…, columns), as `DistanceBias.table` has them, as (…, length, length)."""
+    # Row i of the result is columns length - 1 - i … of these; rows are copied whole, so this is as fast as a copy.
+    return middle_of(table, length).unfold(-1, length, 1).flip(-2)
+
+
+_TOO_LONG = "The encoder has positions for {} tokens, got a text of {}; cut it."
+
+
+def middle_of(table: Tensor, length: int) -> Tensor:
+    """The columns of a table of distances that occur in a text: (…, columns) to (…, 2 length - 1).
 
     Raises:
-        ValueError: If the table does not reach as far as such a text.
+        ValueError: If the table does not reach as far.
     """
     middle = table.shape[-1] // 2
     if length > middle + 1:
-        raise ValueError(f"The encoder has positions for {middle + 1} tokens, got a text of {length}; cut it.")
-    # Row i of the result is columns length - 1 - i … of these; rows are copied whole, so this is as fast as a copy.
-    return table[..., middle - length + 1 : middle + length].unfold(-1, length, 1).flip(-2)
+        raise ValueError(_TOO_LONG.format(middle + 1, length))
+    return table[..., middle - length + 1 : middle + length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +113,66 @@ class Rotary:
     Attributes:
         turns: Turn of each pair of coordinates at each position, complex, (positions, head / 2).
         window: Largest distance at which tokens see each other; None: any.
+        seen: 0 for distances up to the window, else -inf, a table as `DistanceBias` has one for a single head.
     """
 
     turns: Tensor
     window: int | None
+    seen: Tensor
+
+    @classmethod
+    def of(cls, turns: Tensor, window: int | None, dtype: torch.dtype) -> Self:
+        """Make the table of what is seen, for values of a dtype."""
+        distance = torch.arange(1 - len(turns), len(turns), device=turns.device).abs()[None]
+        seen = torch.zeros(distance.shape, dtype=dtype, device=turns.device)
+        return cls(turns, window, seen if window is None else seen.masked_fill_(distance > window, -torch.inf))
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Mixer`."""
         length = block.shape[1]
         if length > len(self.turns):
-            raise ValueError(f"The encoder has positions for {len(self.turns)} tokens, got a text of {length}; cut it.")
+            raise ValueError(_TOO_LONG.format(len(self.turns), length))
         turned = block[:, :, :2]
         precise = turned.to(self.turns.real.dtype)  # half precision would be too coarse; else the same memory
         torch.view_as_complex(precise.unflatten(-1, (-1, 2))).mul_(self.turns[:length, None, None])
         if precise is not turned:
             turned.copy_(precise)
         if self.window is not None and length > self.window + 1:
-            if bias is None and length >= _BANDS_FROM * self.window:
-                return _mix_in_bands(block, self.window)
-            seen = window_bias(length, self.window, block.dtype, block.device)
+            if bias is None and 0 < _BANDS_FROM * self.window <= length:
+                return self._in_bands(block, self.window)
+            seen = by_distance(self.seen, length)[None]
             bias = seen if bias is None else seen + bias
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     def to(self, dtype: torch.dtype) -> Rotary:
         """See `Mixer`; values are turned in float32 at least."""
-        return self
+        return replace(self, seen=self.seen.to(dtype))
+
+    def _in_bands(self, block: Tensor, window: int) -> Tensor:
+        """Mix a long text in time that grows with its length.
+
+        It is cut into pieces as long as the window, so the tokens of one see no further than its two neighbours.
+        """
+        num_texts, length, _, num_heads, head = block.shape
+        pieces = -(-length // window)
+        missing = pieces * window - length
+        # Queries (num_texts · pieces, num_heads, window, head), keys and values the same of three windows.
+        query = F.pad(block[:, :, 0], (0, 0, 0, 0, 0, missing)).view(-1, window, num_heads, head).transpose(1, 2)
+        around = F.pad(block[:, :, 1:], (0, 0, 0, 0, 0, 0, window, window + missing)).unfold(1, 3 * window, window)
+        key, value = around.permute(2, 0, 1, 3, 5, 4).flatten(1, 2)
+        # What a piece sees is the middle third of what a text of three windows does. A row is never all -inf.
+        seen = by_distance(self.seen[0], 3 * window)[window : 2 * window].repeat(pieces, 1, 1)
+        seen[0, :, :window] = -torch.inf
+        for place in (1, 2):  # pieces that look beyond the end
+            seen[-place, :, (place + 1) * window - missing :] = -torch.inf
+        bias = seen[:, None].expand(num_texts, *seen[:, None].shape).flatten(0, 1)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return mixed.transpose(1, 2).reshape(num_texts, -1, num_heads, head)[:, :length].transpose(1, 2)
+
+
+# Windows in a text from which on bands pay for their copies.
+_BANDS_FROM = 5
 
 
 def paired(weight: Tensor, num_heads: int) -> Tensor:
@@ -139,52 +181,6 @@ def paired(weight: Tensor, num_heads: int) -> Tensor:
     Hugging Face turns coordinate d together with d + head / 2. Scores do not depend on the order of coordinates.
     """
     return weight.view(num_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-# Windows in a text from which on bands pay for their copies.
-_BANDS_FROM = 5
-
-
-def _mix_in_bands(block: Tensor, window: int) -> Tensor:
-    """What `Rotary` does with a long text, in time that grows with its length: a piece looks at itself and two others.
-
-    A text is cut into pieces as long as the window, so the tokens of one see no further than the piece before and the
-    one behind.
-    """
-    num_texts, length, _, num_heads, head = block.shape
-    pieces = -(-length // window)
-    missing = pieces * window - length
-    # Queries (num_texts · pieces, num_heads, window, head), keys and values the same of three windows.
-    query = F.pad(block[:, :, 0], (0, 0, 0, 0, 0, missing)).view(-1, window, num_heads, head).transpose(1, 2)
-    around = F.pad(block[:, :, 1:], (0, 0, 0, 0, 0, 0, window, window + missing)).unfold(1, 3 * window, window)
-    key, value = around.permute(2, 0, 1, 3, 5, 4).flatten(1, 2)
-    seen = band_bias(length, window, block.dtype, block.device).expand(num_texts, -1, -1, -1, -1).flatten(0, 1)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-    return mixed.transpose(1, 2).reshape(num_texts, -1, num_heads, head)[:, :length].transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def band_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where a token of a piece sees one of the three pieces around it, else -inf; not to be changed.
-
-    Returns:
-        (pieces, 1, window, 3 window). Rows beyond the text let all through, so that none is all -inf.
-    """
-    with torch.inference_mode(mode=False):
-        query = torch.arange(-(-length // window) * window, device=device).view(-1, window, 1)
-        key = query[:, :1] - window + torch.arange(3 * window, device=device)  # (pieces, 1, 3 window)
-        hidden = ((query - key).abs() > window) | (key < 0) | (key >= length)
-        hidden &= query < length
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None]
-
-
-@lru_cache(maxsize=4)
-def window_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where tokens are at most a window apart, else -inf, (1, 1, length, length); not to be changed."""
-    with torch.inference_mode(mode=False):
-        place = torch.arange(length, device=device)
-        far = (place[:, None] - place).abs() > window
-        return torch.zeros(far.shape, dtype=dtype, device=device).masked_fill_(far, -torch.inf)[None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,21 +194,17 @@ class Disentangled:
         scale: Of the scores.
         keys: Vectors p of the buckets of distances, times `scale`, (num_heads, buckets, head); None: no such part.
         queries: Vectors r, likewise.
-        span: Half the number of buckets.
-        log_buckets: Whether far distances share buckets, and the distance up to which these are told apart; None: every
-            distance has its own, up to `span`.
+        rows: Bucket of distance query - key at column distance + (columns - 1) / 2, (columns,).
     """
 
     scale: float
     keys: Tensor | None
     queries: Tensor | None
-    span: int
-    log_buckets: tuple[int, int] | None
+    rows: Tensor
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Mixer`."""
-        length = block.shape[1]
-        rows = bucket_rows(length, self.span, self.log_buckets, block.device)
+        rows = middle_of(self.rows, block.shape[1])
         parts = [] if bias is None else [bias.transpose(0, 1)]
         if self.keys is not None:
             parts.append(_shifted(block[:, :, 0], self.keys.index_select(1, rows.flip(0))))
@@ -246,18 +238,6 @@ def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:
     return products.as_strided((num_heads, num_texts, length, length), strides, length - 1)
 
 
-@lru_cache(maxsize=1024)
-def bucket_rows(length: int, span: int, log_buckets: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """Bucket of each distance query - key, from 1 - length to length - 1: (2 length - 1,); not to be changed."""
-    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
-
-    with torch.inference_mode(mode=False):
-        distance = torch.arange(1 - length, length)
-        if log_buckets is not None:
-            distance = make_log_bucket_position(distance, *log_buckets).long()
-        return (distance + span).clamp_(0, 2 * span - 1).to(device)
-
-
 def mixes_plainly(config: PreTrainedConfig) -> bool:
     """Whether positions reach an encoder's tokens by their embeddings alone."""
     return config.model_type not in _MAKE
@@ -281,7 +261,7 @@ def telling_length(config: PreTrainedConfig) -> int:
     if config.model_type == "mpnet":
         return _MPNET_BUCKETS
     if config.model_type == "deberta-v2" and config.relative_attention:
-        return max(config.position_buckets // 2 + 3, 6)
+        return max(getattr(config, "position_buckets", -1) // 2 + 3, 6)
     return config.sliding_window + 2 if config.model_type == "modernbert" else 6
 
 
@@ -297,16 +277,29 @@ def mixers_of(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
         return [DotProduct()] * len(layers) if make is None else make(encoder, layers)
 
 
-def _mpnet(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
+def _distances(encoder: Any) -> Tensor:
+    """All distances for which there are to be columns, ascending, on the encoder's device."""
     reach = max(encoder.config.max_position_embeddings, TILE)
-    distances = torch.arange(1 - reach, reach, device=encoder.device)
-    rows = encoder.encoder.relative_position_bucket(distances)
+    return torch.arange(1 - reach, reach, device=encoder.device)
+
+
+def _mpnet(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
+    rows = encoder.encoder.relative_position_bucket(_distances(encoder))
     table = encoder.encoder.relative_attention_bias(rows).t().contiguous()
     return [DistanceBias(table.detach())] * len(layers)
 
 
 def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
     vectors = encoder.encoder.get_rel_embedding()
+
+    @cache  # of a model all layers have the same
+    def rows_of(buckets: int, farthest: int, span: int) -> Tensor:
+        distances = _distances(encoder)
+        if buckets > 0 and farthest > 0:
+            distances = make_log_bucket_position(distances, buckets, farthest).long()
+        return (distances + span).clamp_(0, 2 * span - 1)
 
     def by_head(rows: Tensor) -> Tensor:
         return rows.detach().unflatten(1, (encoder.config.num_attention_heads, -1)).transpose(0, 1).contiguous()
@@ -327,8 +320,7 @@ def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
             by_head(scale * project(vectors[: 2 * span])) if kind in kinds and project is not None else None
             for kind, project in (("c2p", key), ("p2c", query))
         )
-        far = (own.position_buckets, own.max_relative_positions)
-        return Disentangled(scale, keys, queries, span, far if min(far) > 0 else None)
+        return Disentangled(scale, keys, queries, rows_of(own.position_buckets, own.max_relative_positions, span))
 
     return [mixer(layer) for layer in layers]
 
@@ -346,7 +338,8 @@ def _modernbert(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
         turns[kind] = torch.complex(cos[0, :, :half], sin[0, :, :half]).to(encoder.device)
     windows = {"sliding_attention": config.sliding_window, "full_attention": None}
     kinds = [layer.attention_type for layer in layers]
-    return [Rotary(turns[kind], windows[kind]) for kind in kinds]
+    made = {kind: Rotary.of(turns[kind], windows[kind], encoder.dtype) for kind in turns}
+    return [made[kind] for kind in kinds]
 
 
 _MAKE: Mapping[str, Callable[[Any, Sequence[Any]], list[Mixer]]] = {
