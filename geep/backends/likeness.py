@@ -34,9 +34,9 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     Raises:
         ValueError: If the model itself does not run.
     """
-    # Far distances are seen only in a text that is long enough; one of those is enough.
-    lengths = (telling_length(model.encoder.config), 2, 4) if packed else (6, 2, 4)
-    given = made_up_inputs(model.encoder, max_length, lengths)
+    # Far distances are seen only in a text that is long enough: one of those, and one that is padded to it.
+    longest = telling_length(model.encoder.config) if packed else 0
+    given = made_up_inputs(model.encoder, max_length, (longest, 4) if longest > 6 else (6, 2, 4))
     batch = _packed(given)
     with torch.inference_mode():
         # Hugging Face's own layers need no look at what is between them.
