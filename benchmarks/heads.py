@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from geep.data import Split, divide, load_dataset, unseen
 from geep.distilling import FeatureCache, FitSettings, FittedHeads, fit_heads
 from geep.engine import Engine
-from geep.modeling import HEADS, GeepConfig, PooledHead, family_of
+from geep.modeling import HEADS, GeepConfig, PooledHead, Spans, family_of
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -48,9 +48,9 @@ class LayerHead(nn.Module):
         super().__init__()
         self.layer, self.head = copy.deepcopy(layer), copy.deepcopy(head)
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """As `PooledHead.forward_packed`."""
-        mask = torch.arange(longest) < offsets.diff()[:, None]
+        mask = torch.arange(spans.longest) < spans.lengths[:, None]
         padded = hidden.new_zeros(*mask.shape, hidden.shape[1])
         padded[mask] = hidden
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None]
@@ -75,7 +75,7 @@ def pooled(tokens: FeatureCache, kind: str, config: GeepConfig) -> FeatureCache:
     head: Any = HEADS[kind](config)
     parts = []
     for batch in tokens.batches(1024, CPU):
-        found = [head.pool_packed(each, batch.offsets, batch.longest) for each in batch.features]
+        found = [head.pool_packed(each, Spans(batch.offsets, each.shape[0], batch.longest)) for each in batch.features]
         parts.append(torch.stack(found, 1).half())
     lengths = np.ones(len(tokens), dtype=np.int64)
     return replace(tokens, kind=kind, features=torch.cat(parts).numpy(), lengths=lengths, firsts=None)

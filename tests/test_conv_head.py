@@ -19,7 +19,7 @@ from geep.backends import TokenBatch
 from geep.data import Split
 from geep.distilling import FeatureCache, FitSettings, fit_heads, with_exits
 from geep.engine import Engine, EngineConfig
-from geep.modeling import ConvHead, GeepConfig, first_lengths, first_lengths_packed
+from geep.modeling import ConvHead, GeepConfig, Spans, first_lengths, first_lengths_packed
 
 PAIRS = list(zip(random_texts(24, seed=1), random_texts(24, seed=2), strict=True))
 
@@ -97,7 +97,9 @@ def test_logits_are_those_of_plain_loops(
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     for kind in (torch.int64, torch.int32):  # on a GPU places are 32 bits wide
         where = None if given_firsts is None else given_firsts.to(kind)
-        found = head.forward_packed(torch.cat(texts), offsets.to(kind), int(lengths.max()), where)
+        found = head.forward_packed(
+            torch.cat(texts), Spans(offsets.to(kind), int(lengths.sum()), int(lengths.max()), where)
+        )
         assert torch.allclose(found, expected, atol=1e-5)
 
 

@@ -35,7 +35,7 @@ from geep.backends.staging import Staging
 from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.engine.deployment import default_backend
-from geep.modeling import HEADS, GeepForSequenceClassification
+from geep.modeling import HEADS, GeepForSequenceClassification, Spans
 
 CPU = torch.device("cpu")
 # Of the largest logit; on a CPU half precision stays within a third of these.
@@ -320,15 +320,17 @@ def test_an_exit_replays_only_for_texts_that_lie_in_the_bucket(monkeypatch: pyte
     model.exits[1] = model.exits[0]
     assert close(
         built.exit_logits(following, 2, 0, 12),
-        model.exits[0].forward_packed(following.hidden, following.offsets, following.longest),
+        model.exits[0].forward_packed(
+            following.hidden, Spans(following.offsets, len(following.hidden), following.longest)
+        ),
     )
 
 
 class Sums(torch.nn.Module):
     """A head that is none of the model's: the sum over each text."""
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
-        sizes = offsets.diff().tolist()
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
+        sizes = spans.lengths.tolist()
         return torch.stack([part.sum()[None] for part in hidden.split(sizes)])
 
 

@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from geep.modeling import FAMILIES, HEADS, GeepConfig, GeepForSequenceClassification, layer_calls
+from geep.modeling import FAMILIES, HEADS, GeepConfig, GeepForSequenceClassification, Spans, layer_calls
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 every_head = pytest.mark.parametrize("head", sorted(HEADS))
@@ -171,7 +171,7 @@ def test_heads_read_packed_texts_like_padded_ones(head: str) -> None:
     packed = hidden[mask.bool()]
     offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     for dtype in (torch.int32, torch.int64):
-        found = model.teacher.forward_packed(packed, offsets.to(dtype), int(mask.sum(1).max()))
+        found = model.teacher.forward_packed(packed, Spans(offsets.to(dtype), len(packed), int(mask.sum(1).max())))
         assert torch.allclose(found, model.teacher(hidden, mask), atol=1e-5, rtol=1e-5)
 
 

@@ -33,7 +33,7 @@ from geep.backends.packed_layer import PackedLayer, attend_runs, each_once, leng
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
 from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, Spans, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +304,8 @@ class CudaBackend:
         firsts = None if live.firsts_there is None else live.firsts_there[start:stop]
         offsets = live.offsets[start : stop + 1]
         offsets = offsets - first if first else offsets
-        return reader.forward_packed(self.model.finish(hidden), offsets, int(lengths.max(initial=0)), firsts)
+        spans = Spans(offsets, len(hidden), int(lengths.max(initial=0)), firsts)
+        return reader.forward_packed(self.model.finish(hidden), spans)
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geep.backends.mixers import TILE
 from geep.backends.tiles import Tiles
+from geep.modeling import Spans
 
 Work = Callable[[], object]
 # layer, hidden states (num_tokens, hidden), tiles -> hidden states
@@ -112,6 +113,10 @@ class _Bucket:
                 self.firsts[:num_texts].copy_(places.firsts)
                 self.firsts[num_texts:].zero_()
 
+    def spans(self) -> Spans:
+        """Where texts lie, afresh: what follows from it belongs into the graph that asks."""
+        return Spans(self.offsets, len(self.hidden), TILE, self.firsts)
+
     def has(self, hidden: Tensor) -> bool:
         """Whether its hidden states are these very ones."""
         return self.holds is not None and self.holds() is hidden
@@ -193,11 +198,7 @@ class LayerGraphs:
                 if not self._is_due(bucket, head):
                     return None
                 read: Any = head.forward_packed
-                self._record(
-                    bucket,
-                    head,
-                    lambda: bucket.logits.copy_(read(finish(bucket.hidden), bucket.offsets, TILE, bucket.firsts)),
-                )
+                self._record(bucket, head, lambda: bucket.logits.copy_(read(finish(bucket.hidden), bucket.spans())))
             self._take_turn()
             bucket.replays[head]()
             return bucket.logits[start:stop].clone()

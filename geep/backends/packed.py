@@ -24,7 +24,7 @@ from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.onednn import FusedLayer
 from geep.backends.packed_layer import LengthRun, each_once, length_runs, packed_layers, steps_of, why_not_packed
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
-from geep.modeling import GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, Spans, family_of
 
 
 class Layer(Protocol):
@@ -48,17 +48,19 @@ class PackedTexts:
         lengths: Tokens of each text, (num_texts,).
         firsts: Of these, tokens of the first text of a pair, (num_texts,); None where none is told apart.
         runs: Runs of texts of equal length.
+        spans: Where they lie, for the exits that they meet.
     """
 
     hidden: Tensor
     lengths: Integers
     firsts: Integers | None
     runs: tuple[LengthRun, ...]
+    spans: Spans
 
     @classmethod
     def of(cls, hidden: Tensor, lengths: Integers, firsts: Integers | None) -> Self:
         """Find the runs."""
-        return cls(hidden, lengths, firsts, length_runs(lengths))
+        return cls(hidden, lengths, firsts, length_runs(lengths), spans_of(lengths, firsts, hidden.device))
 
     def first(self, num_texts: int) -> PackedTexts:
         """Return the first texts; their hidden states are a view."""
@@ -168,15 +170,15 @@ class PackedBackend:
         self, live: PackedTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
     ) -> Tensor:
         """Run the classifier of a layer, or another head, on a range of texts; the range is a view."""
-        first = int(live.lengths[:start].sum())
-        lengths = live.lengths[start:stop]
-        hidden = live.hidden[first : first + int(lengths.sum())]
+        spans, hidden = live.spans, live.hidden
+        if (start, stop) != (0, len(live.lengths)):
+            first, lengths = int(live.lengths[:start].sum()), live.lengths[start:stop]
+            hidden = hidden[first : first + int(lengths.sum())]
+            spans = spans_of(lengths, None if live.firsts is None else live.firsts[start:stop], hidden.device)
         if head is not None:
             hidden = hidden.to(self.model.dtype)
         reader: Any = head or self.heads.get(layer) or self.model.head_at(layer)
-        offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))).to(hidden.device)
-        firsts = None if live.firsts is None else torch.from_numpy(live.firsts[start:stop]).to(hidden.device)
-        return reader.forward_packed(self.model.finish(hidden), offsets, int(lengths.max(initial=0)), firsts)
+        return reader.forward_packed(self.model.finish(hidden), spans)
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""
@@ -191,6 +193,13 @@ class PackedBackend:
         return PackedTexts.of(
             torch.cat([live.hidden for live in lives]), lengths, joined([live.firsts for live in lives])
         )
+
+
+def spans_of(lengths: Integers, firsts: Integers | None, device: torch.device) -> Spans:
+    """Where packed texts of these lengths lie, on the device."""
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    there = None if firsts is None else torch.from_numpy(firsts).to(device)
+    return Spans(torch.from_numpy(offsets).to(device), int(offsets[-1]), int(lengths.max(initial=0)), there)
 
 
 def joined(parts: Sequence[Integers | None]) -> Integers | None:

@@ -22,7 +22,7 @@ from geep.backends import TokenBatch, token_positions
 from geep.data import Split
 from geep.engine import Engine
 from geep.folder import publish
-from geep.modeling import HEADS, Features, PooledHead
+from geep.modeling import HEADS, Features, PooledHead, Spans
 from geep.progress import Progress, no_progress
 from geep.scheduler import budget_cuts
 
@@ -62,12 +62,13 @@ class FeatureBatch:
     def answers(self, heads: Sequence[nn.Module]) -> Tensor:
         """Logits (num_exits, num_texts, num_labels) of the heads of all exit layers."""
         found = []
+        spans = Spans(self.offsets, self.features.shape[1], self.longest, self.firsts)
         for head, features in zip(heads, self.features, strict=True):
             if isinstance(head, PooledHead):
                 found.append(head.classify(features))
             else:
                 reader: Any = head
-                found.append(reader.forward_packed(features, self.offsets, self.longest, self.firsts))
+                found.append(reader.forward_packed(features, spans))
         return torch.stack(found)
 
 

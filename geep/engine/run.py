@@ -19,6 +19,8 @@ from geep.scheduler import budget_cuts, schedule
 
 Integers = NDArray[np.int64]
 
+_NONE: Integers = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
@@ -142,6 +144,9 @@ class Run:
         """Run the texts at `rows`; afterwards no pool holds any."""
         layers = self.plan.predicted_layers[rows]
         budget = self.course.max_batch_tokens
+        if int(batch.lengths[rows].sum()) <= budget:
+            self._batch(batch, rows)
+            return
         for staircase in schedule(layers, batch.lengths[rows], max_batch_tokens=budget):
             texts = rows[staircase.indices]
             live = self.backend.start(batch.select(texts))
@@ -162,9 +167,43 @@ class Run:
                     live = self.backend.advance(live, step, len(texts), continuing=continuing)
                 self._ask(live, following, 0, texts)
 
+    def _batch(self, batch: TokenBatch, rows: Integers) -> None:
+        """Run texts that are one batch: survivors stay in it, beside those who were not asked yet.
+
+        Waiting for others would win nothing, for there are none: so no layer and no exit runs more than once, of which
+        the fixed cost is what few texts pay for.
+        """
+        layers = self.plan.predicted_layers[rows]
+        order = np.lexsort((batch.lengths[rows], -layers))
+        texts, first = rows[order], layers[order]
+        live = self.backend.start(batch.select(texts))
+        asked = set(self.settings.asked_layers(self.course.depths).tolist())
+        for layer in range(1, self.course.depths[-1] + 1):
+            # Asked are those whose first exit is here and, where everybody is asked, those who were before.
+            due = int(np.searchsorted(-first, -layer))
+            stop = len(texts) if layer in asked else int(np.searchsorted(-first, -layer, side="right"))
+            ends = due < stop and self._is_final(layer)
+            live = self.backend.advance(live, layer, len(texts), continuing=due if ends else None)
+            if due == stop:
+                continue
+            missed = self._judge(live, layer, texts, due, stop)
+            going = np.concatenate([np.arange(due), missed, np.arange(stop, len(texts))])
+            if not len(going):
+                return
+            if due < len(going) < len(texts):
+                live = self.backend.select(live, going)
+            texts, first = texts[going], first[going]
+
     def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
         """Let the exit at `layer` answer the live texts from `start` on; those not certain enough go to the pool."""
-        stop = len(live.lengths)
+        missed = self._judge(live, layer, texts, start, len(live.lengths))
+        if len(missed):
+            everyone = len(missed) == len(live.lengths)
+            survivors = live if everyone else self.backend.select(live, missed)
+            self.pools.setdefault(layer, []).append((survivors, texts[missed]))
+
+    def _judge(self, live: Any, layer: int, texts: Integers, start: int, stop: int) -> Integers:
+        """Let the exit at `layer` answer live texts start … stop - 1; return which are not certain enough."""
         asked = texts[start:stop]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
         is_final = self._is_final(layer)
@@ -172,21 +211,18 @@ class Run:
             # What the device says stays there until the end: fetching it now would wait for it.
             self.exit_layers[asked] = layer
             self.waiting.append((asked, logits, layer))
-            return
+            return _NONE
         # The one wait for the device: who is certain enough decides who goes on.
         guess = self._guess(asked)
         logits = self.settings.answered(logits.cpu(), layer, guess)
         if is_final:
             self._answer(asked, logits, layer)
-            return
+            return _NONE
         unsure = self.settings.uncertainty(logits, layer, multi_label=self.course.multi_label, lexical=guess)
         sure = (unsure < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
         self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
-        if len(missed):
-            everyone = start == 0 and len(missed) == stop
-            survivors = live if everyone else self.backend.select(live, start + missed)
-            self.pools.setdefault(layer, []).append((survivors, asked[missed]))
+        return start + missed
 
     def _is_final(self, layer: int) -> bool:
         """Whether the texts that are asked at a layer end there, whatever the answer."""

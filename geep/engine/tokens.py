@@ -104,23 +104,33 @@ def tokenized_ahead(
     parts: Iterable[Sequence[TextInput]], work: Callable[[Sequence[TextInput]], TokenizedTexts]
 ) -> Iterator[TokenizedTexts]:
     """Tokenise each part while the one before it runs; the tokenizer's Rust threads leave Python's lock alone."""
+    source = iter(parts)
+    first = next(source, None)
+    if first is None:
+        return
+    try:
+        second = next(source, None)
+    except Exception:
+        # What was good before a bad text is answered before the caller is told of it.
+        yield work(first)
+        raise
+    if second is None:
+        # A thread takes longer to start than the few texts of a server's call to tokenise.
+        yield work(first)
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="geep-tokenize") as thread:
-        waiting: Future[TokenizedTexts] | None = None
-        source = iter(parts)
-        while True:
+        waiting: Future[TokenizedTexts] = thread.submit(work, first)
+        part: Sequence[TextInput] | None = second
+        while part is not None:
+            following = thread.submit(work, part)
+            yield waiting.result()
+            waiting = following
             try:
                 part = next(source, None)
             except Exception:
-                # What was good before a bad text is answered before the caller is told of it.
-                if waiting is not None:
-                    yield waiting.result()
-                raise
-            following = None if part is None else thread.submit(work, part)
-            if waiting is not None:
                 yield waiting.result()
-            if following is None:
-                return
-            waiting = following
+                raise
+        yield waiting.result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The model: any BERT-class encoder of Hugging Face, with an exit classifier at inner layers and a teacher at the end.
 
 The room refuses to know texts, thresholds, tables and batches. Read `families.py` (encoders, taken apart into layers),
-`inputs.py` (what they can be given), `heads.py` (classifiers), `labels.py`, `model.py`, which tells Hugging Face's auto
-classes the model's name, and `classifiers.py` (classifiers of others, taken over).
+`inputs.py` (what they can be given), `spans.py` (where packed texts lie), `heads.py` (classifiers), `labels.py`,
+`model.py`, which tells Hugging Face's auto classes the model's name, and `classifiers.py` (classifiers of others, taken
+over).
 """
 
 from geep.modeling.classifiers import CLASSIFIERS, classifier_config, from_classifier
@@ -36,6 +37,7 @@ from geep.modeling.inputs import (
 )
 from geep.modeling.labels import label_names_of
 from geep.modeling.model import ExitOutput, GeepConfig, GeepForSequenceClassification, label_loss
+from geep.modeling.spans import Spans
 
 __all__ = [
     "AttentionHead",
@@ -55,6 +57,7 @@ __all__ = [
     "MeanMaxHead",
     "PooledHead",
     "ProblemType",
+    "Spans",
     "check_tokenizer",
     "classifier_config",
     "family_of",

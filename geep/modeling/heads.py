@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from geep.modeling.spans import Spans
+
 
 class HeadConfig(Protocol):
     """What a head reads of a model's config."""
@@ -50,27 +52,25 @@ def _mean_and_max(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([_mean(hidden, mask), _max(hidden, mask)], dim=1)
 
 
-def _mean_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
+def _mean_packed(hidden: Tensor, spans: Spans) -> Tensor:
     """Mean (num_texts, hidden) of packed texts, or of parts of them; zero where there is no token."""
-    tokens = torch.arange(hidden.shape[0], dtype=offsets.dtype, device=hidden.device)
-    return F.embedding_bag(tokens, hidden, offsets[:-1], mode="mean")
+    return F.embedding_bag(spans.places, hidden, spans.offsets[:-1], mode="mean")
 
 
-def _mean_and_max_packed(hidden: Tensor, offsets: Tensor) -> Tensor:
-    lengths = offsets.diff()
-    text = torch.arange(len(lengths), device=hidden.device)
-    text = text.repeat_interleave(lengths, output_size=hidden.shape[0])[:, None].expand_as(hidden)
-    most = hidden.new_full((len(lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
+def _mean_and_max_packed(hidden: Tensor, spans: Spans) -> Tensor:
+    text = spans.texts[:, None].expand_as(hidden)
+    most = hidden.new_full((len(spans.lengths), hidden.shape[1]), torch.finfo(hidden.dtype).min)
     most = most.scatter_reduce(0, text, hidden, "amax")
-    most = torch.where((lengths > 0)[:, None], most, 0.0)
-    return torch.cat([_mean_packed(hidden, offsets), most], dim=1)
+    most = torch.where((spans.lengths > 0)[:, None], most, 0.0)
+    return torch.cat([_mean_packed(hidden, spans), most], dim=1)
 
 
-def _padded(hidden: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _padded(hidden: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """Packed texts padded with zeros, (num_texts, seq_len, hidden), and a mask of the tokens, (num_texts, seq_len)."""
     # Where no text has a token there is one column all the same: attention over none is undefined.
-    column = torch.arange(max(longest, 1), dtype=offsets.dtype, device=hidden.device)
-    mask = column < offsets.diff()[:, None]
+    offsets = spans.offsets
+    column = torch.arange(max(spans.longest, 1), dtype=offsets.dtype, device=hidden.device)
+    mask = column < spans.lengths[:, None]
     if not hidden.shape[0]:
         hidden = hidden.new_zeros(1, hidden.shape[1])
     # Gathered by position, for a boolean index would wait for the device to count.
@@ -110,7 +110,7 @@ class PooledHead(nn.Module):
         """Features (batch, widths * hidden) of padded hidden states; arguments as `forward`."""
         raise NotImplementedError
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Features (num_texts, widths * hidden) of packed texts; arguments as `forward_packed`."""
         raise NotImplementedError
 
@@ -129,16 +129,14 @@ class PooledHead(nn.Module):
         """
         return self.classify(self.pool(hidden, attention_mask))
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Map packed texts to logits (num_texts, num_labels), without a wait for the device.
 
         Args:
             hidden: Hidden states of the texts' tokens, one text after another, (num_tokens, hidden).
-            offsets: Where each text begins, and the end of the last: from 0 to num_tokens, (num_texts + 1,).
-            longest: Tokens of the longest text.
-            firsts: As for `forward`, (num_texts,).
+            spans: Where they lie.
         """
-        return self.classify(self.pool_packed(hidden, offsets, longest))
+        return self.classify(self.pool_packed(hidden, spans))
 
 
 class ClsHead(PooledHead):
@@ -150,13 +148,13 @@ class ClsHead(PooledHead):
         """The first token's hidden state."""
         return first_token(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """The first token's hidden state."""
         if not hidden.shape[0]:
-            return hidden.new_zeros(offsets.shape[0] - 1, hidden.shape[1])
-        first = hidden.index_select(0, offsets[:-1].clamp(max=hidden.shape[0] - 1))
+            return hidden.new_zeros(len(spans.lengths), hidden.shape[1])
+        first = hidden.index_select(0, spans.offsets[:-1].clamp(max=hidden.shape[0] - 1))
         # A text without tokens has no first one; it must not borrow its neighbour's.
-        return torch.where((offsets.diff() > 0)[:, None], first, 0.0)
+        return torch.where((spans.lengths > 0)[:, None], first, 0.0)
 
 
 class MeanHead(PooledHead):
@@ -166,9 +164,9 @@ class MeanHead(PooledHead):
         """Mean of the tokens; zero where there is none."""
         return _mean(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Mean of the tokens; zero where there is none."""
-        return _mean_packed(hidden, offsets)
+        return _mean_packed(hidden, spans)
 
 
 class MeanMaxHead(MeanHead):
@@ -180,9 +178,9 @@ class MeanMaxHead(MeanHead):
         """Mean and maximum of the tokens, side by side; zero where there is none."""
         return _mean_and_max(hidden, attention_mask)
 
-    def pool_packed(self, hidden: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def pool_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Mean and maximum of the tokens, side by side; zero where there is none."""
-        return _mean_and_max_packed(hidden, offsets)
+        return _mean_and_max_packed(hidden, spans)
 
 
 class ConvHead(nn.Module):
@@ -213,7 +211,8 @@ class ConvHead(nn.Module):
         tokens = torch.where(mask[..., None], F.gelu(self.narrow(hidden)), 0.0)
         reach, seq_len = self.width // 2, tokens.shape[1]
         near = F.pad(tokens, (0, 0, reach, reach))
-        tokens = self._convolved(tokens, [near[:, step : step + seq_len] for step in range(self.width)])
+        near = torch.cat([near[:, step : step + seq_len] for step in range(self.width)], dim=-1)
+        tokens = self._convolved(tokens, near)
         if not self.tells_texts_apart:
             return self._answer([_mean_and_max(tokens, mask)])
         place = mask.cumsum(1)  # from 1, wherever the padding is
@@ -221,31 +220,23 @@ class ConvHead(nn.Module):
         parts = (mask & (place <= border), mask & (place > border))
         return self._answer([_mean_and_max(tokens, part) for part in parts])
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
         tokens = F.gelu(self.narrow(hidden))
-        starts, ends, num_tokens = offsets[:-1], offsets[1:], tokens.shape[0]
-        place = torch.arange(num_tokens, device=hidden.device)
-        lengths = offsets.diff()
-        first, stop = (edge.repeat_interleave(lengths, output_size=num_tokens) for edge in (starts, ends))
-        reach = self.width // 2
-        near, found = F.pad(tokens, (0, 0, reach, reach)), []
-        for step in range(self.width):
-            there = place + (step - reach)
-            inside = (there >= first) & (there < stop)
-            found.append(torch.where(inside[:, None], near[step : step + num_tokens], 0.0))
-        tokens = self._convolved(tokens, found)
+        with_none = torch.cat([tokens, tokens.new_zeros(1, self.channels)])
+        near = with_none.index_select(0, spans.neighbours(self.width // 2)).view(
+            len(tokens), self.width * self.channels
+        )
+        tokens = self._convolved(tokens, near)
         if not self.tells_texts_apart:
-            return self._answer([_mean_and_max_packed(tokens, offsets)])
-        seconds = ends if firsts is None else starts + firsts.to(offsets.dtype)
-        borders = torch.cat([torch.stack([starts, seconds], 1).flatten(), offsets[-1:]])
-        return self._answer(list(_mean_and_max_packed(tokens, borders).view(len(starts), 2, -1).unbind(1)))
+            return self._answer([_mean_and_max_packed(tokens, spans)])
+        return self._answer(list(_mean_and_max_packed(tokens, spans.parts).view(len(spans.lengths), 2, -1).unbind(1)))
 
-    def _convolved(self, tokens: Tensor, near: list[Tensor]) -> Tensor:
-        """Tokens (…, channels) with what their neighbours, `width` of the same shape, have to say."""
+    def _convolved(self, tokens: Tensor, near: Tensor) -> Tensor:
+        """Tokens (…, channels) with what their neighbours, side by side (…, width * channels), have to say."""
         # Columns stand as those of a Conv1d, channel by channel; side by side the neighbours are copied faster.
         weight = self.convolution.weight.view(self.channels, self.channels, self.width).transpose(1, 2).flatten(1)
-        return tokens + F.gelu(F.linear(torch.cat(near, dim=-1), weight, self.convolution.bias))
+        return tokens + F.gelu(F.linear(near, weight, self.convolution.bias))
 
     def _answer(self, texts: list[Tensor]) -> Tensor:
         """Logits of features (num_texts, 2 * channels): of a text, or of the two of a pair."""
@@ -276,9 +267,9 @@ class Features(nn.Module):
             return self.head.pool(hidden, attention_mask)
         return hidden[attention_mask.bool()]
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Rows of packed texts; arguments as `PooledHead.forward_packed`."""
-        return self.head.pool_packed(hidden, offsets, longest) if isinstance(self.head, PooledHead) else hidden
+        return self.head.pool_packed(hidden, spans) if isinstance(self.head, PooledHead) else hidden
 
 
 class AttentionHead(nn.Module):
@@ -304,10 +295,10 @@ class AttentionHead(nn.Module):
         """Map padded hidden states (batch, seq_len, hidden) and a 0/1 mask (batch, seq_len) to logits."""
         return self._answer(torch.tanh(self.narrow(hidden)), attention_mask)
 
-    def forward_packed(self, hidden: Tensor, offsets: Tensor, longest: int, firsts: Tensor | None = None) -> Tensor:
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
         # Narrowed before it is padded: of short texts most of what is padded is padding.
-        return self._answer(*_padded(torch.tanh(self.narrow(hidden)), offsets, longest))
+        return self._answer(*_padded(torch.tanh(self.narrow(hidden)), spans))
 
     def _answer(self, narrow: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits of narrowed tokens, padded with anything, (batch, seq_len, size)."""
