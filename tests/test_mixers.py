@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend
+from geep.backends.forms import FORMS
 from geep.backends.int8 import observe
 from geep.backends.mixers import Disentangled, DistanceBias, DotProduct, Rotary, by_distance, paired
 from geep.backends.packed_layer import packed_layers
@@ -114,9 +115,9 @@ def test_layers_with_shared_weights_lay_them_out_once() -> None:
 
 
 def test_each_family_has_its_mixer() -> None:
-    kinds = {family: type(packed_layers(make_model(family))[1].mixer) for family in FAMILIES}
+    kinds = {family: type(packed_layers(make_model(family))[1].mixer) for family in FORMS}
     others = {"mpnet": DistanceBias, "deberta-v2": Disentangled, "modernbert": Rotary}
-    assert kinds == dict.fromkeys(FAMILIES, DotProduct) | others
+    assert kinds == dict.fromkeys(FORMS, DotProduct) | others
 
 
 # Eight bits
