@@ -311,14 +311,10 @@ def _deberta(encoder: Any, layers: Sequence[Any]) -> list[Mixer]:
         if vectors is None or not kinds:
             return DotProduct(scale)
         span = own.pos_ebd_size
-        key, query = (
-            (own.key_proj, own.query_proj)
-            if own.share_att_key
-            else (getattr(own, "pos_key_proj", None), getattr(own, "pos_query_proj", None))
-        )
+        prefix = "" if own.share_att_key else "pos_"
         keys, queries = (
-            by_head(scale * project(vectors[: 2 * span])) if kind in kinds and project is not None else None
-            for kind, project in (("c2p", key), ("p2c", query))
+            by_head(scale * getattr(own, prefix + name)(vectors[: 2 * span])) if kind in kinds else None
+            for kind, name in (("c2p", "key_proj"), ("p2c", "query_proj"))
         )
         return Disentangled(scale, keys, queries, rows_of(own.position_buckets, own.max_relative_positions, span))
 
