@@ -10,7 +10,7 @@ import torch
 from conftest import MAX_LENGTH, NUM_LAYERS, alone, make_model, make_tokenizer, random_batch
 from hypothesis import given, settings, strategies as st
 from test_backends import built_run, close, one_walk
-from test_cuda import TOLERANCES
+from test_cuda import TOLERANCES, on_gpu
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -103,6 +103,34 @@ def test_bfloat16_stays_near_float32(family: str, changes: dict[str, Any], backe
     built: Any = BACKENDS[backend].build(model, dtype="bfloat16")
     found = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 6).float()
     assert torch.allclose(found, expected, atol=TOLERANCES[torch.bfloat16] * float(expected.abs().max()), rtol=0)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        CudaOptions(attention="tiles", compile=False, graphs=False),
+        CudaOptions(attention="runs", compile=False, graphs=False),
+        CudaOptions(compile=True, graphs=True, record_after=0),
+    ],
+    ids=["tiles", "runs", "compile-graphs"],
+)
+@every_setting
+@torch.inference_mode()
+def test_a_gpu_gives_the_answers_of_float32_on_the_cpu(
+    family: str, changes: dict[str, Any], options: CudaOptions, dtype: torch.dtype
+) -> None:
+    model = make_model(family, num_attention_heads=2, **changes)
+    batch = random_batch(8, seed=7, longest=longest(family))
+    expected = alone(model, batch)
+    built = CudaBackend.build(model.to("cuda", dtype), dtype="float32", options=options)
+    for _ in range(3):  # the second time compiled code and graphs are there
+        live = built.start(batch)
+        for layer, num_texts in ((1, 8), (2, 8), (3, 6), (4, 6)):
+            live = built.advance(live, layer, num_texts)
+            found, wanted = built.exit_logits(live, layer, 0, num_texts).float().cpu(), expected[layer - 1, :num_texts]
+            assert torch.allclose(found, wanted, atol=TOLERANCES[dtype] * max(1.0, float(wanted.abs().max())), rtol=0)
 
 
 def test_layers_with_shared_weights_lay_them_out_once() -> None:
