@@ -2,8 +2,9 @@
 
 Measured: encoders of the real shapes, random weights and a small vocabulary, cut to their first layers, since every
 layer takes as long as the next; texts of random tokens whose lengths are lognormal, from 8 to 256 tokens. Both backends
-run what the engine gives them: texts sorted by length, in batches of as many tokens as the engine takes. Rounds are
-interleaved; medians are kept. Beside the times stands how far the logits of both are apart.
+run what the engine gives them: texts sorted by length, in batches of as many tokens as the engine takes. Beside them
+the same model as Hugging Face's pipeline runs it: batches of 32 in the order in which texts come. Rounds are
+interleaved; medians are kept. Beside the times stands how far the logits of both backends are apart.
 
 Not measured: accuracy, exits, GPUs.
 
@@ -18,7 +19,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 from scaling import CASE_TOKENS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from geep.backends import TokenBatch
@@ -37,7 +39,7 @@ from geep.evaluation import machine
 from geep.modeling import FAMILIES, GeepForSequenceClassification
 
 RESULTS = Path(__file__).resolve().parent / "results"
-VOCABULARY = 4000
+VOCABULARY, PAD = 4000, 1
 SHORTEST, LONGEST = 8, 256
 
 
@@ -109,15 +111,20 @@ def compare(shape: Shape, dtype: str, batch: TokenBatch, rounds: int) -> dict[st
     """Time both backends, one after the other in every round, after a round that is not counted."""
     model = random_model(shape)
     engines = {name: engine_of(model, name, dtype) for name in ("packed", "padded")}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        name: lambda engine=engine: engine.run_tokens(batch, settings=ExitSettings()).logits
+        for name, engine in engines.items()
+    }
+    ways["pipeline"] = lambda: as_they_come(engines["padded"].model, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     logits = {}
     for number in range(rounds + 1):
-        for name, engine in engines.items():
+        for name, run in ways.items():
             begin = time.perf_counter()
-            logits[name] = engine.run_tokens(batch, settings=ExitSettings()).logits
+            logits[name] = run()
             if number:
                 seconds[name].append(time.perf_counter() - begin)
-    packed, padded = (float(np.median(seconds[name])) for name in engines)
+    packed, padded, pipeline = (float(np.median(seconds[name])) for name in ways)
     return {
         "dtype": dtype,
         "layers": shape.layers,
@@ -125,6 +132,7 @@ def compare(shape: Shape, dtype: str, batch: TokenBatch, rounds: int) -> dict[st
         "tokens": len(batch.input_ids),
         "packed_seconds": packed,
         "padded_seconds": padded,
+        "pipeline_seconds": pipeline,
         "gain": padded / packed,
         "gain_of_rounds": [b / a for a, b in zip(seconds["packed"], seconds["padded"], strict=True)],
         "apart": float((logits["packed"] - logits["padded"]).abs().max() / logits["padded"].abs().max()),
@@ -132,10 +140,22 @@ def compare(shape: Shape, dtype: str, batch: TokenBatch, rounds: int) -> dict[st
     }
 
 
+@torch.inference_mode()
+def as_they_come(model: GeepForSequenceClassification, batch: TokenBatch, batch_size: int = 32) -> torch.Tensor:
+    """Logits of the full model on texts in their order, padded to the longest of each batch."""
+    texts = torch.from_numpy(batch.input_ids).split(batch.lengths.tolist())
+    found = []
+    for first in range(0, len(texts), batch_size):
+        ids = pad_sequence(list(texts[first : first + batch_size]), batch_first=True, padding_value=PAD)
+        lengths = torch.from_numpy(batch.lengths[first : first + batch_size])
+        found.append(model(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits)
+    return torch.cat(found)
+
+
 def random_model(shape: Shape) -> GeepForSequenceClassification:
     """An encoder of random weights with one exit, halfway."""
     torch.manual_seed(0)
-    ids = {"pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
+    ids = {"pad_token_id": PAD, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
     sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": shape.layers}
     config = AutoConfig.for_model(shape.family, **(sizes | ids | dict(shape.config)))
     encoder = AutoModel.from_config(config, **(FAMILIES[shape.family].init_kwargs or {}))
@@ -144,7 +164,7 @@ def random_model(shape: Shape) -> GeepForSequenceClassification:
 
 def engine_of(model: GeepForSequenceClassification, backend: str, dtype: str) -> Engine:
     """An engine on a copy of the model; its tokenizer is there for form's sake."""
-    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": PAD}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
     config = EngineConfig(device="cpu", backend=backend, dtype=dtype, max_length=LONGEST)
     return Engine(copy.deepcopy(model), tokenizer, config=config)
