@@ -165,11 +165,13 @@ def expected_seconds(
     *,
     max_batch_tokens: int,
     window_tokens: int,
+    call_size: int | None = None,
 ) -> float:
-    """Seconds that one text takes on average, in a long stream of texts like these.
+    """Seconds that one text takes on average, in a long stream of texts like these or in calls of a few.
 
     Survivors are pooled, so live tokens fill batches; a layer or exit that any text of a window reaches takes at least
-    one. Texts answered by the lexical exit take nothing.
+    one. In a call only texts of that call meet: of a layer that a share p of all texts reaches, calls of n texts take
+    1 - (1 - p)^n batches. Texts answered by the lexical exit take nothing.
 
     Args:
         first_layers: Layer at which each text is asked first, (num_texts,).
@@ -179,6 +181,7 @@ def expected_seconds(
         cost: What things take.
         max_batch_tokens: Tokens of a batch.
         window_tokens: Tokens that are sorted and pooled together.
+        call_size: Texts of a call; None: a stream.
 
     Raises:
         ValueError: If there are no tokens.
@@ -186,18 +189,24 @@ def expected_seconds(
     total = int(lengths.sum())
     if not total:
         raise ValueError("Found no tokens, expected texts to estimate the time of.")
-    windows = total / window_tokens
 
-    def batches(tokens: float) -> float:
-        return max(tokens / max_batch_tokens, windows) if tokens else 0.0
+    def batches(are_there: NDArray[np.bool_]) -> float:
+        tokens = float(lengths[are_there].sum())
+        if not tokens:
+            return 0.0
+        if call_size is None:
+            least = total / window_tokens
+        else:
+            least = len(lengths) / call_size * (1 - (1 - are_there.mean()) ** call_size)
+        return max(tokens / max_batch_tokens, float(least))
 
     seconds = 0.0
     for layer in range(1, int(exit_layers.max()) + 1):
-        tokens = float(lengths[exit_layers >= layer].sum())
-        seconds += cost.layer_seconds * batches(tokens) + cost.token_seconds * tokens
+        live = exit_layers >= layer
+        seconds += cost.layer_seconds * batches(live) + cost.token_seconds * float(lengths[live].sum())
     for layer in check_layers:
         asked = (first_layers <= layer) & (exit_layers >= layer)
-        seconds += cost.check_seconds * batches(float(lengths[asked].sum())) + cost.text_seconds * int(asked.sum())
+        seconds += cost.check_seconds * batches(asked) + cost.text_seconds * int(asked.sum())
     return seconds / len(lengths)
 
 

@@ -313,6 +313,13 @@ def test_costly_checks_are_left_out_and_the_engine_does_what_was_certified(profi
     assert {answer.exit_layer for answer in answers} <= {0, *dear.engine.settings.check_layers, 4}
 
 
+def test_a_size_of_calls_weighs_time(profiled: ProfileResult) -> None:
+    runs = ExitRun.of(profiled.engine, HELDOUT), ExitRun.of(profiled.engine, FRESH)
+    for options, found in (({}, "found 8 and no cost"), ({"cost": CostModel(1, 1)}, "found 0 and a cost")):
+        with pytest.raises(ValueError, match=found):
+            calibrate(profiled.engine, *runs, PROMISES["drop"], call_size=0 if options else 8, **options)
+
+
 def test_the_criterion_that_runs_fewest_layers_is_chosen(profiled: ProfileResult) -> None:
     never = AgreementScore(-50.0, 0.0, 0.0)
     blind = profiled.engine.replace(

@@ -472,6 +472,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         "--calibration": ("texts",),
         # Errors of their own where there is no table, and on a GPU.
         **dict.fromkeys(("--lexical", "--by-time"), ALWAYS),
+        "--call-size": ("no time",),
     },
     "evaluate": {
         **dict.fromkeys(("--output", "--max-texts", "--rounds", "--speed", "--seed", "--json"), ALWAYS),
@@ -533,6 +534,7 @@ def test_an_option_that_a_mode_ignores_is_refused(
         ("train", "named encoder"): [workplace / "data"],
         ("train", "encoder folder"): [workplace / "data", "-m", encoder],
         ("calibrate", "no texts"): [model],
+        ("calibrate", "no time"): [model],
         ("calibrate", "texts"): [model, "--texts", rows],
         ("calibrate", "agreement"): [model, "--texts", rows, "--min-agreement", "0.9"],
         ("evaluate", "no file"): [model],

@@ -161,6 +161,38 @@ def test_seconds_by_hand() -> None:
     assert seconds_of(CostModel(0, 0, 1, 0), budget=1000, window=15) == pytest.approx(2 * 2 / 3)
 
 
+def test_seconds_of_calls_by_hand() -> None:
+    first, last, lengths = np.array([1, 1, 0]), np.array([1, 3, 0]), np.array([10, 10, 10])
+
+    def layers_of(call_size: int) -> float:
+        budget = {"max_batch_tokens": 10**6, "window_tokens": 10**6}
+        return expected_seconds(first, last, lengths, [1, 3], CostModel(1, 0, 0, 0), call_size=call_size, **budget)
+
+    # A text of three runs layer 1 alone, one runs all three: of one-text calls each layer is its own.
+    assert layers_of(1) == pytest.approx(2 / 3 + 1 / 3 + 1 / 3)
+    # Of two texts a call runs layer 1 but where neither does, and layers 2 and 3 where either does.
+    assert layers_of(2) == pytest.approx((1 - 1 / 9) / 2 + 2 * (1 - 4 / 9) / 2)
+    assert layers_of(1000) == pytest.approx(3 / 1000)
+
+
+def test_of_few_texts_a_call_fewer_exits_pay() -> None:
+    sure_at, lengths = np.array([1, 2, 3, 4] * 10), np.full(40, 10)
+
+    def asked(call_size: int | None) -> tuple[int, ...]:
+        def seconds(layers: tuple[int, ...]) -> float:
+            checks = np.array([*layers, 4])
+            last, first = checks[np.searchsorted(checks, sure_at)], np.full(40, checks[0])
+            cost = CostModel(1.0, 0.1, 1.5, 0.0)
+            sizes = {"max_batch_tokens": 500, "window_tokens": 5000, "call_size": call_size}
+            return expected_seconds(first, last, lengths, checks.tolist(), cost, **sizes)
+
+        return thin_out((1, 2, 3), seconds)
+
+    # Of one text a check takes three quarters of a layer, which a quarter of the texts save at the first exit; of a full
+    # batch next to nothing.
+    assert (asked(1), asked(None)) == ((2, 3), (1, 2, 3))
+
+
 @given(TEXTS.filter(lambda texts: any(length for _, length in texts)), BUDGETS)
 def test_full_runs_take_every_layer_of_every_token(texts: list[tuple[int, int]], budget: int) -> None:
     layers, lengths = (np.array(column) for column in zip(*texts, strict=True))

@@ -145,6 +145,7 @@ def calibrate(
     criterion: str | None = None,
     lexical_exit: bool | None = None,
     cost: CostModel | None = None,
+    call_size: int | None = None,
     labels: SomeLabels | None = None,
     max_labels: int = MAX_LABELS,
     progress: Progress = no_progress,
@@ -168,6 +169,8 @@ def calibrate(
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time, and where a check costs time
             only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
+        call_size: Texts of a call, as a server makes them: of few texts a check costs as much as a layer, so fewer are
+            asked. Read with `cost`; None: a stream of many texts.
         labels: For a promise about accuracy on fresh texts without labels, those of some of them, by their position:
             `SomeLabels.none()` to begin with. A speed is tested once every text that it answers otherwise than the
             full model has one; `Calibration.to_label` says which are needed next. Settings are then chosen by
@@ -183,6 +186,11 @@ def calibrate(
             criterion is unknown or was not learned, or a run is of another engine.
         FloatingPointError: If logits are not finite.
     """
+    if call_size is not None and (cost is None or call_size < 1):
+        raise ValueError(
+            f"call_size (--call-size) is at least 1 and weighs time, with cost (--by-time); found {call_size} and "
+            f"{'no cost' if cost is None else 'a cost'}."
+        )
     base = base_settings(engine, on_miss)
     for judge in criteria(base, criterion):
         # Refuses one that is unknown, or that nothing was learned for, before any work is done.
@@ -233,6 +241,7 @@ def calibrate(
             criterion=criterion,
             lexical_exit=lexical_exit,
             cost=cost,
+            call_size=call_size,
             progress=progress,
         )
         for route in routes

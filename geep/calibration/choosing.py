@@ -64,6 +64,7 @@ def choose(
     criterion: str | None = None,
     lexical_exit: bool | None = None,
     cost: CostModel | None = None,
+    call_size: int | None = None,
     progress: Progress = no_progress,
 ) -> Choice:
     """Choose criterion, lexical exit, quantile and the layers asked, on tuning texts alone.
@@ -76,6 +77,7 @@ def choose(
             the engine's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time. None: for the fewest layers.
+        call_size: Texts of a call, where time is weighed; None: a stream of many.
         progress: Told what is being done.
     """
     base = base_settings(tuning.engine, on_miss)
@@ -88,12 +90,13 @@ def choose(
     for number, each in enumerate(judged):
         progress("settings", number, len(judged))
         weighed += [
-            _weigh(tuning, settings, promise, cost) for settings in _candidates(tuning.engine, each, lexical_exit)
+            _weigh(tuning, settings, promise, cost, call_size)
+            for settings in _candidates(tuning.engine, each, lexical_exit)
         ]
     progress("settings", len(judged), len(judged))
     best = min(weighed, key=lambda choice: choice.rank)
     if cost is not None and on_miss == "continue":
-        best = _with_fewer_checks(tuning, best, promise, cost)
+        best = _with_fewer_checks(tuning, best, promise, cost, call_size)
     return best
 
 
@@ -143,7 +146,9 @@ def _candidates(engine: Engine, base: ExitSettings, lexical_exit: bool | None) -
     return [replace(base, quantile=quantile, lexical_exit=lexical) for quantile in quantiles for lexical in switches]
 
 
-def _weigh(tuning: Outcomes, settings: ExitSettings, promise: Promise, cost: CostModel | None) -> Choice:
+def _weigh(
+    tuning: Outcomes, settings: ExitSettings, promise: Promise, cost: CostModel | None, call_size: int | None
+) -> Choice:
     """Try every speed; the least is over those whose observed risk stays within the promise."""
     at_speeds = [replace(settings, speed=speed) for speed in TRIAL_SPEEDS]
     trials = tuple(tuning.trial(each, promise) for each in at_speeds)
@@ -154,11 +159,11 @@ def _weigh(tuning: Outcomes, settings: ExitSettings, promise: Promise, cost: Cos
     if cost is None:
         least = min((trials[number].mean_exit_layer for number in kept), default=np.inf)
     else:
-        least = min((_seconds(tuning, at_speeds[number], cost) for number in kept), default=np.inf)
+        least = min((_seconds(tuning, at_speeds[number], cost, call_size) for number in kept), default=np.inf)
     return Choice(settings, trials, float(least), bool(certain))
 
 
-def _seconds(tuning: Outcomes, settings: ExitSettings, cost: CostModel) -> float:
+def _seconds(tuning: Outcomes, settings: ExitSettings, cost: CostModel, call_size: int | None) -> float:
     engine, depths = tuning.engine, np.asarray(tuning.depths)
     return expected_seconds(
         depths[tuning.planned(settings)],
@@ -168,13 +173,16 @@ def _seconds(tuning: Outcomes, settings: ExitSettings, cost: CostModel) -> float
         cost,
         max_batch_tokens=engine.deployment.max_batch_tokens,
         window_tokens=engine.config.window_tokens,
+        call_size=call_size,
     )
 
 
-def _with_fewer_checks(tuning: Outcomes, choice: Choice, promise: Promise, cost: CostModel) -> Choice:
+def _with_fewer_checks(
+    tuning: Outcomes, choice: Choice, promise: Promise, cost: CostModel, call_size: int | None
+) -> Choice:
     """Leave out the exits that cost more time than they save."""
 
     def weighed(layers: tuple[int, ...]) -> Choice:
-        return _weigh(tuning, replace(choice.settings, check_layers=layers), promise, cost)
+        return _weigh(tuning, replace(choice.settings, check_layers=layers), promise, cost, call_size)
 
     return weighed(thin_out(tuning.engine.depths[:-1], lambda layers: weighed(layers).least))

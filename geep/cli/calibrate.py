@@ -84,6 +84,14 @@ def calibrate_command(
             rich_help_panel=opt.PROMISE,
         ),
     ] = False,
+    call_size: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="With --by-time: texts of a call, as a server makes them. Of few texts, fewer exits pay.",
+            rich_help_panel=opt.PROMISE,
+        ),
+    ] = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     backend: opt.Backend = None,
@@ -107,6 +115,8 @@ def calibrate_command(
     with show.errors(as_json, goes_on=texts is not None):
         console = show.console_for(as_json)
         promise = opt.promise(max_drop, min_agreement, confidence, conditional=conditional)
+        if not by_time:
+            opt.refuse_ignored(context, ["call_size"], "without --by-time")
         asking = ("to_label", "labels", "labelled_by", "max_labels")
         if texts is None:
             columns = ("text_column", "text_pair_column", "quoting")
@@ -139,6 +149,7 @@ def calibrate_command(
                 criterion=criterion,
                 lexical_exit=lexical,
                 cost=engine.measure_cost() if by_time else None,
+                call_size=call_size,
                 labels=known,
                 max_labels=max_labels,
                 progress=progress,

@@ -15,7 +15,7 @@ from geep.backends import Backend, TokenBatch
 from geep.scheduler import CostModel, Timings
 
 # Sizes of the batches that are timed: around the one where a layer's fixed cost fades on a CPU. Texts of 32 tokens.
-_TIMED_TEXTS, _TIMED_LENGTH = (2, 8, 32), 32
+_TIMED_TEXTS, _TIMED_LENGTH = (1, 2, 8, 32), 32
 
 # Multiplications of a layer beside which its fixed cost, some hundred microseconds on a CPU, is about a hundredth.
 # 8 and 16 bits multiply at least twice as fast.
