@@ -160,7 +160,7 @@ class Bench:
 
     def flops(self, lengths: np.ndarray) -> float:
         """Useful operations of one layer on texts of these lengths: products, scores and means."""
-        intermediate = self.backend(compile=False, graphs=False).layers[0].up[0].shape[0]
+        intermediate = self.backend(compile=False, graphs=False).layers[0].weights.up[0].shape[0]
         per_token = 8 * self.width**2 + 4 * self.width * intermediate
         return float(per_token * lengths.sum() + 4 * self.width * (lengths.astype(float) ** 2).sum())
 

@@ -25,6 +25,9 @@ def more_parts(results: Path) -> list[str]:
     scaling = results / "scaling.jsonl"
     if scaling.exists():
         parts += ["## How time and memory grow", *scaling_part(results, read(scaling))]
+    families = results / "families.jsonl"
+    if families.exists():
+        parts += ["## Families", *families_part(read(families))]
     learned = results / "table_scale.jsonl"
     if learned.exists():
         parts += ["## Learning a table from many texts", *table_scale_part(read(learned))]
@@ -210,6 +213,41 @@ def scaling_part(results: Path, lines: list[Line]) -> list[str]:
                 )
             )
     return parts + _figure(results, "scaling")
+
+
+def families_part(lines: list[Line]) -> list[str]:
+    """A row for each encoder and dtype: time of a layer on 1,000 tokens, packed and padded."""
+
+    def per_layer(line: Line, backend: str) -> str:
+        return f"{1e6 * line[f'{backend}_seconds'] / line['layers'] / line['tokens']:.1f}"
+
+    rows = [
+        [
+            f"{line['model']}, {line['dtype']}",
+            *(per_layer(line, backend) for backend in ("packed", "padded", "pipeline")),
+            times(line["gain"]),
+            f"{min(line['gain_of_rounds']):.2f} – {max(line['gain_of_rounds']):.2f}",
+            times(line["pipeline_seconds"] / line["packed_seconds"]),
+            f"{line['apart']:.1g}",
+        ]
+        for line in sorted(lines, key=lambda line: [line["dtype"] != "float32", -line["gain"]])
+    ]
+    machine = lines[0]["machine"]
+    return [
+        "Printed by `benchmarks/families.py`: encoders of these shapes with random weights, cut to their first layers, "
+        f"at full depth on {lines[0]['texts']:,} texts of {lines[0]['tokens']:,} tokens together, 8 to 256 each "
+        "(lognormal). Both backends get them sorted by length, in batches of as many tokens as the engine takes; the "
+        "pipeline is Hugging Face's own forward on batches of 32 in the order in which texts come. Times are "
+        "milliseconds of one layer for 1,000 tokens; the last column is how far the logits are apart, as a part of "
+        f"the largest. Machine: {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.",
+        table(
+            [
+                *("", "packed, ms", "padded, ms", "pipeline, ms"),
+                *("packed over padded", "lowest – highest round", "packed over pipeline", "logits apart"),
+            ],
+            rows,
+        ),
+    ]
 
 
 def table_scale_part(lines: list[Line]) -> list[str]:

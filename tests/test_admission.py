@@ -8,6 +8,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from conftest import MAX_LENGTH, VOCAB, alone, make_engine, make_model, make_tokenizer, random_batch, tiny_encoder
 from tokenizers.processors import TemplateProcessing
 
+from geep.backends import packed_layer
 from geep.backends.likeness import unlike_hugging_face
+from geep.backends.mixers import Disentangled, Rotary, mixers_of
 from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, GeepConfig, GeepForSequenceClassification
 
@@ -34,8 +37,33 @@ def layer_of(model: GeepForSequenceClassification, number: int) -> Any:
 @pytest.mark.parametrize("head", ["mean", "cls", "attention"])
 def test_a_family_as_it_is_passes_the_trial(family: str, head: str) -> None:
     model = make_model(family, head=head)
-    ways = (True, False) if FAMILIES[family].packed else (False,)
-    assert [unlike_hugging_face(model, packed=packed, max_length=MAX_LENGTH) for packed in ways] == [None] * len(ways)
+    ways = (True, False)
+    assert [unlike_hugging_face(model, packed=packed, max_length=MAX_LENGTH) for packed in ways] == [None, None]
+
+
+def other_distances(mixer: Any) -> Any:
+    """The same mixer, but for what is far apart."""
+    if isinstance(mixer, Rotary):
+        return mixer if mixer.window is None else Rotary.of(mixer.turns, mixer.window + 1, torch.float32)
+    if isinstance(mixer, Disentangled) and mixer.keys is not None:
+        buckets = mixer.keys.shape[1]  # each distance gets its own, as far as they go
+        own = torch.arange(len(mixer.rows)) - len(mixer.rows) // 2 + buckets // 2
+        return replace(mixer, rows=own.clamp(0, buckets - 1))
+    table = mixer.table.clone()
+    table[:, table.shape[1] // 2 + 25 :] += 1
+    return replace(mixer, table=table)
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "modernbert", "mpnet"])
+def test_far_distances_that_are_other_ones_are_found_before_the_first_text(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others(encoder: Any, layers: Any) -> list[Any]:
+        return [other_distances(mixer) for mixer in mixers_of(encoder, layers)]
+
+    monkeypatch.setattr(packed_layer, "mixers_of", others)
+    with pytest.raises(ValueError, match=f"packed layers do not answer as .*'{family}'.*Use backend='padded'"):
+        Engine(make_model(family), make_tokenizer(), config=EngineConfig(device="cpu", backend="packed"))
 
 
 class Doubled(torch.nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from geep.backends import BACKENDS, TokenBatch
-from geep.backends.packed_layer import LAYER_PARTS, length_runs
+from geep.backends.forms import FORMS
+from geep.backends.packed_layer import length_runs
 from geep.backends.protocol import token_positions
 from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification
@@ -145,21 +146,29 @@ def test_texts_of_the_longest_length_fit(backend: str, family: str) -> None:
     assert close(built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 3), alone(model, batch)[-1])
 
 
-def test_every_packed_family_has_its_parts_and_the_others_are_refused() -> None:
-    assert LAYER_PARTS.keys() == {name for name, family in FAMILIES.items() if family.packed}
-    with pytest.raises(ValueError, match="'modernbert'; use backend='padded'"):
-        BACKENDS["packed"].build(make_model("modernbert"), dtype="float32")
+def test_what_has_a_form_is_packed_and_every_family_is_run() -> None:
+    assert FORMS.keys() <= FAMILIES.keys()
     assert not any(backend.supports(AutoConfig.for_model("gpt2")) for backend in BACKENDS.values())
     configs = [AutoConfig.for_model(family) for family in FAMILIES]
-    assert all(any(backend.supports(config) for backend in BACKENDS.values()) for config in configs)
+    assert all(BACKENDS["padded"].supports(config) for config in configs)
+    for name in ("packed", "cuda"):
+        assert {config.model_type for config in configs if BACKENDS[name].supports(config)} == FORMS.keys()
 
 
-@pytest.mark.parametrize("switch", [{"is_decoder": True}])
-def test_a_layer_that_a_switch_makes_another_one_runs_padded(switch: dict[str, Any]) -> None:
-    """Engine and model agree whatever the config says of the layers: what is not plain is not packed."""
-    model = make_model(**switch)
+# Frequencies that are not those of the plain rotation.
+_SCALED = {
+    kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "switch"), [("bert", {"is_decoder": True}), ("modernbert", {"rope_parameters": _SCALED})]
+)
+def test_a_layer_that_a_switch_makes_another_one_runs_padded(family: str, switch: dict[str, Any]) -> None:
+    """Engine and model agree whatever the config says of the layers: what is not known is not packed."""
+    model = make_model(family, **switch)
     assert not BACKENDS["packed"].supports(model.encoder.config)
-    with pytest.raises(ValueError, match=f"{next(iter(switch))}.*use backend='padded'"):
+    with pytest.raises(ValueError, match=r"the encoder's config has .*use backend='padded'"):
         BACKENDS["packed"].build(model, dtype="float32")
     engine = Engine(model, make_tokenizer(), config=EngineConfig(device="cpu"))
     assert engine.deployment.deployed_as.startswith("padded")

@@ -60,6 +60,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "betting",
         "certified",
         "searches",
+        "families",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
@@ -513,6 +514,30 @@ def test_scaling_goes_on_with_what_is_missing(rivals: None, tmp_path: Path, monk
     first = len(asked)
     scaling.main()
     assert len(asked) - first <= 1
+
+
+# --- families
+
+
+def test_families_measures_what_is_missing_and_the_report_tells_it(
+    rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    families = load("families")
+    tiny = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    shapes = {name: families.Shape(name, 2, tiny) for name in ("albert", "modernbert")}
+    monkeypatch.setattr(families, "SHAPES", shapes)
+    dtypes = ("float32", "bfloat16") if families.multiplies_bfloat16() else ("float32",)
+    arguments = ["--tokens", "300", "--rounds", "2", "--results", str(tmp_path)]
+    families.main(arguments)
+    lines = [json.loads(line) for line in (tmp_path / "families.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["dtype"]) for line in lines] == [(name, dtype) for name in shapes for dtype in dtypes]
+    assert all(line["tokens"] >= 300 and len(line["gain_of_rounds"]) == 2 for line in lines)
+    assert all(line["apart"] < (1e-4 if line["dtype"] == "float32" else 0.1) for line in lines)
+    capsys.readouterr()
+    families.main(arguments)
+    assert not capsys.readouterr().out
+    parts = "\n".join(load("report_more").families_part(lines))
+    assert all(f"| {line['model']}, {line['dtype']} |" in parts for line in lines)
 
 
 # --- figures and report

@@ -30,8 +30,9 @@ from transformers import AutoConfig
 from geep.backends import BACKENDS, CudaBackend, CudaOptions, PackedBackend, TokenBatch
 from geep.backends.cuda import compiled
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces, _Bucket, bucket_sizes, max_texts, max_tiles
+from geep.backends.mixers import TILE, DotProduct
 from geep.backends.staging import Staging
-from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
+from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.engine.deployment import default_backend
 from geep.modeling import HEADS, GeepForSequenceClassification, Spans
@@ -116,7 +117,7 @@ def test_attention_in_tiles_is_attention_in_each_text(lengths: list[int], data: 
         weights = (query @ key.transpose(1, 2) / 2).softmax(-1)
         parts.append((weights @ value).transpose(0, 1).reshape(-1, 16))
     expected = torch.cat(parts) if parts else qkv[:, :16]
-    assert torch.allclose(attend_tiles(qkv, tiles, num_heads=4), expected, atol=1e-5)
+    assert torch.allclose(attend_tiles(qkv, tiles, 4, DotProduct()), expected, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=25)
@@ -554,37 +555,32 @@ def test_bfloat16_stays_near_float32() -> None:
 # Compiling
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
 @torch.no_grad()
-def test_one_compilation_serves_all_layers_and_sizes() -> None:
+def test_one_compilation_serves_all_layers_and_sizes(family: str) -> None:
     graphs: list[Any] = []
 
     def count(graph: Any, _inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    built = CudaBackend.build(make_model(), dtype="float32")
-    finish = compiled(built.finish, built.layers, backend=count)
+    layers = CudaBackend.build(make_model(family), dtype="float32").layers
+    finish = compiled(layers[0].finish, [layer.weights for layer in layers], backend=count)
     for rows in (5, 9, 200, 2):
-        for weights in built.layers:
+        for layer in layers:
             mixed, hidden = torch.randn(rows, 32), torch.randn(rows, 32)
-            assert torch.allclose(finish(mixed, hidden, weights), built.finish(mixed, hidden, weights), atol=1e-6)
+            expected = layer.finish(mixed, hidden, layer.weights)
+            assert torch.allclose(finish(mixed, hidden, layer.weights), expected, atol=1e-6)
     assert len([graph for graph in graphs if len(graph.graph.nodes) > 1]) == 1
 
 
 # The engine
 
 
-def test_the_default_backend_depends_on_family_and_device() -> None:
-    cuda = torch.device("cuda")
-    assert [default_backend(AutoConfig.for_model(family), cuda) for family in ("bert", "distilbert", "modernbert")] == [
-        "cuda",
-        "cuda",
-        "padded",
-    ]
-    assert [default_backend(AutoConfig.for_model(family), CPU) for family in ("bert", "modernbert")] == [
-        "packed",
-        "padded",
-    ]
+def test_the_default_backend_depends_on_encoder_and_device() -> None:
+    known, other = AutoConfig.for_model("modernbert"), AutoConfig.for_model("bert", is_decoder=True)
+    assert [default_backend(config, torch.device("cuda")) for config in (known, other)] == ["cuda", "padded"]
+    assert [default_backend(config, CPU) for config in (known, other)] == ["packed", "padded"]
 
 
 def test_a_device_that_the_backend_does_not_run_on_is_refused() -> None:

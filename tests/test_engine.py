@@ -694,7 +694,7 @@ def test_a_device_or_dtype_that_is_not_there_is_refused() -> None:
         with pytest.raises(ValueError, match="no CUDA device; use device='cpu'"):
             make_engine(config=EngineConfig(device="cuda"), table=False)
     with pytest.raises(ValueError, match="use backend='padded'"):
-        make_engine(make_model("modernbert"), config=EngineConfig(device="cpu", backend="packed"), table=False)
+        make_engine(make_model(is_decoder=True), config=EngineConfig(device="cpu", backend="packed"), table=False)
 
 
 class SlowTokenizer:

@@ -27,11 +27,12 @@ from transformers import PreTrainedConfig
 
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces
 from geep.backends.int8 import ActivationRanges
+from geep.backends.mixers import TILE, mixes_plainly
 from geep.backends.packed import PackedBackend, embed, joined, position_ids
-from geep.backends.packed_layer import PackedLayer, attend_runs, length_runs, packed_layers
+from geep.backends.packed_layer import PackedLayer, attend_runs, each_once, length_runs, packed_layers, steps_of
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
-from geep.backends.tiles import TILE, Tiles, attend_tiles, plan_tiles, tile_bias
+from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
 from geep.modeling import GeepForSequenceClassification, Spans, family_of
 
 logger = logging.getLogger(__name__)
@@ -68,37 +69,68 @@ class CudaOptions:
     record_after: int = 2
 
 
-class LayerWeights(NamedTuple):
-    """Weights of a layer, each matrix (out, in) before its bias; norms are scale and shift."""
+Pair = tuple[Tensor, Tensor | None]
 
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    attention_norm: tuple[Tensor, Tensor]
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    output_norm: tuple[Tensor, Tensor]
+
+class LayerWeights(NamedTuple):
+    """Weights of what follows attention, each matrix (out, in) before its bias; norms are scale and shift."""
+
+    out: Pair
+    attention_norm: Pair | None
+    up: Pair
+    gate: Pair | None
+    down: Pair
+    output_norm: Pair
 
     @classmethod
     def of(cls, layer: PackedLayer) -> Self:
         """Take the tensors of a packed layer."""
-        norms = [(norm.weight, norm.bias) for norm in (layer.attention_norm, layer.output_norm)]
-        return cls(layer.qkv, layer.out, norms[0], layer.up, layer.down, norms[1])
+        norm = layer.output_norm
+        # What a layer that normalises first does before attention is not part of this.
+        first = None if layer.norm_first or layer.attention_norm is None else layer.attention_norm
+        attention_norm = None if first is None else (first.weight, first.bias)
+        return cls(layer.out, attention_norm, layer.up, layer.gate, layer.down, (norm.weight, norm.bias))
 
 
 # mixed values (rows, hidden), the layer's input (rows, hidden), weights -> the layer's output (rows, hidden)
 Finish = Callable[[Tensor, Tensor, LayerWeights], Tensor]
 
 
-def make_finish(activation: Callable[[Tensor], Tensor], eps: float) -> Finish:
-    """Make the function of all that follows attention in a post-norm layer."""
+def make_finish(layer: PackedLayer) -> Finish:
+    """Make the function of all that follows attention in layers like this one."""
+    activation, eps, norm_first = layer.activation, layer.output_norm.eps, layer.norm_first
 
     def finish(mixed: Tensor, hidden: Tensor, weights: LayerWeights) -> Tensor:
         size = hidden.shape[1:]
-        hidden = F.layer_norm(F.linear(mixed, *weights.out) + hidden, size, *weights.attention_norm, eps)
-        wide = activation(F.linear(hidden, *weights.up))
-        return F.layer_norm(F.linear(wide, *weights.down) + hidden, size, *weights.output_norm, eps)
+        hidden = F.linear(mixed, *weights.out) + hidden
+        if weights.attention_norm is not None:
+            hidden = F.layer_norm(hidden, size, *weights.attention_norm, eps)
+        read = F.layer_norm(hidden, size, *weights.output_norm, eps) if norm_first else hidden
+        wide = activation(F.linear(read, *weights.up))
+        if weights.gate is not None:
+            wide = wide * F.linear(read, *weights.gate)
+        hidden = F.linear(wide, *weights.down) + hidden
+        return hidden if norm_first else F.layer_norm(hidden, size, *weights.output_norm, eps)
 
     return finish
+
+
+@dataclass(frozen=True, slots=True)
+class CudaLayer:
+    """A layer: what comes before its tokens mix, and how they do, is the packed layer's; the rest is `finish`."""
+
+    packed: PackedLayer
+    weights: LayerWeights
+    finish: Finish
+
+    def qkv(self, hidden: Tensor) -> Tensor:
+        """Queries, keys and values: (num_tokens, hidden) to (num_tokens, 3 hidden)."""
+        return F.linear(self.packed.before(hidden), *self.packed.qkv)
+
+    def in_tiles(self, hidden: Tensor, tiles: Tiles) -> Tensor:
+        """Run the layer on tokens that lie in tiles."""
+        mixed = attend_tiles(self.qkv(hidden), tiles, self.packed.num_heads, self.packed.mixer)
+        return self.finish(mixed, hidden, self.weights)
 
 
 def compiled(finish: Finish, layers: Sequence[LayerWeights], **options: Any) -> Finish:
@@ -110,9 +142,8 @@ def compiled(finish: Finish, layers: Sequence[LayerWeights], **options: Any) -> 
         **options: Passed on to `torch.compile`.
     """
     for weights in layers:
-        for pair in weights:
-            for tensor in pair:
-                torch._dynamo.mark_static(tensor)
+        for tensor in (tensor for pair in weights if pair is not None for tensor in pair if tensor is not None):
+            torch._dynamo.mark_static(tensor)
     return torch.compile(finish, dynamic=True, **options)
 
 
@@ -163,16 +194,14 @@ class CudaBackend:
 
     model: GeepForSequenceClassification
     options: CudaOptions
-    layers: tuple[LayerWeights, ...]
-    num_heads: int
-    finish: Finish
+    layers: tuple[CudaLayer, ...]
     varlen: Varlen | None
     staging: Staging
     graphs: LayerGraphs | None
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Whether the encoder's layer is the plain post-norm one."""
+        """Whether the encoder's layer is one that `packed` runs."""
         return PackedBackend.supports(config)
 
     @classmethod
@@ -202,21 +231,26 @@ class CudaBackend:
         """
         options = CudaOptions() if options is None else options
         packed = packed_layers(model)
-        layers = tuple(map(LayerWeights.of, packed))
-        num_heads, device = packed[0].num_heads, model.device
-        varlen = _find_varlen(model, num_heads)
+        weights, device, config = each_once(LayerWeights.of, packed), model.device, model.encoder.config
+        varlen = _find_varlen(model, packed[0].num_heads) if mixes_plainly(config) else None
+        if options.attention == "varlen" and not mixes_plainly(config):
+            raise ValueError(
+                f"attention='varlen' knows no distances between tokens, which {config.model_type!r} needs; "
+                "use attention='auto'."
+            )
         if options.attention == "varlen" and varlen is None:
             raise ValueError(
                 f"attention='varlen' needs float16 or bfloat16 on a CUDA device and torch.nn.attention.varlen, found "
                 f"{model.dtype} on {device}, torch {torch.__version__}; use attention='auto'."
             )
-        finish = make_finish(packed[0].activation, packed[0].output_norm.eps)
+        finish = make_finish(packed[0])
         if _may_compile(options.compile, device):
-            finish = compiled(finish, layers)
+            finish = compiled(finish, weights)
+        layers = tuple(CudaLayer(*pair, finish) for pair in zip(packed, weights, strict=True))
         graphs = None
         if device.type == "cuda" if options.graphs is None else options.graphs:
             graphs = LayerGraphs(
-                lambda layer, hidden, tiles: _tiled_layer(layers[layer - 1], hidden, tiles, num_heads, finish),
+                lambda layer, hidden, tiles: layers[layer - 1].in_tiles(hidden, tiles),
                 BucketShape(
                     model.config.hidden_size,
                     model.config.num_labels or 0,
@@ -227,26 +261,30 @@ class CudaBackend:
                 max_tokens=options.graph_tokens,
                 record_after=options.record_after,
             )
-        return cls(model, options, layers, num_heads, finish, varlen, Staging(device), graphs)
+        return cls(model, options, layers, varlen, Staging(device), graphs)
 
     def start(self, batch: TokenBatch) -> CudaTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
         encoder = self.model.encoder
-        rows = {"input_ids": batch.input_ids, "position_ids": position_ids(batch, encoder.config)}
-        if batch.token_type_ids is not None:
+        family, rows = family_of(encoder.config), {"input_ids": batch.input_ids}
+        if family.has_position_ids:
+            rows["position_ids"] = position_ids(batch, encoder)
+        if family.has_token_type_ids and batch.token_type_ids is not None:
             rows["token_type_ids"] = batch.token_type_ids
         found, place = self._place(batch.lengths, batch.firsts(self.model.config.separator_id), *rows.values())
         inputs = {name: row[None] for name, row in zip(rows, found, strict=True)}
-        # Always given: without them Hugging Face's module would look them up by position, and would want int64.
-        inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
-        if not family_of(encoder.config).has_token_type_ids:
-            del inputs["token_type_ids"]
+        if family.has_token_type_ids:
+            # Always given: without them Hugging Face's module would look them up by position, and would want int64.
+            inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         return place(embed(encoder, inputs))
 
     def advance(self, live: CudaTexts, layer: int, num_texts: int, *, continuing: int | None = None) -> CudaTexts:
         """Run a layer on a prefix of the texts, those that end there like the others; the prefix is a view."""
         before, live = live.hidden, live.prefix(num_texts)
-        return replace(live, hidden=self._run(live, layer, before))
+        for number in steps_of(range(1, len(self.layers) + 1), layer, self.model.config.num_hidden_layers):
+            hidden = self._run(live, number, before)
+            before, live = hidden, replace(live, hidden=hidden)
+        return live
 
     def exit_logits(
         self, live: CudaTexts, layer: int, start: int, stop: int, *, head: nn.Module | None = None
@@ -257,7 +295,7 @@ class CudaBackend:
         """
         reader: Any = self.model.head_at(layer) if head is None else head
         if head is None and self.graphs is not None:
-            replayed = self.graphs.exit_logits(reader, live.hidden, start, stop)
+            replayed = self.graphs.exit_logits(reader, live.hidden, start, stop, self.model.finish)
             if replayed is not None:
                 return replayed
         first = int(live.lengths[:start].sum())
@@ -266,7 +304,8 @@ class CudaBackend:
         firsts = None if live.firsts_there is None else live.firsts_there[start:stop]
         offsets = live.offsets[start : stop + 1]
         offsets = offsets - first if first else offsets
-        return reader.forward_packed(hidden, Spans(offsets, len(hidden), int(lengths.max(initial=0)), firsts))
+        spans = Spans(offsets, len(hidden), int(lengths.max(initial=0)), firsts)
+        return reader.forward_packed(self.model.finish(hidden), spans)
 
     def select(self, live: CudaTexts, rows: Integers) -> CudaTexts:
         """Keep some texts: one gather of their tokens."""
@@ -304,30 +343,24 @@ class CudaBackend:
         for_varlen = num_tokens > self.options.graph_tokens and num_tokens >= self.options.varlen_from * len(lengths)
         return longest <= TILE and not (for_varlen and self.varlen is not None)
 
-    def _run(self, live: CudaTexts, layer: int, before: Tensor) -> Tensor:
-        """Run a layer on all tokens, whose hidden states are a prefix of `before`."""
-        weights, tiles = self.layers[layer - 1], live.tiles
-        if not len(live.hidden):
-            return live.hidden
+    def _run(self, live: CudaTexts, number: int, before: Tensor) -> Tensor:
+        """Run a packed layer (from 1) on all tokens, whose hidden states are a prefix of `before`."""
+        layer, tiles, hidden = self.layers[number - 1], live.tiles, live.hidden
+        if not len(hidden):
+            return hidden
         if tiles is not None:
             replayed = None
             if self.graphs is not None:
-                replayed = self.graphs(layer, before, live.hidden, TextPlaces(tiles, live.offsets, live.firsts_there))
-            return (
-                _tiled_layer(weights, live.hidden, tiles, self.num_heads, self.finish) if replayed is None else replayed
-            )
-        qkv = F.linear(live.hidden, *weights.qkv)
+                replayed = self.graphs(number, before, hidden, TextPlaces(tiles, live.offsets, live.firsts_there))
+            return layer.in_tiles(hidden, tiles) if replayed is None else replayed
+        qkv, num_heads = layer.qkv(hidden), layer.packed.num_heads
         if self.varlen is None or self.options.attention == "runs":
-            mixed = attend_runs(qkv, length_runs(live.lengths), self.num_heads)
+            mixed = attend_runs(qkv, length_runs(live.lengths), num_heads, layer.packed.mixer)
         else:
-            query, key, value = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)
+            query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)
             longest = live.longest
             mixed = self.varlen(query, key, value, live.offsets, live.offsets, longest, longest).flatten(1)
-        return self.finish(mixed, live.hidden, weights)
-
-
-def _tiled_layer(weights: LayerWeights, hidden: Tensor, tiles: Tiles, num_heads: int, finish: Finish) -> Tensor:
-    return finish(attend_tiles(F.linear(hidden, *weights.qkv), tiles, num_heads), hidden, weights)
+        return layer.finish(mixed, hidden, layer.weights)
 
 
 def _find_varlen(model: GeepForSequenceClassification, num_heads: int) -> Varlen | None:

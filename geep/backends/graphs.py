@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geep.backends.tiles import TILE, Tiles
+from geep.backends.mixers import TILE
+from geep.backends.tiles import Tiles
 from geep.modeling import Spans
 
 Work = Callable[[], object]
@@ -146,7 +147,7 @@ class LayerGraphs:
         """Run a layer; None where no graph fits, or none is worth recording yet.
 
         Args:
-            layer: Counted from 1.
+            layer: Counted from 1, as `run` counts.
             before: The hidden states of which `hidden` is a prefix. If they came out of a bucket last and still lie
                 there, the prefix stays in it and is not copied again, until it fills less than half: on few tokens a
                 layer takes less than a copy.
@@ -174,7 +175,9 @@ class LayerGraphs:
             bucket.holds = weakref.ref(out)
             return out
 
-    def exit_logits(self, head: Any, hidden: Tensor, start: int, stop: int) -> Tensor | None:
+    def exit_logits(
+        self, head: Any, hidden: Tensor, start: int, stop: int, finish: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         """Run an exit on texts that a layer has just left in a bucket; None where there is no such bucket, or no graph.
 
         Args:
@@ -182,6 +185,7 @@ class LayerGraphs:
             hidden: What `__call__` gave.
             start: First text.
             stop: The one behind the last.
+            finish: What exits read hidden states through; the same at every call.
 
         Returns:
             Logits (stop - start, num_labels), in float32 where the exit's dtype is below.
@@ -194,7 +198,7 @@ class LayerGraphs:
                 if not self._is_due(bucket, head):
                     return None
                 read: Any = head.forward_packed
-                self._record(bucket, head, lambda: bucket.logits.copy_(read(bucket.hidden, bucket.spans())))
+                self._record(bucket, head, lambda: bucket.logits.copy_(read(finish(bucket.hidden), bucket.spans())))
             self._take_turn()
             bucket.replays[head]()
             return bucket.logits[start:stop].clone()

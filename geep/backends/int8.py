@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
-from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
+from geep.backends.packed_layer import LengthRun, Linear, PackedLayer, attend_runs
 from geep.backends.protocol import Integers
 from geep.folder import RANGES_NAME, digest_tensors, named_by, publish
 
@@ -126,8 +126,10 @@ def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Seque
         batches: Embedded texts, (num_tokens, hidden), and where they lie.
 
     Raises:
-        ValueError: If there is no token to observe.
+        ValueError: If there is no token to observe, or the layers are of another form.
     """
+    for layer in layers:
+        check_form(layer)
     seen: dict[tuple[str, int], Range] = {}
     for hidden, runs in batches:
         if not len(hidden):
@@ -151,6 +153,19 @@ def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Seque
     )
 
 
+def check_form(layer: PackedLayer) -> None:
+    """Refuse layers that are not built as BERT's are.
+
+    Raises:
+        ValueError: If a layer normalises first, or gates its wide part.
+    """
+    if layer.norm_first or layer.gate is not None:
+        raise ValueError(
+            "int8 runs layers that normalise sums and have a plain wide part, found one that normalises first or is "
+            "gated (ModernBERT); use float32 or bfloat16."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Int8Linear:
     """A linear layer on 8-bit inputs.
@@ -167,7 +182,7 @@ class Int8Linear:
     zero_point: Tensor  # (in,), with a half for rounding
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, observed: Range) -> Self:
+    def of(cls, weight: Tensor, bias: Tensor | None, observed: Range) -> Self:
         """Quantise a float32 layer (out, in) for inputs in these ranges, one for each input channel."""
         scale, zero = _steps(observed)
         folded = weight * scale
@@ -179,7 +194,7 @@ class Int8Linear:
             weight_scale=weight_scale,
             weight_zero=torch.zeros(len(weight), dtype=torch.int64),
             # x = scale (q - zero), so the zero points add the same to every row.
-            bias=bias - (rounded * weight_scale[:, None]) @ zero,
+            bias=(0 if bias is None else bias) - (rounded * weight_scale[:, None]) @ zero,
             inverse_scale=1 / scale,
             zero_point=zero + 0.5,
         )
@@ -222,10 +237,8 @@ class Int8Layer:
     down: Int8Linear
     wide_step: float
     wide_zero: int
-    float_up: tuple[Tensor, Tensor]  # the channels that stay in float32
+    float_up: Linear  # the channels that stay in float32
     float_down: Tensor  # (float channels, hidden)
-    attention_norm: Norm
-    output_norm: Norm
     layer: PackedLayer
 
     @classmethod
@@ -233,9 +246,10 @@ class Int8Layer:
         """Quantise a float32 layer, the `number`th (from 0), for activations in the observed ranges.
 
         Raises:
-            ValueError: If the activation is none that can be applied inside an 8-bit product, or the ranges are of
-                another shape.
+            ValueError: If the layer is of another form, the activation is none that can be applied inside an 8-bit
+                product, or the ranges are of another shape.
         """
+        check_form(layer)
         if layer.activation_name not in FUSED_ACTIVATIONS:
             raise ValueError(
                 f"int8 runs the activations {sorted(FUSED_ACTIVATIONS)}, found {layer.activation_name!r}; "
@@ -269,22 +283,20 @@ class Int8Layer:
             down=Int8Linear.of(down_weight, layer.down[1], down_range),
             wide_step=float(step[0]),
             wide_zero=int(zero[0]),
-            float_up=(layer.up[0][in_float].contiguous(), layer.up[1][in_float].contiguous()),
+            float_up=(layer.up[0][in_float].contiguous(), None if layer.up[1] is None else layer.up[1][in_float]),
             float_down=layer.down[0][:, in_float].t().contiguous(),
-            attention_norm=layer.attention_norm,
-            output_norm=layer.output_norm,
             layer=layer,
         )
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
-        num_tokens, hidden = len(hidden), pad_rows(hidden)
-        mixed = attend_runs(self.qkv(self.qkv.quantise(hidden)), runs, self.layer.num_heads)
-        hidden = self.attention_norm(self.out.plus(self.out.quantise(mixed), hidden))
-        fused = FUSED_ACTIVATIONS[self.layer.activation_name]
+        num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
+        mixed = attend_runs(self.qkv(self.qkv.quantise(hidden)), runs, layer.num_heads, layer.mixer)
+        hidden, _ = layer.between(self.out.plus(self.out.quantise(mixed), hidden))
+        fused = FUSED_ACTIVATIONS[layer.activation_name]
         wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
-        few = self.layer.activation(F.linear(hidden, *self.float_up))
-        return self.output_norm(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))[:num_tokens]
+        few = layer.activation(F.linear(hidden, *self.float_up))
+        return layer.after(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))[:num_tokens]
 
     def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
         """Run the layer for the first token of each text, in float32: so few rows that the plain layer serves."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geep.backends.mixers import telling_length
 from geep.backends.packed import PackedBackend
 from geep.backends.packed_layer import packed_layers
 from geep.backends.padded import PaddedBackend
@@ -33,10 +34,12 @@ def unlike_hugging_face(model: GeepForSequenceClassification, *, packed: bool, m
     Raises:
         ValueError: If the model itself does not run.
     """
-    given = made_up_inputs(model.encoder, max_length)
+    # Far distances are seen only in a text that is long enough: one of those, and one that is padded to it.
+    longest = telling_length(model.encoder.config) if packed else 0
+    given = made_up_inputs(model.encoder, max_length, (longest, 4) if longest > 6 else (6, 2, 4))
     batch = _packed(given)
     with torch.inference_mode():
-        # Hugging Face's own layers need no look at what is between them; ALBERT's hidden states have more than those.
+        # Hugging Face's own layers need no look at what is between them.
         depths = model.config.depths if packed else model.config.depths[-1:]
         expected = _by_hugging_face(model, given, depths)
         backend: Any = PackedBackend(model, packed_layers(model), model.dtype) if packed else PaddedBackend(model)
@@ -71,7 +74,9 @@ def _by_hugging_face(model: GeepForSequenceClassification, given: dict[str, Tens
             f"The encoder does not run on made-up texts of at most {given['input_ids'].shape[1]} tokens of its "
             f"vocabulary ({error}); its config and its weights do not belong together."
         ) from error
-    states = [model.finish(found.hidden_states[layer]) for layer in depths[:-1]] + [found.last_hidden_state]
+    # An ALBERT with several layers in a group gives the hidden states of each of them.
+    each = 0 if found.hidden_states is None else (len(found.hidden_states) - 1) // depths[-1]
+    states = [model.finish(found.hidden_states[each * layer]) for layer in depths[:-1]] + [found.last_hidden_state]
     heads = map(model.head_at, depths)
     separator, mask = model.config.separator_id, given["attention_mask"]
     firsts = None if separator is None else first_lengths(given["input_ids"], mask, separator)

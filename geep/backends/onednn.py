@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.backends.packed_layer import LengthRun, Norm, PackedLayer, attend_runs
+from geep.backends.packed_layer import LengthRun, PackedLayer, attend_runs
 from geep.backends.protocol import Integers
 
 # Activations that oneDNN applies inside a product: its name and algorithm for those that transformers names.
@@ -54,10 +54,10 @@ class FusedLinear:
     """A linear layer in oneDNN's own weight layout."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor) -> Self:
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
         """Lay out a weight (out, in); costs a copy of it."""
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), bias)
 
@@ -71,6 +71,10 @@ class FusedLinear:
         """Return x W' + b + residual."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Return (x W' + b) · factor."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
@@ -79,9 +83,8 @@ class FusedLayer:
     qkv: FusedLinear
     out: FusedLinear
     up: FusedLinear
+    gate: FusedLinear | None
     down: FusedLinear
-    attention_norm: Norm
-    output_norm: Norm
     fused: tuple[str, str] | None  # None: the activation cannot be applied inside a product
     layer: PackedLayer
 
@@ -92,20 +95,21 @@ class FusedLayer:
             qkv=FusedLinear.of(*layer.qkv),
             out=FusedLinear.of(*layer.out),
             up=FusedLinear.of(*layer.up),
+            gate=None if layer.gate is None else FusedLinear.of(*layer.gate),
             down=FusedLinear.of(*layer.down),
-            attention_norm=layer.attention_norm,
-            output_norm=layer.output_norm,
             fused=FUSED_ACTIVATIONS.get(layer.activation_name),
             layer=layer,
         )
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden)."""
-        num_tokens, hidden = len(hidden), pad_rows(hidden)
-        mixed = attend_runs(self.qkv(hidden), runs, self.layer.num_heads)
-        hidden = self.attention_norm(self.out.plus(mixed, hidden))
-        wide = self.layer.activation(self.up(hidden)) if self.fused is None else self.up(hidden, self.fused)
-        return self.output_norm(self.down.plus(wide, hidden))[:num_tokens]
+        num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
+        mixed = attend_runs(self.qkv(layer.before(hidden)), runs, layer.num_heads, layer.mixer)
+        hidden, read = layer.between(self.out.plus(mixed, hidden))
+        wide = layer.activation(self.up(read)) if self.fused is None else self.up(read, self.fused)
+        if self.gate is not None:
+            wide = self.gate.times(read, wide)
+        return layer.after(self.down.plus(wide, hidden))[:num_tokens]
 
     def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
         """Run the layer for the first token of each text; so few rows that the plain layer serves."""

@@ -1,4 +1,4 @@
-"""Packed backend: BERT's layer on tokens without padding.
+"""Packed backend: an encoder's layers on tokens without padding.
 
 All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention runs once
 for each run of texts of equal length, which the scheduler lays side by side. The layers come in three forms with the
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from geep.backends import int8, onednn
 from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.onednn import FusedLayer
-from geep.backends.packed_layer import LengthRun, length_runs, packed_layers, why_not_plain
+from geep.backends.packed_layer import LengthRun, each_once, length_runs, packed_layers, steps_of, why_not_packed
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import GeepForSequenceClassification, Spans, family_of
 
@@ -89,8 +89,8 @@ class PackedBackend:
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
-        """Whether the encoder's layer is the plain post-norm one."""
-        return why_not_plain(config) is None
+        """Whether the encoder's layer is one of `FORMS`."""
+        return why_not_packed(config) is None
 
     @classmethod
     def dtypes(cls, device_type: str) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ class PackedBackend:
         computes_in = model.dtype
         if dtype == "bfloat16" and model.device.type == "cpu":
             computes_in = torch.bfloat16
-            plain = tuple(layer.to(computes_in) for layer in plain)
+            plain = each_once(lambda layer: layer.to(computes_in), plain)
             heads = {depth: copy.deepcopy(model.head_at(depth)).to(computes_in) for depth in model.config.depths}
         layers: tuple[Layer, ...] = plain
         if dtype == "int8":
@@ -132,19 +132,17 @@ class PackedBackend:
                 )
             layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
         elif model.device.type == "cpu" and onednn.is_available():
-            layers = tuple(map(FusedLayer.of, plain))
+            layers = each_once(FusedLayer.of, plain)
         return cls(model, layers, computes_in, heads)
 
     def start(self, batch: TokenBatch) -> PackedTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
-        device = self.model.device
-        encoder = self.model.encoder
-        positions = position_ids(batch, encoder.config)
-        inputs = {
-            "input_ids": _row(batch.input_ids, device),
-            "position_ids": _row(positions, device),
-        }
-        if family_of(encoder.config).has_token_type_ids:
+        device, encoder = self.model.device, self.model.encoder
+        family = family_of(encoder.config)
+        inputs = {"input_ids": _row(batch.input_ids, device)}
+        if family.has_position_ids:
+            inputs["position_ids"] = _row(position_ids(batch, encoder), device)
+        if family.has_token_type_ids:
             types = np.zeros_like(batch.input_ids) if batch.token_type_ids is None else batch.token_type_ids
             inputs["token_type_ids"] = _row(types, device)
         firsts = batch.firsts(self.model.config.separator_id)
@@ -155,7 +153,9 @@ class PackedBackend:
         live = live.first(num_texts)
         if not len(live.hidden):
             return live
-        run = self.layers[layer - 1]
+        *inner, run = steps_of(self.layers, layer, self.model.config.num_hidden_layers)
+        for each in inner:
+            live = replace(live, hidden=each(live.hidden, live.runs))
         if not only_first_tokens_end(self.model, layer, num_texts, continuing):
             return replace(live, hidden=run(live.hidden, live.runs))
         going, ending = live.lengths[:continuing], live.lengths[continuing:]
@@ -178,7 +178,7 @@ class PackedBackend:
         if head is not None:
             hidden = hidden.to(self.model.dtype)
         reader: Any = head or self.heads.get(layer) or self.model.head_at(layer)
-        return reader.forward_packed(hidden, spans)
+        return reader.forward_packed(self.model.finish(hidden), spans)
 
     def select(self, live: PackedTexts, rows: Integers) -> PackedTexts:
         """Keep some texts: one gather of their tokens."""
@@ -211,8 +211,11 @@ def joined(parts: Sequence[Integers | None]) -> Integers | None:
 def embed(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Run an encoder's own embedding module on rows of tokens, each (1, num_tokens): (num_tokens, hidden)."""
     hidden = encoder.embeddings(**inputs)
-    if hasattr(encoder, "embeddings_project"):  # ELECTRA's embeddings may be narrower than its layers
+    # The embeddings of ELECTRA and ALBERT may be narrower than their layers.
+    if hasattr(encoder, "embeddings_project"):
         hidden = encoder.embeddings_project(hidden)
+    elif encoder.config.model_type == "albert":
+        hidden = encoder.encoder.embedding_hidden_mapping_in(hidden)
     return hidden[0]
 
 
@@ -226,21 +229,21 @@ def only_first_tokens_end(
     return bool(head.reads_first_token_only)
 
 
-def position_ids(batch: TokenBatch, config: Any) -> Integers:
-    """Position of every token in its text, as the encoder of this config counts, (num_tokens,)."""
-    after_pad = family_of(config).positions_after_pad
+def position_ids(batch: TokenBatch, encoder: Any) -> Integers:
+    """Position of every token in its text, as the encoder counts, (num_tokens,)."""
     starts = np.cumsum(batch.lengths) - batch.lengths
     positions = np.arange(len(batch.input_ids)) - np.repeat(starts, batch.lengths)
-    if not after_pad:
+    if not family_of(encoder.config).positions_after_pad:
         return positions
-    positions += config.pad_token_id + 1
+    pad: int = encoder.embeddings.padding_idx  # of MPNet always 1, whatever its config says
+    positions += pad + 1
     # A text may hold the pad token itself ("<pad>" typed by someone): it stands at its own position and the tokens
     # after it are counted without it, as in Hugging Face's model.
-    is_pad = batch.input_ids == config.pad_token_id
+    is_pad = batch.input_ids == pad
     if is_pad.any():
         pads = np.cumsum(is_pad)
         before = np.concatenate(([0], pads))[starts]
-        positions = np.where(is_pad, config.pad_token_id, positions - (pads - np.repeat(before, batch.lengths)))
+        positions = np.where(is_pad, pad, positions - (pads - np.repeat(before, batch.lengths)))
     return positions
 
 

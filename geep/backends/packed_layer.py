@@ -1,14 +1,15 @@
-"""BERT's post-norm layer on tokens without padding: the reference of the packed backends, and where its weights are.
+"""An encoder's layer on tokens without padding: the reference of the packed backends, and where its weights are.
 
-Linear layers, norms and activations run on (num_tokens, hidden). Attention is the only place where texts matter: it
-runs once for each run of texts of equal length.
+One class serves all families: `forms.py` says where they keep their weights and what they build otherwise, `mixers.py`
+how their tokens look at each other. Linear layers, norms and activations run on (num_tokens, hidden). Attention is the
+only place where texts matter: it runs once for each run of texts of equal length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,37 +18,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from geep.backends.forms import FORMS, Form
+from geep.backends.mixers import DotProduct, Mixer, Rotary, mixers_of, mixes_plainly, paired, why_not_mixed
 from geep.backends.protocol import Integers
-from geep.modeling import FAMILIES, GeepForSequenceClassification, family_of
+from geep.modeling import GeepForSequenceClassification, layer_calls
 
-# Where a family keeps the parts of its layer.
-_BERT_PARTS: Mapping[str, str] = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_DISTILBERT_PARTS: Mapping[str, str] = {
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "out": "attention.out_lin",
-    "attention_norm": "sa_layer_norm",
-    "up": "ffn.lin1",
-    "down": "ffn.lin2",
-    "output_norm": "output_layer_norm",
-}
-LAYER_PARTS: dict[str, Mapping[str, str]] = {
-    "bert": _BERT_PARTS,
-    "roberta": _BERT_PARTS,
-    "xlm-roberta": _BERT_PARTS,
-    "electra": _BERT_PARTS,
-    "distilbert": _DISTILBERT_PARTS,
-}
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+Linear = tuple[Tensor, Tensor | None]
+"""Weight (out, in) and bias (out,) of a linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +61,7 @@ class Norm:
     """A layer norm's weights."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,95 +71,172 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """One post-norm encoder layer (Devlin et al. 2019) on packed tokens."""
+    """One encoder layer on packed tokens: tokens of a text mix, then each goes through two wide linear layers.
 
-    qkv: tuple[Tensor, Tensor]  # (3 hidden, hidden), (3 hidden,)
-    out: tuple[Tensor, Tensor]
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    attention_norm: Norm
+    Attributes:
+        qkv: Queries, keys and values in one, (3 hidden, hidden).
+        out: Behind attention.
+        up: To the wide part.
+        gate: Multiplies the activated wide part; None in most families.
+        down: Back from it.
+        attention_norm: Of the sum behind attention, or of its input where `norm_first`; None: there is none (the first
+            layer of ModernBERT).
+        output_norm: The same of the wide part.
+        activation: Of the wide part.
+        activation_name: As transformers names it.
+        num_heads: Attention heads.
+        norm_first: See `Form`.
+        mixer: How tokens look at each other.
+    """
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    gate: Linear | None
+    down: Linear
+    attention_norm: Norm | None
     output_norm: Norm
     activation: Callable[[Tensor], Tensor]
     activation_name: str
     num_heads: int
+    norm_first: bool
+    mixer: Mixer
 
     @classmethod
-    def from_module(cls, layer: nn.Module, parts: Mapping[str, str], activation: str, num_heads: int) -> Self:
+    def from_module(cls, layer: nn.Module, form: Form, config: PreTrainedConfig, mixer: Mixer) -> Self:
         """Take the weights of a Hugging Face layer; only query, key and value are copied, to lie in one matrix."""
 
-        def linear(name: str) -> tuple[Tensor, Tensor]:
-            module: Any = layer.get_submodule(parts[name])
-            return module.weight.detach(), module.bias.detach()
+        def linear(name: str) -> Linear:
+            module: Any = layer.get_submodule(form.parts[name])
+            return module.weight.detach(), None if module.bias is None else module.bias.detach()
 
-        def norm(name: str) -> Norm:
-            module: Any = layer.get_submodule(parts[name])
-            return Norm(module.weight.detach(), module.bias.detach(), module.eps)
+        def norm(name: str) -> Norm | None:
+            module: Any = layer.get_submodule(form.parts[name])
+            if isinstance(module, nn.Identity):
+                return None
+            return Norm(module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps)
 
-        query, key, value = linear("query"), linear("key"), linear("value")
+        activation, output_norm = getattr(config, form.activation), norm("output_norm")
+        assert output_norm is not None  # of every family
+        up, gate = _halves(linear("up")) if form.is_gated else (linear("up"), None)
         return cls(
-            qkv=(torch.cat([query[0], key[0], value[0]]), torch.cat([query[1], key[1], value[1]])),
+            qkv=_joined(
+                [linear(name) for name in ("qkv", "query", "key", "value") if name in form.parts],
+                config.num_attention_heads,
+                mixer,
+            ),
             out=linear("out"),
-            up=linear("up"),
+            up=up,
+            gate=gate,
             down=linear("down"),
             attention_norm=norm("attention_norm"),
-            output_norm=norm("output_norm"),
+            output_norm=output_norm,
             activation=F.gelu if activation == "gelu" else ACT2FN[activation],
             activation_name=activation,
-            num_heads=num_heads,
+            num_heads=config.num_attention_heads,
+            norm_first=form.norm_first,
+            mixer=mixer,
         )
 
     def to(self, dtype: torch.dtype) -> PackedLayer:
         """Return the layer with its matrices in another dtype; norms stay, which compute in float32 anyway."""
 
-        def cast(linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return linear[0].to(dtype), linear[1].to(dtype)
+        def cast(linear: Linear) -> Linear:
+            return linear[0].to(dtype), None if linear[1] is None else linear[1].to(dtype)
 
-        return replace(self, qkv=cast(self.qkv), out=cast(self.out), up=cast(self.up), down=cast(self.down))
+        return replace(
+            self,
+            qkv=cast(self.qkv),
+            out=cast(self.out),
+            up=cast(self.up),
+            gate=None if self.gate is None else cast(self.gate),
+            down=cast(self.down),
+            mixer=self.mixer.to(dtype),
+        )
 
     def __call__(self, hidden: Tensor, runs: Sequence[LengthRun], watch: Watch | None = None) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden); `watch` is shown the input of each linear layer."""
+        before = self.before(hidden)
         if watch is not None:
-            watch("qkv", hidden)
-        return self._finish(attend_runs(F.linear(hidden, *self.qkv), runs, self.num_heads), hidden, watch)
+            watch("qkv", before)
+        return self._finish(attend_runs(F.linear(before, *self.qkv), runs, self.num_heads, self.mixer), hidden, watch)
 
     def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
         """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
         counts = lengths[lengths > 0]
-        first = hidden.index_select(0, torch.from_numpy(np.cumsum(counts) - counts).to(hidden.device))
+        rows = torch.from_numpy(np.cumsum(counts) - counts).to(hidden.device)
+        first = hidden.index_select(0, rows)
+        if self.norm_first or self.mixer != DotProduct():
+            # What depends on distances does not fall out of the softmax; still, the rest runs for these tokens alone.
+            qkv = F.linear(self.before(hidden), *self.qkv)
+            return self._finish(attend_runs(qkv, runs, self.num_heads, self.mixer).index_select(0, rows), first)
         mixed = attend_first(first, self.qkv, self.num_heads, lambda query, scale: mix_runs(query, scale, hidden, runs))
         return self._finish(mixed, first)
 
+    def before(self, hidden: Tensor) -> Tensor:
+        """What attention reads."""
+        return self.attention_norm(hidden) if self.norm_first and self.attention_norm is not None else hidden
+
+    def between(self, middle: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sum behind attention, what is added to what the wide part gives, and what the wide part reads."""
+        if self.norm_first:
+            return middle, self.output_norm(middle)
+        middle = middle if self.attention_norm is None else self.attention_norm(middle)
+        return middle, middle
+
+    def after(self, hidden: Tensor) -> Tensor:
+        """The layer's output, of the sum behind the wide part."""
+        return hidden if self.norm_first else self.output_norm(hidden)
+
     def _finish(self, mixed: Tensor, hidden: Tensor, watch: Watch | None = None) -> Tensor:
         """Everything after attention."""
-        middle = self.attention_norm(F.linear(mixed, *self.out).add_(hidden))
-        wide = self.activation(F.linear(middle, *self.up))
+        middle, read = self.between(F.linear(mixed, *self.out).add_(hidden))
+        wide = self.activation(F.linear(read, *self.up))
+        if self.gate is not None:
+            wide = F.linear(read, *self.gate).mul_(wide)
         if watch is not None:
-            for name, x in (("out", mixed), ("up", middle), ("down", wide)):
+            for name, x in (("out", mixed), ("up", read), ("down", wide)):
                 watch(name, x)
-        return self.output_norm(F.linear(wide, *self.down).add_(middle))
+        return self.after(F.linear(wide, *self.down).add_(middle))
 
 
-def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int) -> Tensor:
+def _halves(linear: Linear) -> tuple[Linear, Linear]:
+    """Cut a linear layer into one for the lower and one for the upper half of its outputs; views."""
+    weight, bias = linear
+    lower, upper = weight.chunk(2)
+    return (lower, None if bias is None else bias.chunk(2)[0]), (upper, None if bias is None else bias.chunk(2)[1])
+
+
+def _joined(parts: Sequence[Linear], num_heads: int, mixer: Mixer) -> Linear:
+    """Put queries, keys and values, or what holds them already, into one linear layer, in the mixer's order."""
+    weights, biases = zip(*parts, strict=True)
+
+    def join(rows: Sequence[Tensor]) -> Tensor:
+        if not isinstance(mixer, Rotary):
+            return torch.cat(tuple(rows)) if len(rows) > 1 else rows[0]
+        query, key, value = torch.cat(tuple(rows)).chunk(3)
+        return torch.cat([paired(query, num_heads), paired(key, num_heads), value])
+
+    return join(weights), None if biases[0] is None else join(biases)
+
+
+def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int, mixer: Mixer) -> Tensor:
     """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width).
 
-    Rows after the last run, which belong to no text, become zeros.
+    Rows after the last run, which belong to no text, become zeros. `qkv` may be changed.
     """
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
     out, stop = qkv.new_empty(num_tokens, width), 0
     for run in runs:
         stop = run.start + run.num_texts * run.length
-        block = qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head)
-        query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixer(qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head))
         out[run.start : stop].view(run.num_texts, run.length, num_heads, head).copy_(mixed.transpose(1, 2))
     out[stop:].zero_()
     return out
 
 
-def attend_first(
-    first: Tensor, qkv: tuple[Tensor, Tensor], num_heads: int, mix: Callable[[Tensor, float], Tensor]
-) -> Tensor:
+def attend_first(first: Tensor, qkv: Linear, num_heads: int, mix: Callable[[Tensor, float], Tensor]) -> Tensor:
     """Attention of the first tokens (num_texts, hidden) of texts over their texts; same shape out.
 
     Neither keys nor values of the other tokens are computed. A query meets a key as q·(K x + b) = (Kᵀ q)·x + q·b; the
@@ -195,9 +252,10 @@ def attend_first(
     """
     (weight, bias), width = qkv, first.shape[1]
     key, value = weight[width:].view(2, num_heads, width // num_heads, width)
-    query = F.linear(first, weight[:width], bias[:width]).view(len(first), num_heads, -1)
+    query = F.linear(first, weight[:width], None if bias is None else bias[:width]).view(len(first), num_heads, -1)
     means = mix(torch.einsum("nhd,hdw->nhw", query, key), (width // num_heads) ** -0.5)
-    return torch.einsum("nhw,hdw->nhd", means, value).reshape(len(first), width) + bias[2 * width :]
+    mixed = torch.einsum("nhw,hdw->nhd", means, value).reshape(len(first), width)
+    return mixed if bias is None else mixed + bias[2 * width :]
 
 
 def mix_runs(query: Tensor, scale: float, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
@@ -211,38 +269,66 @@ def mix_runs(query: Tensor, scale: float, hidden: Tensor, runs: Sequence[LengthR
     return out
 
 
-# Switches of a config that make a layer another one, and the value at which it is the plain one. A config that lacks a
-# switch has it at that value.
+# Switches of a config that make a layer another one, and the value at which it is the one that is built here. A config
+# that lacks a switch has it at that value.
 _PLAIN: Mapping[str, object] = {
     "is_decoder": False,  # tokens see only those before them
     "add_cross_attention": False,
-    "position_embedding_type": "absolute",
 }
 
 
-def why_not_plain(config: PreTrainedConfig) -> str | None:
-    """Say what makes an encoder's layers other than the plain post-norm one; None where nothing does."""
-    family = FAMILIES.get(config.model_type)
-    if family is None or not family.packed:
-        return f"Packed layers are those of {sorted(LAYER_PARTS)}, got {config.model_type!r}"
-    for name, plain in _PLAIN.items():
+def why_not_packed(config: PreTrainedConfig) -> str | None:
+    """Say what makes an encoder's layers other than those of `FORMS`; None where nothing does."""
+    if config.model_type not in FORMS:
+        return f"Packed layers are those of {sorted(FORMS)}, got {config.model_type!r}"
+    switches = dict(_PLAIN)
+    if mixes_plainly(config):  # others do not read it
+        switches["position_embedding_type"] = "absolute"
+    for name, plain in switches.items():
         found = getattr(config, name, plain)
         if found is not None and found != plain:
             return f"Packed layers have {name}={plain!r}, the encoder's config has {found!r}"
-    return None
+    return why_not_mixed(config)
 
 
 def packed_layers(model: GeepForSequenceClassification) -> tuple[PackedLayer, ...]:
-    """The encoder's layers, on the model's own weights.
+    """The encoder's layers, on the model's own weights, in the order in which they run; some may be the same.
+
+    Where one step of the encoder's loop is several layers, they stand one behind another; see `steps_of`.
 
     Raises:
         ValueError: If the encoder's layer is another one.
     """
-    config = model.encoder.config
-    if (reason := why_not_plain(config)) is not None:
+    encoder = model.encoder
+    if (reason := why_not_packed(encoder.config)) is not None:
         raise ValueError(f"{reason}; use backend='padded'.")
-    activation = config.activation if config.model_type == "distilbert" else config.hidden_act
-    return tuple(
-        PackedLayer.from_module(layer, LAYER_PARTS[config.model_type], activation, config.num_attention_heads)
-        for layer in model.encoder.get_submodule(family_of(config).layers)
+    form = FORMS[encoder.config.model_type]
+    one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        steps = [
+            call.module for call in layer_calls(encoder, model.encoder_inputs(one_token, one_token + 1, None)).layers
+        ]
+    modules = [
+        layer for step in steps for layer in (step.get_submodule(form.inner).children() if form.inner else [step])
+    ]
+    mixers = mixers_of(encoder, modules)
+    return each_once(
+        lambda pair: PackedLayer.from_module(pair[0], form, encoder.config, pair[1]),
+        list(zip(modules, mixers, strict=True)),
+        lambda pair: id(pair[0]),
     )
+
+
+def each_once(make: Callable[[X], Y], items: Sequence[X], key: Callable[[X], object] = id) -> tuple[Y, ...]:
+    """Make something of each item, and the same thing of the same item: ALBERT's layers share their weights."""
+    made: dict[object, Y] = {}
+    for item in items:
+        if key(item) not in made:
+            made[key(item)] = make(item)
+    return tuple(made[key(item)] for item in items)
+
+
+def steps_of(layers: Sequence[X], number: int, num_layers: int) -> Sequence[X]:
+    """The packed layers that layer `number` (from 1) of an encoder's `num_layers` is: one, in ALBERT maybe several."""
+    each = len(layers) // num_layers
+    return layers[(number - 1) * each : number * each]

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from geep.backends.mixers import TILE, Mixer
 from geep.backends.protocol import Integers
-
-TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +106,13 @@ def tile_bias(text: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(other.shape, dtype=dtype, device=text.device).masked_fill_(other, -torch.inf)[:, None]
 
 
-def attend_tiles(qkv: Tensor, tiles: Tiles, num_heads: int) -> Tensor:
-    """Attention inside each text: (num_tokens, 3 hidden) -> (num_tokens, hidden)."""
+def attend_tiles(qkv: Tensor, tiles: Tiles, num_heads: int, mixer: Mixer) -> Tensor:
+    """Attention inside each text: (num_tokens, 3 hidden) -> (num_tokens, hidden).
+
+    To the mixer tiles are texts of one length. Tokens of a text are as far from each other in a tile as in the text.
+    """
     width = qkv.shape[1] // 3
     # The last tile may name tokens that are gone; one that is there stands in, and nobody looks at it.
     source = tiles.source.clamp(max=max(qkv.shape[0] - 1, 0)) if tiles.is_cut else tiles.source
     laid = qkv.index_select(0, source).view(-1, TILE, 3, num_heads, width // num_heads)
-    query, key, value = laid.permute(2, 0, 3, 1, 4)  # each (num_tiles, num_heads, TILE, head)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=tiles.bias)
-    return mixed.transpose(1, 2).reshape(-1, width).index_select(0, tiles.slot)
+    return mixer(laid, tiles.bias).transpose(1, 2).reshape(-1, width).index_select(0, tiles.slot)

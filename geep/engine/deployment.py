@@ -40,7 +40,7 @@ class EngineConfig:
     """How the engine runs. What it decides is in `ExitSettings`.
 
     Attributes:
-        backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's family allows it, else padded.
+        backend: Row of `BACKENDS`; None: packed (cuda on a GPU) where the encoder's config allows it, else padded.
         device: "cpu", "cuda", …; None: a GPU where there is one.
         dtype: One of `DTYPES`; None: that in which a folder was certified, else the backend's default: bfloat16 on a
             GPU, and packed on a CPU that multiplies it itself, else float32. "int8" multiplies in 8 bits.

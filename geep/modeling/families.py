@@ -27,7 +27,7 @@ class Family:
         final_norm: Dotted path of a norm applied after the last layer; exits read through it too.
         init_kwargs: Extra arguments for building the encoder (pooling layers are not used).
         has_token_type_ids: Whether the encoder takes `token_type_ids`.
-        packed: Whether the layer is the plain post-norm BERT layer that the packed backend implements.
+        has_position_ids: Whether its embeddings take `position_ids`.
         positions_after_pad: Whether position ids start at `pad_token_id + 1` (RoBERTa) instead of 0.
     """
 
@@ -37,7 +37,7 @@ class Family:
     final_norm: str | None = None
     init_kwargs: Mapping[str, Any] | None = None
     has_token_type_ids: bool = True
-    packed: bool = False
+    has_position_ids: bool = True
     positions_after_pad: bool = False
 
 
@@ -48,11 +48,11 @@ _NO_POOLER: Mapping[str, Any] = {"add_pooling_layer": False}
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("encoder.layer", init_kwargs=_NO_POOLER, packed=True),
-    "roberta": Family("encoder.layer", init_kwargs=_NO_POOLER, packed=True, positions_after_pad=True),
-    "xlm-roberta": Family("encoder.layer", init_kwargs=_NO_POOLER, packed=True, positions_after_pad=True),
-    "electra": Family("encoder.layer", packed=True),
-    "distilbert": Family("transformer.layer", has_token_type_ids=False, packed=True),
+    "bert": Family("encoder.layer", init_kwargs=_NO_POOLER),
+    "roberta": Family("encoder.layer", init_kwargs=_NO_POOLER, positions_after_pad=True),
+    "xlm-roberta": Family("encoder.layer", init_kwargs=_NO_POOLER, positions_after_pad=True),
+    "electra": Family("encoder.layer"),
+    "distilbert": Family("transformer.layer", has_token_type_ids=False),
     "mpnet": Family(
         "encoder.layer",
         row_arguments=("attention_mask", "position_bias"),
@@ -63,7 +63,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "albert": Family("encoder.albert_layer_groups", init_kwargs=_NO_POOLER),
     "deberta-v2": Family("encoder.layer", output=2),
-    "modernbert": Family("layers", final_norm="final_norm", has_token_type_ids=False),
+    "modernbert": Family("layers", final_norm="final_norm", has_token_type_ids=False, has_position_ids=False),
 }
 
 

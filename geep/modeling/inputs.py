@@ -62,29 +62,26 @@ def longest_input(encoder: PreTrainedModel) -> int:
     return positions - pad - 1
 
 
-# Tokens of texts that mean nothing. Of several lengths, so that padding would show.
-_LENGTHS = (6, 2, 4)
-
-
-def made_up_inputs(encoder: PreTrainedModel, longest: int) -> dict[str, Tensor]:
-    """A padded batch on which two ways of running an encoder can be compared: three short texts that mean nothing.
+def made_up_inputs(encoder: PreTrainedModel, longest: int, lengths: tuple[int, ...] = (6, 2, 4)) -> dict[str, Tensor]:
+    """A padded batch on which two ways of running an encoder can be compared: short texts that mean nothing.
 
     Args:
         encoder: An encoder of one of `FAMILIES`.
         longest: Tokens of the longest text that may be given.
+        lengths: Tokens of each text, where no more than `longest`. Of several lengths, so that padding would show.
 
     Returns:
         `input_ids`, `attention_mask` and, where the encoder has several segments, `token_type_ids`: int64, on the CPU,
         (num_texts, seq_len), padded at the right.
     """
     config = encoder.config
-    lengths = torch.tensor(_LENGTHS).clamp(max=longest)
-    place = torch.arange(int(lengths.max()))
-    mask = place < lengths[:, None]
+    counts = torch.tensor(lengths).clamp(max=longest)
+    place = torch.arange(int(counts.max()))
+    mask = place < counts[:, None]
     ids = torch.randint(0, config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
     given = {"input_ids": torch.where(mask, ids, config.pad_token_id or 0), "attention_mask": mask.long()}
     if family_of(config).has_token_type_ids and config.type_vocab_size > 1:
-        given["token_type_ids"] = ((place * 2 >= lengths[:, None]) & mask).long()
+        given["token_type_ids"] = ((place * 2 >= counts[:, None]) & mask).long()
     return given
 
 
