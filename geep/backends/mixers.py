@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,14 @@ _MPNET_BUCKETS = 32
 
 
 class Mixer(Protocol):
-    """One layer's attention, with all that it knows of positions."""
+    """One layer's attention, with all that it knows of positions.
+
+    Attributes:
+        in_float32: Whether a CPU runs it in float32 among layers in bfloat16. Without matrix units texts of every
+            length take as long in bfloat16 or longer, and scores are rounded besides.
+    """
+
+    in_float32: ClassVar[bool]
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """Let every token look at its text.
@@ -39,7 +46,7 @@ class Mixer(Protocol):
         """
 
     def to(self, dtype: torch.dtype) -> Mixer:
-        """Return the mixer for values of another dtype."""
+        """Return the mixer for a CPU's layers in another dtype: itself where it stays in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,8 @@ class DotProduct:
     Attributes:
         scale: Of the scores; None: one over the root of a head's width.
     """
+
+    in_float32: ClassVar[bool] = True
 
     scale: float | None = None
 
@@ -70,6 +79,8 @@ class DistanceBias:
         table: The number for distance key - query at column distance + (columns - 1) / 2, (num_heads, columns).
     """
 
+    in_float32: ClassVar[bool] = True
+
     table: Tensor
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +91,7 @@ class DistanceBias:
 
     def to(self, dtype: torch.dtype) -> DistanceBias:
         """See `Mixer`."""
-        return DistanceBias(self.table.to(dtype))
+        return self
 
 
 def by_distance(table: Tensor, length: int) -> Tensor:
@@ -116,6 +127,8 @@ class Rotary:
         seen: 0 for distances up to the window, else -inf, a table as `DistanceBias` has one for a single head.
     """
 
+    in_float32: ClassVar[bool] = True
+
     turns: Tensor
     window: int | None
     seen: Tensor
@@ -146,8 +159,8 @@ class Rotary:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     def to(self, dtype: torch.dtype) -> Rotary:
-        """See `Mixer`; values are turned in float32 at least."""
-        return replace(self, seen=self.seen.to(dtype))
+        """See `Mixer`."""
+        return self
 
     def _in_bands(self, block: Tensor, window: int) -> Tensor:
         """Mix a long text in time that grows with its length.
@@ -196,6 +209,8 @@ class Disentangled:
         queries: Vectors r, likewise.
         rows: Bucket of distance query - key at column distance + (columns - 1) / 2, (columns,).
     """
+
+    in_float32: ClassVar[bool] = False  # a third of it are products of matrices
 
     scale: float
     keys: Tensor | None

@@ -139,7 +139,7 @@ class PackedLayer:
         )
 
     def to(self, dtype: torch.dtype) -> PackedLayer:
-        """Return the layer with its matrices in another dtype; norms stay, which compute in float32 anyway."""
+        """Return the layer with its matrices in another dtype, for a CPU; norms stay, which compute in float32."""
 
         def cast(linear: Linear) -> Linear:
             return linear[0].to(dtype), None if linear[1] is None else linear[1].to(dtype)
@@ -228,6 +228,8 @@ def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int, mixer: M
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
     out, stop = qkv.new_empty(num_tokens, width), 0
+    if mixer.in_float32 and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+        qkv = qkv.float()
     for run in runs:
         stop = run.start + run.num_texts * run.length
         mixed = mixer(qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head))

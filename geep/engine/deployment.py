@@ -71,7 +71,7 @@ class EngineConfig:
             raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
 
     def as_certified(self, made_with: Mapping[str, Any] | None, *, was_refused: bool) -> EngineConfig:
-        """Return it with the dtype of what was certified, where none is named and it is the same device and backend.
+        """Return it with dtype and backend of what was certified, where none is named and the device is the same.
 
         Args:
             made_with: Of a certificate; None where there is none.
@@ -84,7 +84,7 @@ class EngineConfig:
             return replace(self, dtype="float32") if device == "cpu" else self
         is_elsewhere = device != made_with.get("device") or self.backend not in (None, made_with.get("backend"))
         dtype = made_with.get("dtype")
-        if is_elsewhere or dtype not in DTYPES:
+        if is_elsewhere or dtype not in DTYPES or made_with.get("backend") not in BACKENDS:
             return self
         if dtype == "bfloat16" and device == "cpu" and not multiplies_bfloat16():
             logger.warning(
@@ -92,7 +92,7 @@ class EngineConfig:
                 "float32, which gives nearly the same answers, slower."
             )
             return replace(self, dtype="float32")
-        return replace(self, dtype=dtype)
+        return replace(self, dtype=dtype, backend=made_with.get("backend"))
 
 
 class EngineOptions(TypedDict, total=False):

@@ -80,7 +80,7 @@ class Engine:
         self.settings = ExitSettings() if settings is None else settings
         self.tokenizer = tokenizer
         self.predictor = predictor
-        self.ranges = ranges
+        self.ranges, self._certificate = ranges, certificate
         self.depths: tuple[int, ...] = model.config.depths
         self.multi_label: bool = model.config.problem_type == "multi_label_classification"
         self.label_names = label_names_of(model.config)
@@ -104,7 +104,6 @@ class Engine:
             max_batch_tokens=self.deployment.max_batch_tokens,
             window_tokens=self.config.window_tokens,
         )
-        self._certificate = certificate
 
     @property
     def model(self) -> GeepForSequenceClassification:
@@ -217,9 +216,7 @@ class Engine:
         """
         if self.model.dtype != torch.float32:
             raise ValueError(f"The weights were cast to {self.model.dtype}; load the model again in float32.")
-        # The size of batches is taken over: a reference need not be timed.
-        budget = self.deployment.max_batch_tokens
-        config = replace(self.config, backend=None, dtype="float32", max_batch_tokens=budget)
+        config = replace(self.config, backend=None, dtype="float32", max_batch_tokens=self.deployment.max_batch_tokens)
         return Engine(self.model, self.tokenizer, config=config, identity=self.identity)
 
     def save_pretrained(self, folder: str | Path, *, record: Mapping[str, Any] | None = None) -> None:
