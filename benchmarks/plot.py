@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from tables import system_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -58,25 +59,45 @@ def _save(path: Path, draw: Draw, lines: list[Line]) -> Path:
 
 
 def draw_throughput(figure: Figure, lines: list[Line]) -> None:
-    """Bars: throughput over that of Hugging Face's pipeline; the constant depths are left to the table."""
-    rows = sorted((line for line in lines if line["group"] != "constant"), key=lambda line: line["throughput"])
-    has_pipeline = all(row["over_pipeline"] is not None for row in rows)
-    values = [row["over_pipeline"] if has_pipeline else row["throughput"] for row in rows]
-    colours = ["tab:red" if row["group"] == "geep" else "tab:gray" for row in rows]
-    figure.set_figheight(1.5 + 0.32 * len(rows))
+    """Accuracy against texts a second: up and to the right is better. What has no comparable accuracy is left out."""
     axes = figure.subplots()
-    bars = axes.barh([row["name"] for row in rows], values, color=colours)
-    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
-    axes.margins(x=0.1)
-    axes.set_xlabel("throughput over HF pipeline's" if has_pipeline else "texts per second")
-    axes.set_title(f"{rows[0]['data']}: raw text to label")
+    known = [line for line in lines if line["accuracy"] is not None]
+    for engine in sorted({line["engine"] for line in known if line["group"] == "constant"}):
+        rows = [line for line in known if line["engine"] == engine and line["group"] in ("constant", "full")]
+        rows.sort(key=lambda line: line["mean_exit_layer"])
+        axes.plot(_rates(rows), _percents(rows), "o-", color="tab:gray", alpha=0.6, label=f"{engine}: constant depth")
+    kinds = (("geep", "s", "tab:red"), ("cascade", "d", "tab:purple"))
+    for group, marker, colour in kinds:
+        rows = [line for line in known if line["group"] == group]
+        axes.plot(_rates(rows), _percents(rows), marker, color=colour)
+    others = [line for line in known if line["group"] not in ("constant", "full", "geep", "cascade")]
+    axes.plot(_rates(others), _percents(others), "^", color="tab:blue")
+    for line in known:
+        if line["group"] not in ("constant", "full"):
+            place = (line["throughput"], 100 * line["accuracy"])
+            axes.annotate(line["name"], place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.set_xscale("log")
+    axes.set_xlabel("texts per second")
+    axes.set_ylabel("accuracy of the timed texts, %")
+    axes.set_title(f"{lines[0]['data']}: raw text to label")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+
+
+def _rates(lines: list[Line]) -> list[float]:
+    return [line["throughput"] for line in lines]
+
+
+def _percents(lines: list[Line]) -> list[float]:
+    return [100 * line["accuracy"] for line in lines]
 
 
 def draw_budgets(figure: Figure, lines: list[Line]) -> None:
     """Lines: share of the layers saved that became time, against the number of texts in a call."""
     axes = figure.subplots()
-    for system, style, name in (("geep", "s-", "GEEP, packed"), ("fastbert", "D-", "FastBERT, shrinking batch")):
-        rows = sorted((line for line in lines if line["system"] == system), key=lambda line: line["texts_per_call"])
+    for name in sorted({system_of(line) for line in lines}, reverse=True):
+        style = "D-" if name.startswith("FastBERT") else "s-"
+        rows = sorted((line for line in lines if system_of(line) == name), key=lambda line: line["texts_per_call"])
         if rows and all(row["kept"] is not None for row in rows):
             label = f"{name} ({rows[0]['layer_speedup']:.2f}x fewer layers)"
             axes.plot([row["texts_per_call"] for row in rows], [row["kept"] for row in rows], style, label=label)

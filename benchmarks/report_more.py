@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from report_exits import exits_parts
-from tables import describe, let_go, of_kind, percent, read, table, times
+from tables import describe, let_go, of_kind, percent, read, system_of, table, times
 
 Line = dict[str, Any]
 
@@ -122,7 +122,7 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
                 ["", "texts a call", "texts", "texts/s", "full depth, texts/s", "speed-up", "layer speed-up", "kept"],
                 [
                     [
-                        {"geep": "GEEP", "fastbert": "FastBERT, shrinking batch"}[row["system"]],
+                        system_of(row),
                         f"{row['texts_per_call']:,}",
                         f"{row['texts']:,}",
                         f"{row['throughput']:.1f}",
@@ -131,7 +131,7 @@ def throughput_part(results: Path, data: str, lines: list[Line]) -> list[str]:
                         times(row["layer_speedup"]),
                         "–" if row["kept"] is None else f"{row['kept']:.2f}",
                     ]
-                    for row in budgets
+                    for row in sorted(budgets, key=lambda row: (row["system"] != "geep", system_of(row)))
                 ],
             ),
             *_figure(results, f"budget-{data}"),

@@ -21,6 +21,13 @@ def of_kind(lines: list[Line], kind: str, **fields: object) -> list[Line]:
     return [line for line in lines if line["kind"] == kind and all(line.get(k) == v for k, v in fields.items())]
 
 
+def system_of(budget: Line) -> str:
+    """What ran in calls of a size: ours on an engine, or FastBERT's way."""
+    if budget["system"] == "fastbert":
+        return "FastBERT, shrinking batch"
+    return f"GEEP, {budget.get('engine', 'packed')}"
+
+
 def let_go(engine: str) -> bool:
     """Whether an engine ("backend dtype") ran on a backend that was let go; results keep it, since they say why."""
     return engine.split()[0] not in BACKENDS

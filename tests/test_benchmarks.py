@@ -394,6 +394,62 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
     assert [line["name"] for line in lines if line["kind"] == "failed"] == list(field.failures)
 
 
+def test_calls_of_a_size_stand_beside_their_own_full_depth(rivals: None) -> None:
+    from rivals.lines import Entry, Timed, lines_of
+
+    def entry(engine: str, system: str, seconds: float) -> Any:
+        about = {"engine": engine, "system": system, "texts_per_call": 8}
+        way = {"name": f"{engine} {system}", "group": "budget", "about": about}
+        outcome = {"seconds": seconds, "layers": [2, 2], "extra": {}}
+        return Entry(None, way, {}, count=2, outcomes=[outcome])  # type: ignore[arg-type]
+
+    entries = [
+        *(entry("a", system, seconds) for system, seconds in (("packed-full", 8.0), ("geep", 4.0))),
+        *(entry("b", system, seconds) for system, seconds in (("packed-full", 6.0), ("geep", 1.0))),
+    ]
+    found = {line["engine"]: line["speedup"] for line in lines_of("toy", entries, {}, Timed(None, [4, 4], 4))}
+    assert found == {"a": 2.0, "b": 6.0}
+
+
+def test_the_strongest_rival_is_about_as_accurate_and_none_of_ours(rivals: None) -> None:
+    def run(name: str, group: str, accuracy: float | None, rate: float) -> dict[str, Any]:
+        return {"kind": "throughput", "name": name, "group": group, "accuracy": accuracy, "throughput": rate}
+
+    strongest = load("report_summary").strongest
+    slow, fast = run("HF pipeline", "pipeline", 0.9, 10.0), run("fast", "openvino-int8", 0.895, 30.0)
+    others = [run("wrong", "onnxruntime-int8", 0.85, 40.0), run("not told", "infinity", None, 50.0)]
+    ours = [run("cut", "static", 0.9, 60.0), run("GEEP", "geep", 0.9, 70.0)]
+    assert strongest([slow, fast, *others, *ours]) is fast
+    assert strongest([slow, *others]) is slow
+    assert strongest(others) is None
+
+
+def test_ways_of_uneven_rounds_are_measured_again(
+    rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import ExitStack
+    from types import SimpleNamespace
+
+    from rivals.lines import Entry
+
+    throughput = load("throughput")
+    seconds = {"even": iter([1.0, 1.1, 1.2]), "uneven": iter([1.0, 2.0, 1.0, 3.0, 3.0, 3.0])}
+
+    def answers(_worker: Any, request: dict[str, Any], **_patience: float) -> dict[str, float]:
+        return {"seconds": next(seconds[request["way"]])}
+
+    monkeypatch.setattr(throughput, "IdleWatch", lambda _workers: SimpleNamespace(ask=answers, worst={}))
+    field = throughput.Field(tmp_path / "job.json", tmp_path, 1, ExitStack(), lambda _what, _share: None)
+    for name in seconds:
+        way = {"name": name, "group": "geep", "about": {}, "seconds_per_text": 1.0, "seconds_per_run": 0.0}
+        field.entries.append(Entry(SimpleNamespace(name=name, alive=True), way, {}, count=1))  # type: ignore[arg-type]
+    field.run_rounds(rounds=3)
+    assert {entry.name: (entry.seconds(), entry.was_uneven) for entry in field.entries} == {
+        "even": (1.1, False),
+        "uneven": (3.0, True),
+    }
+
+
 def test_every_way_gets_the_same_time(rivals: None, tmp_path: Path) -> None:
     from contextlib import ExitStack
 
@@ -679,11 +735,12 @@ def test_a_backend_that_was_let_go_is_in_the_results_and_not_in_the_summary(riva
     old = ours | {"engine": "gone int8", "name": "gone int8: GEEP"}
     path.write_text(path.read_text("utf-8") + json.dumps(old) + "\n", encoding="utf-8")
     kept = {"kind": "accuracy", "data": "toy", "full_accuracy": 0.5, "accuracy": 0.5, "layer_speedup": 2.0}
-    kept |= {"lexical_share": 0.1, "constant_accuracy": {}}
+    kept |= {"agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {}}
     lines = [json.dumps(kept | {"engine": engine}) for engine in ("packed int8", "gone int8")]
     (tmp_path / "accuracy.jsonl").write_text("\n".join(lines), encoding="utf-8")
     summary = load("report_summary").engine_summary(tmp_path)
     assert "| toy | packed int8 |" in summary
+    assert "| ONNX Runtime int8, 50.00 % | 2.33x |" in summary
     assert "gone" not in summary
     page = "\n\n".join(load("report_more").more_parts(tmp_path))
     assert "| gone int8: GEEP, batch 8 |" in page

@@ -1,6 +1,7 @@
 """Worker: geep's engine on one backend and dtype, with what belongs to the same weights: FastBERT's shrinking batch.
 
-Options: `backend`, `dtype`, `folder`, and for the main engine `budgets`: sizes of the calls in which texts arrive.
+Options: `backend`, `dtype`, `folder`; `budgets`: sizes of the calls in which texts arrive; `beside_fastbert`: whether
+FastBERT's shrinking batch stands beside ours in these calls.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GROUP_TOKENS = 8192
 
 
 def load(job: Job) -> Loaded:
-    """Offer the full model, every constant depth and the calibrated engine; for the main engine also the budgets."""
+    """Offer the full model, every constant depth, the calibrated engine, exit 0 before the full model, and calls."""
     torch.set_num_threads(job.threads)
     options = job.options
     engine = Engine.from_pretrained(options["folder"], device="cpu", backend=options["backend"], dtype=options["dtype"])
@@ -42,9 +43,11 @@ def load(job: Job) -> Loaded:
     calibrated = engine.settings.speed > 0
     if calibrated:
         ways += [lines.geep(), lines.parts("GEEP", None)]
+        if engine.settings.lexical_exit:
+            ways.append(lines.cascade())
     ways.append(lines.parts("full", 0.0))
     if options.get("budgets") and calibrated:
-        ways += lines.budgets(options["budgets"], profile)
+        ways += lines.budgets(options["budgets"], profile, beside_fastbert=options["beside_fastbert"])
     about: dict[str, Any] = {
         "deployed_as": engine.deployment.deployed_as,
         "certified": engine.certificate is not None,
@@ -96,12 +99,24 @@ class _Lines:
         setting = f"speed {settings.speed:g}, {settings.on_miss}, as calibrated"
         return self._way("GEEP", "geep", setting, lambda count: self._predict(count))
 
-    def _predict(self, count: int, *, speed: float | None = None, per_call: int | None = None) -> Outcome:
-        texts, size = self.job.texts[:count], per_call or count
+    def cascade(self) -> Way:
+        """Two steps that need no exits: the table where it is certain, else all layers."""
+        alone = self.engine.replace(settings=replace(self.engine.settings, check_layers=()))
+        return self._way(
+            "exit 0, then the full model",
+            "cascade",
+            f"speed {alone.settings.speed:g}",
+            lambda count: self._predict(count, engine=alone),
+        )
+
+    def _predict(
+        self, count: int, *, speed: float | None = None, per_call: int | None = None, engine: Engine | None = None
+    ) -> Outcome:
+        texts, size, engine = self.job.texts[:count], per_call or count, engine or self.engine
         predictions = [
             prediction
             for start in range(0, count, size)
-            for prediction in self.engine.predict(texts[start : start + size], speed=speed)
+            for prediction in engine.predict(texts[start : start + size], speed=speed)
         ]
         ids = {label: number for number, label in enumerate(self.engine.label_names)}
         return Outcome(
@@ -181,7 +196,7 @@ class _Lines:
             )
         return ways
 
-    def budgets(self, sizes: Sequence[int], profile: ExitProfile) -> list[Way]:
+    def budgets(self, sizes: Sequence[int], profile: ExitProfile, *, beside_fastbert: bool) -> list[Way]:
         """Texts that come in calls of a size: ours and FastBERT's, each beside its own full depth."""
         engine, settings = self.engine, self.engine.settings
         shrinking = ShrinkingBatch.of(engine)
@@ -199,9 +214,9 @@ class _Lines:
         ours = {
             "geep": lambda count, size: self._predict(count, per_call=size),
             "packed-full": lambda count, size: self._predict(count, speed=0.0, per_call=size),
-            "fastbert": fastbert,
-            "padded-full": padded_full,
         }
+        if beside_fastbert:
+            ours |= {"fastbert": fastbert, "padded-full": padded_full}
         ways = []
         for size in sorted({min(size, len(self.job.texts)) for size in sizes}):
             for system, run in ours.items():

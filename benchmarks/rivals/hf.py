@@ -1,4 +1,4 @@
-"""Worker: Hugging Face's text-classification pipeline in float32: arrival order, length-sorted, and a static cut.
+"""Worker: Hugging Face's text-classification pipeline: arrival order, length-sorted, in bfloat16, and a static cut.
 
 Option `static_depth`: the model cut to its first layers with the exit that sits there, which is what one would make
 without early exit; None leaves it out.
@@ -29,6 +29,9 @@ def load(job: Job) -> Loaded:
         ("HF pipeline", "pipeline", "arrival order", model, False),
         ("HF pipeline, length-sorted", "pipeline-sorted", "sorted by length", model, True),
     ]
+    if torch.cpu._is_avx512_bf16_supported():
+        half: Any = copy.deepcopy(model).to(torch.bfloat16)
+        lines.append(("HF pipeline, bfloat16", "pipeline-bfloat16", "sorted by length, bfloat16", half, True))
     depth = job.options.get("static_depth")
     if depth is not None:
         cut = first_layers(model, depth)
@@ -47,7 +50,8 @@ def _way(job: Job, tokenizer: Any, name: str, group: str, setting: str, model: n
     def run(count: int) -> Outcome:
         return Outcome(classify(job.texts[:count], size).answers, [layers] * count)
 
-    return Way(name, group, setting, run, seconds_per_text=seconds, batch_size=size, about={"dtype": "float32"})
+    about = {"dtype": str(model.dtype).removeprefix("torch.")}
+    return Way(name, group, setting, run, seconds_per_text=seconds, batch_size=size, about=about)
 
 
 def _classify(job: Job, call: Any, by_length: bool, texts: Sequence[str], batch_size: int) -> Outcome:

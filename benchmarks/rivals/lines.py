@@ -33,6 +33,7 @@ class Entry:
     versions: dict[str, str]
     count: int = 0
     outcomes: list[dict[str, Any]] = field(default_factory=list)
+    was_uneven: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +68,11 @@ class Entry:
     def seconds(self) -> float:
         """Median of the rounds."""
         return float(np.median([outcome["seconds"] for outcome in self.outcomes]))
+
+    def spread(self) -> float:
+        """Slowest round over the fastest; 1 where there is none."""
+        seconds = [outcome["seconds"] for outcome in self.outcomes]
+        return max(seconds) / min(seconds) if seconds else 1.0
 
     def rate(self) -> float:
         """Texts a second, median of the rounds."""
@@ -136,6 +142,7 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
                 "throughput": float(np.median(rates)),
                 "throughput_low": min(rates),
                 "throughput_high": max(rates),
+                "measured_again": entry.was_uneven,
                 "ids_throughput": entry.ids_rate() or from_ids.get((about.get("engine"), entry.group)),
                 "over_pipeline": None if reference is None else entry.rate() / reference.rate(),
                 "over_full": entry.rate() / full[0].rate() if full else None,
@@ -169,27 +176,30 @@ def layer_speedup(entry: Entry, timed: Timed) -> float | None:
 
 def _budgets(entries: Sequence[Entry], timed: Timed) -> list[Line]:
     """Early exit beside the full depth of its own kind, at the same number of texts a call."""
-    at = {(entry.way["about"]["system"], entry.texts_per_call): entry for entry in entries}
+    at = {
+        (entry.way["about"]["engine"], entry.way["about"]["system"], entry.texts_per_call): entry for entry in entries
+    }
     lines = []
-    for system, full in (("geep", "packed-full"), ("fastbert", "padded-full")):
-        for (name, size), entry in sorted(at.items(), key=lambda item: item[0][1]):
-            if name != system or (full, size) not in at:
-                continue
-            speedup = entry.rate() / at[full, size].rate()
-            layers = layer_speedup(entry, timed)
-            lines.append(
-                {
-                    "kind": "budget",
-                    "system": system,
-                    "texts_per_call": size,
-                    "texts": entry.count,
-                    "throughput": entry.rate(),
-                    "full_throughput": at[full, size].rate(),
-                    "speedup": speedup,
-                    "layer_speedup": layers,
-                    "kept": None if layers is None else speedup / layers,
-                }
-            )
+    for (engine, system, size), entry in sorted(at.items(), key=lambda item: item[0][2]):
+        full = at.get((engine, {"geep": "packed-full", "fastbert": "padded-full"}.get(system, ""), size))
+        if full is None:
+            continue
+        speedup = entry.rate() / full.rate()
+        layers = layer_speedup(entry, timed)
+        lines.append(
+            {
+                "kind": "budget",
+                "system": system,
+                "engine": engine,
+                "texts_per_call": size,
+                "texts": entry.count,
+                "throughput": entry.rate(),
+                "full_throughput": full.rate(),
+                "speedup": speedup,
+                "layer_speedup": layers,
+                "kept": None if layers is None else speedup / layers,
+            }
+        )
     return lines
 
 
