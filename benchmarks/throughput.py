@@ -44,7 +44,7 @@ RESULTS = ROOT / "results"
 BUDGETS = (8, 32, 128, 512, 4096)
 LEAST_TEXTS = 64
 # Texts of the ways that come in calls: a call at least, and enough calls for a mean.
-LEAST_IN_CALLS = 1024
+LEAST_IN_CALLS = 512
 # A way whose slowest round takes so many times longer than its fastest is measured again.
 MOST_SPREAD = 1.3
 # Loading may export and quantise; a run that takes many times longer than its trial said hangs.

@@ -26,7 +26,7 @@ from geep.scheduler import schedule
 
 TRIAL_TEXTS = 128
 # Tokens of the texts on which utilisation is taken, and how many tokens they are together.
-GROUPS: tuple[tuple[int, int], ...] = ((25, 30), (120, 136))
+GROUPS: tuple[tuple[int, int], ...] = ((25, 30), (120, 136), (248, 264))
 GROUP_TOKENS = 8192
 
 
