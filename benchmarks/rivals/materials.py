@@ -34,7 +34,7 @@ class Materials:
         job_file: Where that is written.
         plain: Why there is no plain folder; None: there is one.
         not_comparable: Why the plain folder's answers say nothing about accuracy; None: they do.
-        head: Row of geep's `HEADS`.
+        head: Row of geep's `HEADS`, the full model's.
     """
 
     job: Job
@@ -87,10 +87,15 @@ def prepare(
         job_file=job_file,
         plain=why_not,
         not_comparable=None
-        if model.config.exit_head == "cls"
-        else f"the {model.config.exit_head} head is replaced by BERT's first-token classifier, of the same cost",
-        head=model.config.exit_head,
+        if _head_of(model) == "cls"
+        else f"the {_head_of(model)} head is replaced by BERT's first-token classifier, of the same cost",
+        head=_head_of(model),
     )
+
+
+def _head_of(model: Any) -> str:
+    """The full model's head; that of fitted exits is another."""
+    return str(model.config.teacher_head or model.config.exit_head)
 
 
 class _LogitsAlone(torch.nn.Module):
@@ -120,11 +125,9 @@ def _trace(model: Any, path: Path) -> None:
 
 def _plain(model: Any, tokenizer: Any, folder: Path) -> str | None:
     """Write the plain folder; the reason, where the model cannot be one."""
-    if model.encoder.config.model_type != "bert" or model.config.exit_head not in ("mean", "cls"):
-        return (
-            f"no plain classifier can be made of a {model.encoder.config.model_type} encoder with a "
-            f"{model.config.exit_head} head"
-        )
+    head = _head_of(model)
+    if model.encoder.config.model_type != "bert" or head not in ("mean", "cls"):
+        return f"no plain classifier can be made of a {model.encoder.config.model_type} encoder with a {head} head"
     if (folder / "tokenizer_config.json").exists():
         return None
     config = copy.deepcopy(model.encoder.config)
