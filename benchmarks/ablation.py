@@ -112,7 +112,7 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
 def runs_of(folder: Path, cache: Path) -> tuple[Engine, dict[str, ExitRun]]:
     """The engine of a folder, and all exits of all its rows by part, from the cache where they are there."""
     plan, parts = geep.parts_of(folder)
-    engine, test = Engine.from_pretrained(folder, exits=False), plan.load().test
+    engine, test = Engine.from_pretrained(folder, exits=False, dtype="float32"), plan.load().test
     if test is None:
         raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
     splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}

@@ -193,7 +193,7 @@ def main() -> None:
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     sizes, depths = ([int(part) for part in text.split(",")] for text in (args.texts, args.depths))
     seen, held = texts_of(args, sizes[-1])
-    engine = Engine.from_pretrained(args.model, exits=False, device="cpu", max_length=args.max_length)
+    engine = Engine.from_pretrained(args.model, exits=False, device="cpu", dtype="float32", max_length=args.max_length)
     config: GeepConfig = engine.model.config
     config.separator_id = None if seen.text_pairs is None else engine.tokenizer.sep_token_id
     layers = engine.depths[-1]

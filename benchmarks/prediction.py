@@ -129,7 +129,7 @@ def write(line: dict[str, Any]) -> None:
 
 def collect(name: str, data_dir: Path, model: Path, cache: Path, max_test: int) -> Texts:
     """Run all exits of a trained model over all its rows, once."""
-    engine = Engine.from_pretrained(model, device="cpu")
+    engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
     plan = replace(DataPlan(**Provenance.read(model).data), data_dir=str(data_dir))
     dataset = plan.load()
     parts = plan.divide(dataset)

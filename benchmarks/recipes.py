@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from geep.data import divide, fetch_encoder, load_dataset
 from geep.distilling import FeatureCache, fit_heads, with_exits
-from geep.engine import Engine
+from geep.engine import Engine, EngineConfig
 from geep.modeling import GeepForSequenceClassification
 from geep.training import RECIPES, TrainSettings, encode, run_recipe
 
@@ -96,14 +96,16 @@ def main() -> None:
         begin = time.perf_counter()
         folder = Path("runs") / f"recipes-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
         result = run_recipe(model, tokenizer, rows, settings=settings, checkpoint_dir=folder)
-        engine = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, config=EngineConfig(dtype="float32"))
         if settings.fits_exits:
             # What says when to stop is not what accuracy is measured on.
             caches = [
                 FeatureCache.of(engine, part, folder / name)
                 for name, part in (("learn", parts.train), ("choose", parts.calibration))
             ]
-            engine = Engine(with_exits(model, fit_heads(*caches, model.config)), tokenizer)
+            engine = Engine(
+                with_exits(model, fit_heads(*caches, model.config)), tokenizer, config=EngineConfig(dtype="float32")
+            )
         seconds = time.perf_counter() - begin
         answers = engine.exit_logits(engine.tokenize(dev.inputs).batch).argmax(-1)
         accuracy = (answers == torch.from_numpy(dev.labels)).float().mean(1).tolist()

@@ -33,12 +33,13 @@ WORDS = (
 def engine_summary(results: Path) -> str | None:
     """A line for each data set and engine that both scripts measured; None where there is none.
 
-    Engines on a backend that was let go have none: they are in docs/results.md alone.
+    Engines on a backend that was let go have none, nor those of which nothing is certified: they are in docs/results.md
+    alone.
     """
     path = results / "accuracy.jsonl"
     rows, texts, machine = [], set(), ""
     for kept in sorted(read(path) if path.exists() else [], key=lambda line: str(line["data"])):
-        if let_go(kept["engine"]):
+        if let_go(kept["engine"]) or kept.get("certified") is False:
             continue
         timed = results / f"throughput-{kept['data']}.jsonl"
         lines = read(timed) if timed.exists() else []

@@ -137,7 +137,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         case = RandomCase(**args.child["random"])
         engine = random_engine(case)
         return {**time_random(engine, case, args.repeats), "machine": machine(engine)}
-    engine = Engine.from_pretrained(args.model_dir, device="cpu")
+    engine = Engine.from_pretrained(args.model_dir, device="cpu", dtype="float32")
     texts = test_texts(args.model_dir, args.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         return {**time_file(engine, texts, args.child["texts"], Path(folder)), "machine": machine(engine)}
@@ -212,7 +212,7 @@ def random_engine(case: RandomCase) -> Any:
     )
     words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
-    return Engine(model, tokenizer, config=EngineConfig(device="cpu"))
+    return Engine(model, tokenizer, config=EngineConfig(device="cpu", dtype="float32"))
 
 
 def time_random(engine: Any, case: RandomCase, repeats: int) -> dict[str, Any]:

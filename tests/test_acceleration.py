@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from geep.acceleration import Acceleration, Pace, accelerate, accelerating, fitting, looking
 from geep.acceleration.accelerating import TextsFor
 from geep.acceleration.prospects import prospects
-from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, profiling
+from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, RoundedTooFarError, profiling
 from geep.data import Split
 from geep.distilling import FitSettings, FittedHeads
 from geep.engine import Engine
@@ -278,6 +278,36 @@ def test_where_no_speed_passes_the_full_model_stays(
     assert found.before.texts_per_second == found.after.texts_per_second
     engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
     assert set(engine.predict_columns(TEXTS.texts[:50]).exit_layers.tolist()) == {4}
+
+
+@pytest.mark.bfloat16
+def test_where_rounding_costs_too_much_float32_is_certified(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = profiling.check_rounded
+
+    def strict(run: ExitRun, dtype: str, **options: Any) -> None:
+        honest(run, dtype, **options)
+        if dtype == "bfloat16":
+            raise RoundedTooFarError("bfloat16 loses everything.")
+
+    monkeypatch.setattr(profiling, "check_rounded", strict)
+    found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
+    assert "bfloat16 loses everything. It is certified in float32." in caplog.text
+    assert found.speed > 0
+    assert found.calibration["certificate"]["made_with"]["dtype"] == "float32"
+    engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
+    assert engine.deployment.dtype == "float32"
+    assert engine.certificate is not None
+
+
+@pytest.mark.bfloat16
+def test_a_classifier_is_certified_in_bfloat16(classifier: Path, tmp_path: Path) -> None:
+    found = accelerate(classifier, TEXTS, tmp_path / "out", **ASKED)
+    assert found.calibration["certificate"]["made_with"]["dtype"] == "bfloat16"
+    assert found.calibration["certificate"]["reference"] == "float32"
+    engine = Engine.from_pretrained(tmp_path / "out", device="cpu")
+    assert (engine.deployment.dtype, engine.settings.speed) == ("bfloat16", found.speed)
 
 
 def test_nobody_is_left_slower(classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from geep.backends import PackedBackend
 from geep.backends.int8 import is_available
 from geep.calibration import Calibration, ExitRun, calibrate, profile, quantise, save_refusal
 from geep.cli import app
+from geep.distilling import FeatureCache
 from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.evaluation import evaluate
 from geep.folder import CalibrationFile
@@ -148,6 +149,51 @@ def test_where_nothing_could_be_certified_nothing_is_rounded(
     same = replace(engine.settings, temperatures={})
     expected = trained.run_tokens(batch, settings=ExitSettings()).logits
     assert torch.equal(engine.run_tokens(batch, settings=same).logits, expected)
+
+
+def test_a_copy_of_a_folder_without_certificate_is_not_rounded_either(
+    folder: Path, certified: Calibration, tmp_path: Path
+) -> None:
+    save_refusal(certified.engine, folder, NothingCertifiedError("too few"))
+    Engine.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "copy")
+    assert Engine.from_pretrained(tmp_path / "copy", device="cpu").deployment.dtype == "float32"
+
+
+def test_a_folder_runs_on_the_backend_that_it_was_certified_on(trained: Engine, tmp_path: Path) -> None:
+    padded = Engine(trained.model, trained.tokenizer, config=replace(trained.config, backend="padded"))
+    found = profile(padded, TRAIN, HELDOUT)
+    padded.save_pretrained(tmp_path)
+    calibrate(found.engine, found.heldout, FRESH, PROMISE).save(tmp_path)
+    for options in ({}, {"dtype": "float32"}):
+        again = Engine.from_pretrained(tmp_path, device="cpu", **options)
+        assert (again.deployment.backend_name, again.deployment.dtype) == ("padded", "float32")
+        assert again.certificate is not None
+    named = Engine.from_pretrained(tmp_path, device="cpu", backend="packed")
+    assert (named.deployment.backend_name, named.deployment.dtype, named.certificate) == ("packed", "float32", None)
+
+
+def test_a_certificate_of_an_engine_held_against_itself_counts_no_more(certified: Calibration) -> None:
+    known = certified.engine.certificate
+    assert known is not None
+    assert certified.engine.replace(certificate=replace(known, reference="bfloat16")).certificate is None
+
+
+def test_heads_are_not_taught_by_rounded_scores(rounded: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="float32 model's scores, found an engine in bfloat16"):
+        FeatureCache.of(rounded, HELDOUT, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "modernbert", "deberta-v2"])
+def test_a_model_that_was_cast_as_a_whole_runs_packed(family: str) -> None:
+    model, batch = make_model(family), random_batch(12, seed=3, longest=40)
+    expected = alone(model, batch)[-1]
+    cast = model.to(torch.bfloat16)
+    backend = PackedBackend.build(cast, dtype="bfloat16")
+    live = backend.start(batch)
+    for layer in range(1, NUM_LAYERS + 1):
+        live = backend.advance(live, layer, 12)
+    found = backend.exit_logits(live, NUM_LAYERS, 0, 12)
+    assert (found - expected).abs().mean() < 0.3 * expected.abs().mean()  # the weights are loud, and embeddings rounded
 
 
 def test_calibrating_again_takes_the_dtype_of_the_profile(folder: Path, rounded: Engine, tmp_path: Path) -> None:

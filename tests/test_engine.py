@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import typing
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -119,6 +120,39 @@ def test_a_run_is_the_rule_on_the_models_own_exits(
     assert sure.mean() > 0.9 or len(picked) < 10
     assert run.exit_layers[sure].tolist() == layers[list(picked)][sure].tolist()
     assert torch.allclose(run.logits[sure], logits[list(picked)][sure], atol=5e-5)
+
+
+class Counting:
+    """A backend that counts how often each layer and each exit runs."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.layers, self.exits = backend, Counter[int](), Counter[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def advance(self, live: Any, layer: int, *arguments: Any, **options: Any) -> Any:
+        self.layers[layer] += 1
+        return self.backend.advance(live, layer, *arguments, **options)
+
+    def exit_logits(self, live: Any, layer: int, *arguments: Any, **options: Any) -> Any:
+        self.exits[layer] += 1
+        return self.backend.exit_logits(live, layer, *arguments, **options)
+
+
+@every_rule
+def test_in_a_call_of_one_batch_no_layer_and_no_exit_runs_twice(rule: str, tiny_engine: Engine) -> None:
+    batch = tiny_engine.tokenize(TEXTS).batch
+    chosen = replace(RULES[rule], temperatures=TEMPERATURES)
+    counts = {}
+    for tokens in (len(batch.input_ids), 100):
+        counting = Counting(tiny_engine.course.backend)
+        engine = on_course(tiny_engine, backend=counting, max_batch_tokens=tokens).replace(settings=chosen)
+        engine.run_tokens(batch)
+        counts[tokens] = counting
+    together, pooled = counts.values()
+    assert max(*together.layers.values(), *together.exits.values()) == 1
+    assert max(pooled.layers.values()) > 1
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from geep.acceleration.fitting import WORK, FittedExits, fit_exits, save_with_ex
 from geep.acceleration.looking import look_ahead
 from geep.acceleration.prospects import prospects
 from geep.acceleration.record import Acceleration, Pace
-from geep.calibration import ExitRun, Outcomes, Route, calibrate, profile, save_refusal
+from geep.calibration import ExitRun, Outcomes, RoundedTooFarError, Route, calibrate, profile, save_refusal
 from geep.calibration.runs import check_labels
 from geep.data import Split, distinct, thirds, unseen
 from geep.distilling import FitSettings
@@ -220,7 +220,12 @@ def accelerate(
     look_ahead(full, parts.learn, parts.choose, promise, work, **options)
     fitted = fit_exits(full, parts.learn, parts.choose, work, **options)
     save_with_exits(full, fitted.heads, folder)
-    done = _certified(full, fitted, folder, parts, promise, check_pace=check_pace, progress=progress)
+    certify: dict[str, Any] = {"check_pace": check_pace, "progress": progress}
+    try:
+        done = _certified(full, fitted, folder, parts, promise, dtype=None, **certify)
+    except RoundedTooFarError as rounded:
+        logger.warning("%s It is certified in float32.", rounded)
+        done = _certified(full, fitted, folder, parts, promise, dtype="float32", **certify)
     done = replace(done, seconds=round(time.perf_counter() - started, 1))
     Provenance(asked, done.record(), []).write(folder)
     shutil.rmtree(work)
@@ -234,11 +239,16 @@ def _certified(
     parts: TextsFor,
     promise: Promise,
     *,
+    dtype: str | None,
     check_pace: bool,
     progress: Progress,
 ) -> Acceleration:
-    """Teach the table, find the speed and write both; say what was gained."""
-    engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type)
+    """Teach the table, find the speed and write both; say what was gained.
+
+    Raises:
+        RoundedTooFarError: If rounding alone may cost more than is promised; nothing is written then.
+    """
+    engine = Engine.from_pretrained(folder, exits=False, device=full.model.device.type, dtype=dtype)
     found = profile(engine, _run_of(full, fitted), parts.choose, progress=progress)
     certified = ExitRun.of(engine, parts.certify, what="all exits, texts to certify the promise on", progress=progress)
     tuning = found.heldout
@@ -247,6 +257,10 @@ def _certified(
     options: dict[str, Any] = {"profile": found.record(), "asked": asdict(promise)}
     try:
         result = calibrate(found.engine, tuning, certified, promise, progress=progress)
+        if engine.deployment.is_rounded and result.engine.certificate is None:
+            raise RoundedTooFarError(
+                f"In {engine.deployment.dtype} not even the full model is certified to keep {promise}."
+            )
         _check_that_it_pays(result.engine, certified)
         progress("timing", 0, 1)
         before, after = _paces(result.engine, certified, parts.certify)
@@ -256,7 +270,7 @@ def _certified(
         logger.warning("%s", refusal)
         save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
-        before = after = _pace(_unrounded(kept), parts.certify, layers=float(kept.depths[-1]), agreement=1.0)
+        before = after = Pace(float(kept.depths[-1]), *_texts_per_second([_unrounded(kept)], parts.certify), 1.0)
     else:
         result.save(folder, **options)
         kept, said = result.engine, result.record()
@@ -370,8 +384,8 @@ def _paces(engine: Engine, run: ExitRun, texts: Split) -> tuple[Pace, Pace]:
     profiled = outcomes.profile(engine.settings)
     column, rows = outcomes.answered(engine.settings), np.arange(len(run))
     layers, agreement = float(np.asarray(profiled.depths)[column].mean()), float(profiled.agrees[rows, column].mean())
-    before = _pace(_unrounded(engine), texts, layers=float(engine.depths[-1]), agreement=1.0)
-    return before, _pace(engine, texts, layers=layers, agreement=agreement)
+    full, fast = _texts_per_second([_unrounded(engine), engine], texts)
+    return Pace(float(engine.depths[-1]), full, 1.0), Pace(layers, fast, agreement)
 
 
 def _unrounded(engine: Engine) -> Engine:
@@ -381,12 +395,13 @@ def _unrounded(engine: Engine) -> Engine:
     return engine.replace(settings=replace(engine.settings, speed=0.0))
 
 
-def _pace(engine: Engine, texts: Split, *, layers: float, agreement: float) -> Pace:
-    """Time an engine on some texts; the first of three rounds makes warm, and is the worst."""
+def _texts_per_second(engines: Sequence[Engine], texts: Split) -> list[float]:
+    """Time engines on some texts, in turn, so that a slow minute hits all; the first of three rounds makes warm."""
     timed = texts.select(range(min(len(texts), _TIMED))).inputs
-    seconds = []
+    seconds = [float("inf")] * len(engines)
     for _ in range(3):
-        start = time.perf_counter()
-        engine.predict_columns(timed)
-        seconds.append(time.perf_counter() - start)
-    return Pace(layers, len(timed) / min(seconds), agreement)
+        for number, engine in enumerate(engines):
+            start = time.perf_counter()
+            engine.predict_columns(timed)
+            seconds[number] = min(seconds[number], time.perf_counter() - start)
+    return [len(timed) / each for each in seconds]

@@ -86,7 +86,7 @@ class DistanceBias:
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Mixer`."""
         query, key, value = block.permute(2, 0, 3, 1, 4)
-        own = by_distance(self.table, block.shape[1])[None]
+        own = by_distance(self.table.to(block.dtype), block.shape[1])[None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=own if bias is None else own + bias)
 
     def to(self, dtype: torch.dtype) -> DistanceBias:
@@ -153,7 +153,7 @@ class Rotary:
         if self.window is not None and length > self.window + 1:
             if bias is None and 0 < _BANDS_FROM * self.window <= length:
                 return self._in_bands(block, self.window)
-            seen = by_distance(self.seen, length)[None]
+            seen = by_distance(self.seen.to(block.dtype), length)[None]
             bias = seen if bias is None else seen + bias
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -175,7 +175,7 @@ class Rotary:
         around = F.pad(block[:, :, 1:], (0, 0, 0, 0, 0, 0, window, window + missing)).unfold(1, 3 * window, window)
         key, value = around.permute(2, 0, 1, 3, 5, 4).flatten(1, 2)
         # What a piece sees is the middle third of what a text of three windows does. A row is never all -inf.
-        seen = by_distance(self.seen[0], 3 * window)[window : 2 * window].repeat(pieces, 1, 1)
+        seen = by_distance(self.seen[0].to(block.dtype), 3 * window)[window : 2 * window].repeat(pieces, 1, 1)
         seen[0, :, :window] = -torch.inf
         for place in (1, 2):  # pieces that look beyond the end
             seen[-place, :, (place + 1) * window - missing :] = -torch.inf

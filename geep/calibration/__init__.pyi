@@ -24,5 +24,5 @@ from .profiling import (
     predictor_quality as predictor_quality,
     profile as profile,
 )
-from .quantising import quantise as quantise
+from .quantising import RoundedTooFarError as RoundedTooFarError, quantise as quantise
 from .runs import ExitRun as ExitRun, Outcomes as Outcomes, run_of as run_of, try_speed as try_speed

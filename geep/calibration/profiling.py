@@ -124,8 +124,8 @@ def profile(
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
-        ValueError: If either split is empty, labels are not the model's, the criterion is unknown, or a rounded
-            engine (bfloat16, int8) answers otherwise than its float32 model too often.
+        ValueError: If either split is empty, labels are not the model's, or the criterion is unknown.
+        RoundedTooFarError: If a rounded engine (bfloat16, int8) answers otherwise than its float32 model too often.
     """
     if len(engine.depths) < 2:
         raise ValueError(

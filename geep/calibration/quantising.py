@@ -21,6 +21,10 @@ MAX_ROUNDED_DROP = 0.01
 MAX_ROUNDED_DISAGREEMENT = 0.05
 
 
+class RoundedTooFarError(ValueError):
+    """A rounded engine's full model is too far from the float32 one."""
+
+
 # Texts on which activations are observed; their ranges hardly move beyond a few hundred.
 _OBSERVED_TEXTS = 1024
 
@@ -38,10 +42,8 @@ def quantise(engine: Engine, texts: Split) -> Engine:
         ValueError: If the encoder's layers cannot be packed or quantised, or there are no texts.
     """
     batch = engine.tokenize(texts.inputs[:_OBSERVED_TEXTS]).batch
-    plain, packed = (
-        packed_layers(engine.model),
-        PackedBackend(engine.model, layers=(), dtype=torch.float32),
-    )  # embeds; the plain layers run
+    plain = packed_layers(engine.model)
+    packed = PackedBackend(engine.model, layers=(), dtype=torch.float32)  # embeds; the plain layers run
     everyone = np.full(len(batch), engine.depths[-1])
     with torch.inference_mode():
         cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.deployment.max_batch_tokens)
@@ -57,7 +59,11 @@ def quantise(engine: Engine, texts: Split) -> Engine:
 
 
 def check_rounded(run: ExitRun, dtype: str, *, multi_label: bool) -> None:
-    """Refuse a rounded engine, run in this dtype, that is far from its float32 model with all layers run."""
+    """Refuse a rounded engine, run in this dtype, that is far from its float32 model with all layers run.
+
+    Raises:
+        RoundedTooFarError: With what it loses.
+    """
     if run.reference is None:
         return
     every = profile_exits(
@@ -70,7 +76,7 @@ def check_rounded(run: ExitRun, dtype: str, *, multi_label: bool) -> None:
         lost, most = float((~every.agrees).mean()), MAX_ROUNDED_DISAGREEMENT
         what = "% of the answers"
     if lost > most:
-        raise ValueError(
+        raise RoundedTooFarError(
             f"{dtype} loses {100 * lost:.1f} {what} of the float32 model on {len(every):,} held-out texts with all "
             f"layers run, expected at most {100 * most:g}; use float32{' or bfloat16' if dtype == 'int8' else ''}."
         )

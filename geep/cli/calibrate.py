@@ -125,7 +125,7 @@ def calibrate_command(
             opt.refuse_ignored(context, asking, "with --min-agreement, which needs no labels")
         if texts is not None:
             opt.refuse_ignored(context, ["calibration"], "with --texts, which certify in its place")
-        dtype = dtype or _profiled_in(model, device, backend)
+        dtype, backend = _as_profiled(model, device, dtype, backend)
         engine = geep.Engine.from_pretrained(model, speed=0.0, device=device, dtype=dtype, backend=backend)
         if texts is None:
             plan, parts = geep.parts_of(model)
@@ -171,16 +171,18 @@ def calibrate_command(
         show.document(summary, as_json)
 
 
-def _profiled_in(model: Path, device: str | None, backend: str | None) -> str | None:
-    """The dtype whose exits the folder's table and scores were learned on, where this machine runs it."""
+def _as_profiled(
+    model: Path, device: str | None, dtype: str | None, backend: str | None
+) -> tuple[str | None, str | None]:
+    """Dtype and backend whose exits the folder's table and scores were learned on, where none are named."""
     from geep.engine import EngineConfig
     from geep.folder import SETTINGS_FILE
 
     if not (model / SETTINGS_FILE).exists():
-        return None
+        return dtype, backend
     profile = geep.CalibrationFile.read(model).record.get("profile") or {}
-    config = EngineConfig(device=device, backend=backend)
-    return config.as_certified(profile.get("made_with"), was_refused=False).dtype
+    config = EngineConfig(device=device, dtype=dtype, backend=backend).as_certified(profile.get("made_with"))
+    return config.dtype, config.backend
 
 
 def _texts_to_certify(

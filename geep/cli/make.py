@@ -218,10 +218,7 @@ def train_command(
             words = {**requested, "rows": certifying.digest()}
             before = calibration_of(output) if result.was_finished else None
             if before is None:
-                engine = geep.Engine.from_pretrained(output, device=device, exits=False)
-                found = run_profile(console, engine, parts)
-                summary["profile"] = found.record()
-                summary["calibration"] = run_calibration(console, found, certifying, output, asked, words)
+                summary |= made_ready(console, output, device, parts, certifying, asked, words)
             else:
                 is_named = (max_drop, min_agreement, confidence) != (None, None, 0.95)
                 named = dict.fromkeys(words, is_named) | {"rows": calibration is not None}
@@ -339,6 +336,33 @@ def keep_calibration(console: Console, folder: Path, before: Mapping[str, Any], 
         f"Trained already, with exits at speed {speed:g}; nothing was changed. `geep calibrate` finds another speed.",
         soft_wrap=True,
     )
+
+
+def made_ready(
+    console: Console,
+    folder: Path,
+    device: str | None,
+    parts: geep.Parts,
+    fresh: geep.Split,
+    promise: geep.Promise,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Profile and calibrate a trained model, in float32 where rounding alone costs more than is promised."""
+    from geep.calibration import RoundedTooFarError
+
+    engine = geep.Engine.from_pretrained(folder, device=device, exits=False)
+    why = f"In {engine.deployment.dtype} not even the full model is certified."
+    try:
+        found = run_profile(console, engine, parts)
+        done = run_calibration(console, found, fresh, folder, promise, asked)
+    except RoundedTooFarError as error:
+        why, done = str(error), {"certificate": None}
+    if engine.deployment.is_rounded and done["certificate"] is None and "refused" not in done:
+        console.print(f"[yellow]{escape(why)} Calibrating in float32.[/]", soft_wrap=True)
+        engine = geep.Engine.from_pretrained(folder, device=device, exits=False, dtype="float32")
+        found = run_profile(console, engine, parts)
+        done = run_calibration(console, found, fresh, folder, promise, asked)
+    return {"profile": found.record(), "calibration": done}
 
 
 def run_calibration(

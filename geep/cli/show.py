@@ -212,7 +212,8 @@ def calibrated(console: Console, result: geep.Calibration) -> None:
         console.print(
             f"[red]Nothing is certified:[/] with all layers run, {result.engine.deployment.dtype} already loses "
             f"{full.risk:.2%} of float32's full model, {full.bound:.2%} at most. It is written at speed 0, "
-            "and runs in float32 until something is certified: give more held-out texts, or ask for less."
+            "and runs in float32 until something is certified: give more held-out texts, ask for less, or run "
+            "`geep profile --dtype float32` and calibrate again."
         )
         return
     if settings.speed == 0:

@@ -128,9 +128,15 @@ class FeatureCache:
             progress: Told how many texts are done.
 
         Raises:
-            ValueError: If the kind is unknown, there is no such exit layer, there are no texts, or there is no room.
+            ValueError: If the engine rounds, the kind is unknown, there is no such exit layer, there are no texts, or
+                there is no room.
             FloatingPointError: If the full model gives a text logits that are not finite.
         """
+        if engine.deployment.is_rounded:
+            raise ValueError(
+                "Heads are fitted to the float32 model's scores, found an engine in "
+                f"{engine.deployment.dtype}; load it with dtype='float32'."
+            )
         reader = _reader(engine, kind)
         last = engine.depths[-1]
         depths = tuple(exit_layers or engine.depths[:-1] or range(1, max(last - 1, 2)))

@@ -70,29 +70,33 @@ class EngineConfig:
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"max_length must be at least 3 (two special tokens, one of text), got {self.max_length}.")
 
-    def as_certified(self, made_with: Mapping[str, Any] | None, *, was_refused: bool) -> EngineConfig:
-        """Return it with dtype and backend of what was certified, where none is named and the device is the same.
+    def as_certified(self, made_with: Mapping[str, Any] | None, *, is_uncertified: bool = False) -> EngineConfig:
+        """Return it with dtype and backend of what was certified, where they are not named and the device is the same.
 
         Args:
-            made_with: Of a certificate; None where there is none.
-            was_refused: Whether nothing could be certified: then nothing is rounded on a CPU.
+            made_with: `Deployment.made_with` of what was certified; None where nothing was.
+            is_uncertified: Whether there are exits of which nothing is certified: then nothing is rounded on a CPU.
         """
-        if self.dtype is not None or (made_with is None and not was_refused):
+        if made_with is None and not (is_uncertified and self.dtype is None):
             return self
         device = _device(self.device).type
         if made_with is None:
             return replace(self, dtype="float32") if device == "cpu" else self
-        is_elsewhere = device != made_with.get("device") or self.backend not in (None, made_with.get("backend"))
-        dtype = made_with.get("dtype")
-        if is_elsewhere or dtype not in DTYPES or made_with.get("backend") not in BACKENDS:
+        if device != made_with.get("device"):
             return self
-        if dtype == "bfloat16" and device == "cpu" and not multiplies_bfloat16():
-            logger.warning(
-                "It was certified in bfloat16, which this CPU does not multiply itself (no AVX-512 BF16): running in "
-                "float32, which gives nearly the same answers, slower."
-            )
-            return replace(self, dtype="float32")
-        return replace(self, dtype=dtype, backend=made_with.get("backend"))
+        # "packed" is what is chosen anyway, unless its layers turn out not to be the encoder's here.
+        backend = "padded" if self.backend is None and made_with.get("backend") == "padded" else self.backend
+        dtype = self.dtype
+        if dtype is None:
+            dtype = made_with.get("dtype")
+            if not _runs(dtype, backend or made_with.get("backend"), device):
+                logger.warning(
+                    "The exits are those of %s, which this machine does not run: running in its default dtype, which "
+                    "gives nearly the same answers.",
+                    dtype,
+                )
+                dtype = None
+        return replace(self, dtype=dtype, backend=backend)
 
 
 class EngineOptions(TypedDict, total=False):
@@ -314,6 +318,12 @@ def _device(asked: str | None) -> torch.device:
         logger.info("Running on %s.", found)
         return found
     return usable_device(asked)
+
+
+def _runs(dtype: Any, backend: Any, device: str) -> bool:
+    """Whether a backend runs a dtype here."""
+    is_known = backend in BACKENDS and dtype in BACKENDS[backend].dtypes(device)
+    return is_known and not (device == "cpu" and dtype == "bfloat16" and not multiplies_bfloat16())
 
 
 def _dtype(asked: str | None, backend: str, device: torch.device) -> str:

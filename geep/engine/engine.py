@@ -114,7 +114,10 @@ class Engine:
     def certificate(self) -> Certificate | None:
         """What is promised of this very engine; None where nothing is, or anything is otherwise than when certified."""
         known = self._certificate
-        return None if known is None or known.differences(self.made_with) else known
+        if known is None or known.differences(self.made_with):
+            return None
+        # Rounded engines were once held against themselves.
+        return None if self.deployment.is_rounded and known.reference != "float32" else known
 
     @property
     def made_with(self) -> dict[str, str | int | float | None]:
@@ -161,13 +164,13 @@ class Engine:
     ) -> Engine:
         """Load a folder written by `geep train` (or `Engine.save_pretrained`), or such a model of the hub.
 
-        It runs in the dtype that it was certified in, unless one is named; in float32 on a CPU where nothing could be
-        certified.
+        It runs as it was certified, unless a dtype or backend is named; where nothing is certified of its exits, in
+        float32 on a CPU.
 
         Args:
             path: Folder or model id.
             speed: Overrides the calibrated speed.
-            exits: Whether to read table and settings; without them every text runs all layers.
+            exits: Whether to read table, settings and certificate; without them every text runs all layers.
             revision: Of a model of the hub: branch, tag or commit; None: the default branch.
             token: Access token, or True for the stored one; None: the stored one where needed.
             cache_dir: Where downloads are kept; None: the hub's cache.
@@ -187,7 +190,7 @@ class Engine:
         identity = fingerprint(model, tokenizer)
         found = StoredExits.load(path, hub, fingerprint=identity, exits=exits, dtype=engine_config.dtype)
         made_with = None if found.certificate is None else found.certificate.made_with
-        engine_config = engine_config.as_certified(made_with, was_refused=found.was_refused)
+        engine_config = engine_config.as_certified(made_with, is_uncertified=found.is_uncertified)
         engine = cls(
             model,
             tokenizer,

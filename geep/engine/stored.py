@@ -29,14 +29,14 @@ class StoredExits:
         settings: When exits answer.
         ranges: Ranges of activations, for int8; None where there are none.
         certificate: What was certified; None where nothing was.
-        was_refused: Whether it was calibrated and nothing could be certified: the full model answers as it is.
+        is_uncertified: Whether there are exits of which nothing is certified: the full model answers as it is.
     """
 
     predictor: ExitPredictor | None
     settings: ExitSettings
     ranges: ActivationRanges | None
     certificate: Certificate | None
-    was_refused: bool = False
+    is_uncertified: bool = False
 
     @classmethod
     def load(
@@ -88,7 +88,7 @@ class StoredExits:
             ExitSettings.from_dict(found.settings) if exits else ExitSettings(),
             None if observed is None else ActivationRanges.load(observed, fingerprint=fingerprint),
             certified,
-            exits and certified is None and bool(found.record.get("calibration")),
+            exits and certified is None,
         )
 
     def save(self, folder: str | Path, *, fingerprint: dict[str, str], record: Mapping[str, Any] | None = None) -> None:
