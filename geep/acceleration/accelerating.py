@@ -270,7 +270,8 @@ def _certified(
         logger.warning("%s", refusal)
         save_refusal(found.engine, folder, refusal, **options)
         kept, said = found.engine, {"speed": 0.0, "refused": str(refusal), "certificate": None}
-        before = after = Pace(float(kept.depths[-1]), *_texts_per_second([_unrounded(kept)], parts.certify), 1.0)
+        (rate,) = _texts_per_second([_unrounded(kept)], parts.certify)
+        before = after = Pace(float(kept.depths[-1]), rate, 1.0)
     else:
         result.save(folder, **options)
         kept, said = result.engine, result.record()

@@ -113,11 +113,10 @@ class Engine:
     @property
     def certificate(self) -> Certificate | None:
         """What is promised of this very engine; None where nothing is, or anything is otherwise than when certified."""
-        known = self._certificate
-        if known is None or known.differences(self.made_with):
-            return None
+        known, rounded = self._certificate, self.deployment.is_rounded
         # Rounded engines were once held against themselves.
-        return None if self.deployment.is_rounded and known.reference != "float32" else known
+        is_void = known is None or known.differences(self.made_with) or (rounded and known.reference != "float32")
+        return None if is_void else known
 
     @property
     def made_with(self) -> dict[str, str | int | float | None]:
