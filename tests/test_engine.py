@@ -145,7 +145,7 @@ def test_in_a_call_of_one_batch_no_layer_and_no_exit_runs_twice(rule: str, tiny_
     batch = tiny_engine.tokenize(TEXTS).batch
     chosen = replace(RULES[rule], temperatures=TEMPERATURES)
     counts = {}
-    for tokens in (len(batch.input_ids), 40):
+    for tokens in (len(batch.input_ids), 1):
         counting = Counting(tiny_engine.course.backend)
         engine = on_course(tiny_engine, backend=counting, max_batch_tokens=tokens).replace(settings=chosen)
         engine.run_tokens(batch)

@@ -114,9 +114,8 @@ class Engine:
     def certificate(self) -> Certificate | None:
         """What is promised of this very engine; None where nothing is, or anything is otherwise than when certified."""
         known, rounded = self._certificate, self.deployment.is_rounded
-        # Rounded engines were once held against themselves.
         is_void = known is None or known.differences(self.made_with) or (rounded and known.reference != "float32")
-        return None if is_void else known
+        return None if is_void else known  # rounded engines were once held against themselves
 
     @property
     def made_with(self) -> dict[str, str | int | float | None]:
