@@ -17,6 +17,7 @@ from torch import nn
 from transformers import pipeline
 from worker import Job, Loaded, Outcome, Way, best_batch_size, serve, versions
 
+from geep.backends.onednn import multiplies_bfloat16
 from geep.engine import load_model
 from geep.modeling import GeepForSequenceClassification, family_of
 
@@ -29,7 +30,7 @@ def load(job: Job) -> Loaded:
         ("HF pipeline", "pipeline", "arrival order", model, False),
         ("HF pipeline, length-sorted", "pipeline-sorted", "sorted by length", model, True),
     ]
-    if torch.cpu._is_avx512_bf16_supported():
+    if multiplies_bfloat16():
         half: Any = copy.deepcopy(model).to(torch.bfloat16)
         lines.append(("HF pipeline, bfloat16", "pipeline-bfloat16", "sorted by length, bfloat16", half, True))
     depth = job.options.get("static_depth")

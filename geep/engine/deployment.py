@@ -322,8 +322,12 @@ def _device(asked: str | None) -> torch.device:
 
 def _runs(dtype: Any, backend: Any, device: str) -> bool:
     """Whether a backend runs a dtype here."""
-    is_known = backend in BACKENDS and dtype in BACKENDS[backend].dtypes(device)
-    return is_known and not (device == "cpu" and dtype == "bfloat16" and not multiplies_bfloat16())
+    return backend in BACKENDS and dtype in BACKENDS[backend].dtypes(device) and not _is_slow(dtype, device)
+
+
+def _is_slow(dtype: str, device: str) -> bool:
+    """Whether a dtype takes longer than float32 on this machine's device of a kind."""
+    return device == "cpu" and dtype == "bfloat16" and not multiplies_bfloat16()
 
 
 def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
@@ -338,6 +342,6 @@ def _dtype(asked: str | None, backend: str, device: torch.device) -> str:
             f"{asked} is not run by the {backend} backend on {device.type}, which runs {' or '.join(known)}; "
             f"use one of them{f', or backend={others[0]!r}' if others else ''}."
         )
-    if device.type == "cpu" and asked == "bfloat16" and not multiplies_bfloat16():
+    if _is_slow(asked, device.type):
         raise ValueError("This CPU has no AVX-512 BF16, on others bfloat16 is slower than float32; use float32.")
     return asked

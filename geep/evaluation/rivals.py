@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,6 @@ def _full_models(
     unfused = replace(outcomes.engine.settings, speed=0.0)
     hf = _HfPipeline.of(plain.engine)
     arrival = _fastest(sizes, lambda size: hf(trial, size, by_length=False))
-    by_length = _fastest(sizes, lambda size: hf(trial, size, by_length=True))
     rivals = []
     for size in sorted({arrival, 32}):
         note = "best batch size" if size == arrival else "common batch size"
@@ -102,15 +102,14 @@ def _full_models(
         rivals.append(
             Rival(f"HF pipeline, batch {size}", "pipeline", f"arrival order, {note}", run, plain, everyone, unfused)
         )
-    run = _bind(hf, texts, by_length, by_length=True)
-    name = f"HF pipeline, length-sorted, batch {by_length}"
-    rivals.append(Rival(name, "pipeline-sorted", "best batch size", run, plain, everyone, unfused))
+    by_length = [(hf, plain, "pipeline-sorted", "HF pipeline")]
     if outcomes is not plain and outcomes.engine.deployment.dtype == "bfloat16":
-        hf16 = _HfPipeline.of(outcomes.engine)
-        size = _fastest(sizes, lambda size: hf16(trial, size, by_length=True))
-        run = _bind(hf16, texts, size, by_length=True)
-        name = f"HF pipeline, bfloat16, length-sorted, batch {size}"
-        rivals.append(Rival(name, "pipeline-bfloat16", "best batch size", run, outcomes, everyone, unfused))
+        by_length.append((_HfPipeline.of(outcomes.engine), outcomes, "pipeline-bfloat16", "HF pipeline, bfloat16"))
+    for call, judged, group, words in by_length:
+        size = _fastest(sizes, partial(call, trial, by_length=True))
+        run = _bind(call, texts, size, by_length=True)
+        name = f"{words}, length-sorted, batch {size}"
+        rivals.append(Rival(name, group, "best batch size", run, judged, everyone, unfused))
     run = _bind(_run_predict, outcomes.engine, texts, speed=0.0)
     name = f"full model, {outcomes.engine.deployment.backend_name}"
     rivals.append(Rival(name, "full", "speed 0", run, outcomes, everyone, unfused))
