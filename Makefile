@@ -33,7 +33,7 @@ bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/hash_table.py --device cuda
 	$(MAKE) bench
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt geep/backends/kernels.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geep needs Python 3.11 or newer, found %d.%d; run: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -43,10 +43,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt geep/backends/kernels.cpp
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .demo build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .demo build dist *.egg-info geep/backends/_kernels*

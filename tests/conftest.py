@@ -76,7 +76,7 @@ _USUAL: dict[str, Any] = {
     "vocab_size": len(VOCAB),
     "hidden_size": 32,
     "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": MAX_LENGTH,
     "pad_token_id": PAD,
@@ -87,7 +87,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "roberta": {"type_vocab_size": 2},
     "xlm-roberta": {"type_vocab_size": 2},
     "electra": {"embedding_size": 16},
-    "distilbert": {"dim": 32, "n_layers": NUM_LAYERS, "n_heads": 4, "hidden_dim": 64},
+    "distilbert": {"dim": 32, "n_layers": NUM_LAYERS, "n_heads": 2, "hidden_dim": 64},
     "albert": {"embedding_size": 16, "hidden_dropout_prob": 0.1},
     "deberta-v2": {
         "relative_attention": True,

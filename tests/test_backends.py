@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from geep.backends import BACKENDS, TokenBatch
 from geep.backends.forms import FORMS
-from geep.backends.packed_layer import length_runs
+from geep.backends.layout import Layout
 from geep.backends.protocol import token_positions
 from geep.engine import Engine, EngineConfig
 from geep.modeling import FAMILIES, HEADS, GeepForSequenceClassification
@@ -191,7 +191,7 @@ LENGTHS = st.lists(st.integers(0, 6), max_size=20)
 
 @given(LENGTHS)
 def test_runs_cover_all_tokens_in_blocks_of_equal_length(lengths: list[int]) -> None:
-    runs = length_runs(np.array(lengths, dtype=np.int64))
+    runs = Layout(np.array(lengths, dtype=np.int64)).runs
     assert [run.length for run in runs for _ in range(run.num_texts)] == [length for length in lengths if length]
     position = 0
     for run in runs:
@@ -202,7 +202,7 @@ def test_runs_cover_all_tokens_in_blocks_of_equal_length(lengths: list[int]) -> 
 
 @given(LENGTHS)
 def test_equal_neighbours_share_a_run(lengths: list[int]) -> None:
-    runs = length_runs(np.array(sorted(lengths), dtype=np.int64))
+    runs = Layout(np.array(sorted(lengths), dtype=np.int64)).runs
     assert len(runs) == len(set(lengths) - {0})
 
 

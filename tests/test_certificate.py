@@ -163,7 +163,7 @@ def test_a_profile_leaves_no_certificate_of_the_table_before(
     ("field", "value"),
     [
         ("encoder_config.hidden_act", "relu"),
-        ("encoder_config.num_attention_heads", 2),
+        ("encoder_config.num_attention_heads", 4),
         ("encoder_config.layer_norm_eps", 0.5),
         ("exit_head", "cls"),
         ("id2label", {"0": "b", "1": "a", "2": "c"}),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from geep.backends import PackedBackend, int8, onednn
 from geep.backends.int8 import SITES, ActivationRanges, Int8Layer, Int8Linear, observe
+from geep.backends.layout import Layout
 from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLayer, FusedLinear, pad_rows
-from geep.backends.packed_layer import LengthRun, length_runs, packed_layers
+from geep.backends.packed_layer import packed_layers
 from geep.calibration import profile, quantise
 from geep.data import Split
 from geep.engine import Engine, EngineConfig, ExitSettings
@@ -24,7 +25,7 @@ from geep.modeling import GeepForSequenceClassification
 
 pytestmark = pytest.mark.skipif(not int8.is_available(), reason="this build of torch has no oneDNN")
 
-RUNS = length_runs(np.array([3, 3, 5, 1, 0, 20]))
+LAYOUT = Layout(np.array([3, 3, 5, 1, 0, 20]))
 
 
 def hidden_states(model: GeepForSequenceClassification, *, seed: int = 0, tokens: int = 32) -> Tensor:
@@ -32,9 +33,9 @@ def hidden_states(model: GeepForSequenceClassification, *, seed: int = 0, tokens
     return torch.randn(tokens, model.config.hidden_size, generator=generator)
 
 
-def ranges_of(model: GeepForSequenceClassification, *batches: tuple[Tensor, tuple[LengthRun, ...]]) -> ActivationRanges:
+def ranges_of(model: GeepForSequenceClassification, *batches: tuple[Tensor, Layout]) -> ActivationRanges:
     with torch.no_grad():
-        return observe(packed_layers(model), batches or [(hidden_states(model), RUNS)])
+        return observe(packed_layers(model), batches or [(hidden_states(model), LAYOUT)])
 
 
 # Fused layers
@@ -47,7 +48,7 @@ def test_a_fused_layer_equals_the_plain_one(activation: str, dtype: torch.dtype)
     model = make_model(hidden_act=activation).to(dtype)
     plain = packed_layers(model)[1]
     hidden = hidden_states(model).to(dtype)
-    expected, found = plain(hidden, RUNS), FusedLayer.of(plain)(hidden, RUNS)
+    expected, found = plain(hidden, LAYOUT), FusedLayer.of(plain)(hidden, LAYOUT)
     assert found.dtype == dtype
     tolerance = 2e-5 if dtype == torch.float32 else 6e-2
     assert torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
@@ -112,7 +113,7 @@ def test_an_8_bit_layer_is_near_the_plain_one(activation: str) -> None:
     ranges = ranges_of(model)
     hidden = hidden_states(model)
     for number, plain in enumerate(packed_layers(model)):
-        expected, found = plain(hidden, RUNS), Int8Layer.of(plain, ranges, number)(hidden, RUNS)
+        expected, found = plain(hidden, LAYOUT), Int8Layer.of(plain, ranges, number)(hidden, LAYOUT)
         assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
         hidden = expected
 
@@ -124,8 +125,8 @@ def test_the_widest_channels_stay_in_float() -> None:
     plain.up[0][7] *= 300  # one channel far beyond the others
     ranges = ranges_of(model)
     hidden = hidden_states(model)
-    expected = plain(hidden, RUNS)
-    error = (Int8Layer.of(plain, ranges, 0)(hidden, RUNS) - expected).abs().mean()
+    expected = plain(hidden, LAYOUT)
+    error = (Int8Layer.of(plain, ranges, 0)(hidden, LAYOUT) - expected).abs().mean()
     assert error < 0.02 * expected.abs().mean()
 
 
@@ -135,7 +136,7 @@ def test_an_answer_in_8_bits_does_not_depend_on_the_texts_beside_it() -> None:
     batch = random_batch(9, seed=3)
     packed = PackedBackend.build(model, dtype="float32")
     live = packed.start(batch)
-    built = PackedBackend.build(model, dtype="int8", ranges=ranges_of(model, (live.hidden, live.runs)))
+    built = PackedBackend.build(model, dtype="int8", ranges=ranges_of(model, (live.hidden, live.layout)))
     live = built.start(batch)
     for layer in range(1, model.config.num_hidden_layers + 1):
         live = built.advance(live, layer, len(batch))
@@ -155,8 +156,8 @@ def test_an_answer_in_8_bits_does_not_depend_on_the_texts_beside_it() -> None:
 def test_ranges_hold_every_value_whatever_the_batches() -> None:
     model = make_model()
     first, second = hidden_states(model, seed=1), hidden_states(model, seed=2)
-    whole = ranges_of(model, (first, RUNS), (second, RUNS))
-    parts = [ranges_of(model, (first, RUNS)), ranges_of(model, (second, RUNS))]
+    whole = ranges_of(model, (first, LAYOUT), (second, LAYOUT))
+    parts = [ranges_of(model, (first, LAYOUT)), ranges_of(model, (second, LAYOUT))]
     for site in SITES:
         low = torch.minimum(*(part.sites[site][:, 0] for part in parts))
         high = torch.maximum(*(part.sites[site][:, 1] for part in parts))
@@ -248,7 +249,7 @@ def test_a_quantised_model_that_is_far_off_is_refused() -> None:
     packed = PackedBackend.build(model, dtype="float32")
     with torch.no_grad():
         live = packed.start(batch)
-        ranges = observe(packed_layers(model), [(live.hidden, live.runs)])
+        ranges = observe(packed_layers(model), [(live.hidden, live.layout)])
     narrow = ActivationRanges({site: tensor * 0.02 for site, tensor in ranges.sites.items()})
     labels = good.run_tokens(batch, settings=ExitSettings()).logits.argmax(1).numpy()
     split = Split(texts, labels=labels)
@@ -299,10 +300,10 @@ def test_rows_are_padded_to_few_sizes_and_hardly_more_rows() -> None:
 def test_padding_rows_never_meet_a_text() -> None:
     model = make_model(intermediate_size=96)
     plain, ranges = packed_layers(model)[0], ranges_of(model)
-    runs = length_runs(np.array([7, 7, 3]))
+    layout = Layout(np.array([7, 7, 3]))
     hidden = hidden_states(model, tokens=17)  # padded to 24
     for layer in (FusedLayer.of(plain), Int8Layer.of(plain, ranges, 0)):
-        found = layer(hidden, runs)
+        found = layer(hidden, layout)
         assert found.shape == hidden.shape
-        one = layer(hidden[:7], length_runs(np.array([7])))
+        one = layer(hidden[:7], Layout(np.array([7])))
         assert torch.allclose(found[:7], one, atol=1e-5)

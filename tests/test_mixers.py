@@ -157,7 +157,7 @@ def test_eight_bits_stay_near_float32_where_the_layer_is_built_like_berts(family
     model = make_model(family, head="cls")
     batch = random_batch(20, seed=6)
     live = PackedBackend.build(model, dtype="float32").start(batch)
-    ranges = observe(packed_layers(model), [(live.hidden, live.runs)])
+    ranges = observe(packed_layers(model), [(live.hidden, live.layout)])
     built, expected = PackedBackend.build(model, dtype="int8", ranges=ranges), alone(model, batch)[-1]
     found = built.exit_logits(built_run(built, batch), NUM_LAYERS, 0, 20)
     assert 1e-4 < float((found - expected).norm() / expected.norm()) < 0.1
@@ -168,7 +168,7 @@ def test_eight_bits_are_refused_where_it_is_not() -> None:
     model = make_model("modernbert")
     live = PackedBackend.build(model, dtype="float32").start(random_batch(3))
     with pytest.raises(ValueError, match=r"normalises first or is gated \(ModernBERT\); use float32 or bfloat16"):
-        observe(packed_layers(model), [(live.hidden, live.runs)])
+        observe(packed_layers(model), [(live.hidden, live.layout)])
 
 
 # Pieces

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from geep.backends.attention import attend_runs
 from geep.backends.graphs import BucketShape, LayerGraphs, TextPlaces
 from geep.backends.int8 import ActivationRanges
+from geep.backends.layout import Layout
 from geep.backends.mixers import TILE, mixes_plainly
 from geep.backends.packed import PackedBackend, embed, joined, position_ids
-from geep.backends.packed_layer import PackedLayer, attend_runs, each_once, length_runs, packed_layers, steps_of
+from geep.backends.packed_layer import PackedLayer, each_once, packed_layers, steps_of
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.backends.staging import Staging
 from geep.backends.tiles import Tiles, attend_tiles, plan_tiles, tile_bias
@@ -355,7 +357,7 @@ class CudaBackend:
             return layer.in_tiles(hidden, tiles) if replayed is None else replayed
         qkv, num_heads = layer.qkv(hidden), layer.packed.num_heads
         if self.varlen is None or self.options.attention == "runs":
-            mixed = attend_runs(qkv, length_runs(live.lengths), num_heads, layer.packed.mixer)
+            mixed = attend_runs(qkv, Layout(live.lengths), num_heads, layer.packed.mixer)
         else:
             query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)
             longest = live.longest

@@ -27,9 +27,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from torch.nn import functional as F
 
+from geep.backends.attention import Linear, PackedAttention
+from geep.backends.kernels import Rounding
+from geep.backends.layout import Layout
 from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
-from geep.backends.packed_layer import LengthRun, Linear, PackedLayer, attend_runs
-from geep.backends.protocol import Integers
+from geep.backends.packed_layer import PackedLayer
 from geep.folder import RANGES_NAME, digest_tensors, named_by, publish
 
 FLOAT_CHANNELS = 32
@@ -118,7 +120,7 @@ class ActivationRanges:
             raise ValueError(f"{path} cannot be used ({error}); {advice}.") from error
 
 
-def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Sequence[LengthRun]]]) -> ActivationRanges:
+def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Layout]]) -> ActivationRanges:
     """Run float32 layers over texts and note the range of every linear layer's input.
 
     Args:
@@ -131,7 +133,7 @@ def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Seque
     for layer in layers:
         check_form(layer)
     seen: dict[tuple[str, int], Range] = {}
-    for hidden, runs in batches:
+    for hidden, layout in batches:
         if not len(hidden):
             continue
         for number, layer in enumerate(layers):
@@ -142,7 +144,7 @@ def observe(layers: Sequence[PackedLayer], batches: Iterable[tuple[Tensor, Seque
                     low, high = torch.minimum(low, seen[site, number][0]), torch.maximum(high, seen[site, number][1])
                 seen[site, number] = low, high
 
-            hidden = layer(hidden, runs, note)
+            hidden = layer(hidden, layout, note)
     if not seen:
         raise ValueError("There is no token to observe activations on; give a few hundred texts.")
     return ActivationRanges(
@@ -170,7 +172,7 @@ def check_form(layer: PackedLayer) -> None:
 class Int8Linear:
     """A linear layer on 8-bit inputs.
 
-    Invariant: with q = `quantise`(x), the result equals x W' + b up to the rounding of q and of the weights, for x
+    Invariant: with q = `quantise(x)`, the result equals x W' + b up to the rounding of q and of the weights, for x
     within the observed range; values outside are cut to it.
     """
 
@@ -178,8 +180,7 @@ class Int8Linear:
     weight_scale: Tensor  # (out,)
     weight_zero: Tensor
     bias: Tensor
-    inverse_scale: Tensor  # (in,)
-    zero_point: Tensor  # (in,), with a half for rounding
+    quantise: Rounding  # of float32 inputs (num_tokens, in)
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, observed: Range) -> Self:
@@ -195,14 +196,8 @@ class Int8Linear:
             weight_zero=torch.zeros(len(weight), dtype=torch.int64),
             # x = scale (q - zero), so the zero points add the same to every row.
             bias=(0 if bias is None else bias) - (rounded * weight_scale[:, None]) @ zero,
-            inverse_scale=1 / scale,
-            zero_point=zero + 0.5,
+            quantise=Rounding(1 / scale, zero + 0.5),
         )
-
-    def quantise(self, x: Tensor) -> Tensor:
-        """Turn float32 inputs (num_tokens, in) into unsigned 8-bit ones."""
-        # Cutting the fraction off after adding a half rounds; by way of 16 bits, for which CPUs have an instruction.
-        return torch.addcmul(self.zero_point, x, self.inverse_scale).clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
     def __call__(self, q: Tensor) -> Tensor:
         """Return x W' + b, float32, for quantised inputs."""
@@ -232,6 +227,7 @@ class Int8Layer:
     """`PackedLayer` in 8 bits; see the module's docstring."""
 
     qkv: Int8Linear
+    attention: PackedAttention
     out: Int8Linear
     up: Int8Linear
     down: Int8Linear
@@ -278,6 +274,7 @@ class Int8Layer:
         down_weight[:, in_float] = 0
         return cls(
             qkv=Int8Linear.of(*layer.qkv, observed["qkv"]),
+            attention=PackedAttention.of(layer.qkv, layer.num_heads, layer.mixer),
             out=Int8Linear.of(*layer.out, observed["out"]),
             up=Int8Linear.of(*layer.up, observed["up"]),
             down=Int8Linear.of(down_weight, layer.down[1], down_range),
@@ -288,19 +285,19 @@ class Int8Layer:
             layer=layer,
         )
 
-    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+    def __call__(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
         num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
-        mixed = attend_runs(self.qkv(self.qkv.quantise(hidden)), runs, layer.num_heads, layer.mixer)
-        hidden, _ = layer.between(self.out.plus(self.out.quantise(mixed), hidden))
+        mixed = self.attention.rounded(self.qkv(self.qkv.quantise(hidden)), layout, self.out.quantise)
+        hidden, _ = layer.between(self.out.plus(mixed, hidden))
         fused = FUSED_ACTIVATIONS[layer.activation_name]
         wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
         few = layer.activation(F.linear(hidden, *self.float_up))
         return layer.after(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))[:num_tokens]
 
-    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+    def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text, in float32: so few rows that the plain layer serves."""
-        return self.layer.first_tokens(hidden, runs, lengths)
+        return self.layer.first_tokens(hidden, layout)
 
 
 def _steps(observed: Range) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from geep.backends.kernels import LANES, Mixing
+
 TILE = 128
 """Tokens of a tile (`geep.backends.tiles`): tables of distances reach across one, however few positions there are."""
 
@@ -48,6 +50,9 @@ class Mixer(Protocol):
     def to(self, dtype: torch.dtype) -> Mixer:
         """Return the mixer for a CPU's layers in another dtype: itself where it stays in float32."""
 
+    def mixing(self, head: int) -> Mixing | None:
+        """Say the same to the kernel, for heads of this width; None: it has no such attention."""
+
 
 @dataclass(frozen=True, slots=True)
 class DotProduct:
@@ -69,6 +74,10 @@ class DotProduct:
     def to(self, dtype: torch.dtype) -> DotProduct:
         """See `Mixer`."""
         return self
+
+    def mixing(self, head: int) -> Mixing:
+        """See `Mixer`."""
+        return Mixing(head**-0.5 if self.scale is None else self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,10 @@ class DistanceBias:
         """See `Mixer`."""
         return self
 
+    def mixing(self, head: int) -> Mixing:
+        """See `Mixer`."""
+        return Mixing(head**-0.5, bias=_with_margins(self.table), reach=_reach(self.table))
+
 
 def by_distance(table: Tensor, length: int) -> Tensor:
     """Lay out values for distances (…, columns), as `DistanceBias.table` has them, as (…, length, length)."""
@@ -100,7 +113,24 @@ def by_distance(table: Tensor, length: int) -> Tensor:
     return middle_of(table, length).unfold(-1, length, 1).flip(-2)
 
 
-_TOO_LONG = "The encoder has positions for {} tokens, got a text of {}; cut it."
+def check_reach(length: int, reach: int) -> None:
+    """Refuse texts for which there are no positions.
+
+    Raises:
+        ValueError: If a text is longer than the reach.
+    """
+    if length > reach:
+        raise ValueError(f"The encoder has positions for {reach} tokens, got a text of {length}; cut it.")
+
+
+def _reach(table: Tensor) -> int:
+    """Tokens of the longest text whose distances all have columns."""
+    return table.shape[-1] // 2 + 1
+
+
+def _with_margins(table: Tensor) -> Tensor:
+    """A table of distances for the kernel, which reads beyond the longest text."""
+    return F.pad(table.float(), (LANES, LANES))
 
 
 def middle_of(table: Tensor, length: int) -> Tensor:
@@ -109,9 +139,8 @@ def middle_of(table: Tensor, length: int) -> Tensor:
     Raises:
         ValueError: If the table does not reach as far.
     """
+    check_reach(length, _reach(table))
     middle = table.shape[-1] // 2
-    if length > middle + 1:
-        raise ValueError(_TOO_LONG.format(middle + 1, length))
     return table[..., middle - length + 1 : middle + length]
 
 
@@ -143,8 +172,7 @@ class Rotary:
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Mixer`."""
         length = block.shape[1]
-        if length > len(self.turns):
-            raise ValueError(_TOO_LONG.format(len(self.turns), length))
+        check_reach(length, len(self.turns))
         turned = block[:, :, :2]
         precise = turned.to(self.turns.real.dtype)  # half precision would be too coarse; else the same memory
         torch.view_as_complex(precise.unflatten(-1, (-1, 2))).mul_(self.turns[:length, None, None])
@@ -161,6 +189,13 @@ class Rotary:
     def to(self, dtype: torch.dtype) -> Rotary:
         """See `Mixer`."""
         return self
+
+    def mixing(self, head: int) -> Mixing:
+        """See `Mixer`."""
+        cosines, sines = self.turns.real, self.turns.imag
+        both = [cosines.repeat_interleave(2, 1), torch.stack([-sines, sines], 2).flatten(1)]
+        bias = None if self.window is None else _with_margins(self.seen)
+        return Mixing(head**-0.5, bias, torch.stack(both, 1).float(), self.window, len(self.turns))
 
     def _in_bands(self, block: Tensor, window: int) -> Tensor:
         """Mix a long text in time that grows with its length.
@@ -235,6 +270,10 @@ class Disentangled:
         """See `Mixer`."""
         keys, queries = (None if rows is None else rows.to(dtype) for rows in (self.keys, self.queries))
         return replace(self, keys=keys, queries=queries)
+
+    def mixing(self, head: int) -> None:
+        """See `Mixer`."""
+        return
 
 
 def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ which torch's own compiler uses on CPUs (torch.ops.mkldnn).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geep.backends.packed_layer import LengthRun, PackedLayer, attend_runs
-from geep.backends.protocol import Integers
+from geep.backends.attention import PackedAttention
+from geep.backends.layout import Layout
+from geep.backends.packed_layer import PackedLayer
 
 # Activations that oneDNN applies inside a product: its name and algorithm for those that transformers names.
 FUSED_ACTIVATIONS: Mapping[str, tuple[str, str]] = {
@@ -81,6 +82,7 @@ class FusedLayer:
     """`PackedLayer` on fused kernels, float32 or bfloat16; equal to it up to rounding."""
 
     qkv: FusedLinear
+    attention: PackedAttention
     out: FusedLinear
     up: FusedLinear
     gate: FusedLinear | None
@@ -93,6 +95,7 @@ class FusedLayer:
         """Lay out the weights of a layer."""
         return cls(
             qkv=FusedLinear.of(*layer.qkv),
+            attention=PackedAttention.of(layer.qkv, layer.num_heads, layer.mixer),
             out=FusedLinear.of(*layer.out),
             up=FusedLinear.of(*layer.up),
             gate=None if layer.gate is None else FusedLinear.of(*layer.gate),
@@ -101,16 +104,16 @@ class FusedLayer:
             layer=layer,
         )
 
-    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+    def __call__(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden)."""
         num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
-        mixed = attend_runs(self.qkv(layer.before(hidden)), runs, layer.num_heads, layer.mixer)
+        mixed = self.attention(self.qkv(layer.before(hidden)), layout)
         hidden, read = layer.between(self.out.plus(mixed, hidden))
         wide = layer.activation(self.up(read)) if self.fused is None else self.up(read, self.fused)
         if self.gate is not None:
             wide = self.gate.times(read, wide)
         return layer.after(self.down.plus(wide, hidden))[:num_tokens]
 
-    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+    def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text; so few rows that the plain layer serves."""
-        return self.layer.first_tokens(hidden, runs, lengths)
+        return self.layer.first_tokens(hidden, layout)

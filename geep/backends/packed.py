@@ -1,8 +1,9 @@
 """Packed backend: an encoder's layers on tokens without padding.
 
-All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention runs once
-for each run of texts of equal length, which the scheduler lays side by side. The layers come in three forms with the
-same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and 8-bit (`Int8Layer`, CPUs).
+All linear layers, norms and activations run on (num_tokens, hidden), so no time goes into padding. Attention runs in
+one call of our own kernel (CPUs), or once for each run of texts of equal length, which the scheduler lays side by side.
+The layers come in three forms with the same weights: plain (`PackedLayer`, any device), fused (`FusedLayer`, CPUs) and
+8-bit (`Int8Layer`, CPUs).
 
 On a CPU the model itself stays float32, whatever its layers compute in: what promises are about is at hand.
 """
@@ -10,6 +11,7 @@ On a CPU the model itself stays float32, whatever its layers compute in: what pr
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
@@ -19,21 +21,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from geep.backends import int8, onednn
+from geep.backends import int8, kernels, onednn
 from geep.backends.int8 import ActivationRanges, Int8Layer
+from geep.backends.layout import Layout
 from geep.backends.onednn import FusedLayer
-from geep.backends.packed_layer import LengthRun, each_once, length_runs, packed_layers, steps_of, why_not_packed
+from geep.backends.packed_layer import each_once, packed_layers, steps_of, why_not_packed
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
 from geep.modeling import GeepForSequenceClassification, Spans, family_of
+
+logger = logging.getLogger(__name__)
 
 
 class Layer(Protocol):
     """A layer on packed tokens, in any of its forms."""
 
-    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
+    def __call__(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer: (num_tokens, hidden) to the same shape."""
 
-    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+    def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
 
 
@@ -45,30 +50,34 @@ class PackedTexts:
 
     Attributes:
         hidden: Hidden states, (num_tokens, hidden).
-        lengths: Tokens of each text, (num_texts,).
-        firsts: Of these, tokens of the first text of a pair, (num_texts,); None where none is told apart.
-        runs: Runs of texts of equal length.
-        spans: Where they lie, for the exits that they meet.
+        firsts: Of the tokens of each text, those of the first text of a pair, (num_texts,); None where none is told
+            apart.
+        layout: Where they lie.
+        spans: The same, for the exits that they meet.
     """
 
     hidden: Tensor
-    lengths: Integers
     firsts: Integers | None
-    runs: tuple[LengthRun, ...]
+    layout: Layout
     spans: Spans
 
     @classmethod
     def of(cls, hidden: Tensor, lengths: Integers, firsts: Integers | None) -> Self:
-        """Find the runs."""
-        return cls(hidden, lengths, firsts, length_runs(lengths), spans_of(lengths, firsts, hidden.device))
+        """Lay out texts of these lengths."""
+        layout = Layout(lengths)
+        return cls(hidden, firsts, layout, spans_of(layout, firsts, hidden.device))
+
+    @property
+    def lengths(self) -> Integers:
+        """Tokens of each text, (num_texts,)."""
+        return self.layout.lengths
 
     def first(self, num_texts: int) -> PackedTexts:
         """Return the first texts; their hidden states are a view."""
         if num_texts == len(self.lengths):
             return self
-        lengths = self.lengths[:num_texts]
         firsts = None if self.firsts is None else self.firsts[:num_texts]
-        return PackedTexts.of(self.hidden[: int(lengths.sum())], lengths, firsts)
+        return PackedTexts.of(self.hidden[: self.layout.offsets[num_texts]], self.lengths[:num_texts], firsts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,8 @@ class PackedBackend:
         Raises:
             ValueError: If the family's layer is another one, or int8 comes without ranges.
         """
+        if model.device.type == "cpu" and not kernels.is_available():
+            logger.warning(kernels.why_not_available())
         plain, heads = packed_layers(model), {}
         computes_in = model.dtype
         if dtype == "bfloat16" and model.device.type == "cpu":
@@ -155,14 +166,14 @@ class PackedBackend:
             return live
         *inner, run = steps_of(self.layers, layer, self.model.config.num_hidden_layers)
         for each in inner:
-            live = replace(live, hidden=each(live.hidden, live.runs))
+            live = replace(live, hidden=each(live.hidden, live.layout))
         if not only_first_tokens_end(self.model, layer, num_texts, continuing):
-            return replace(live, hidden=run(live.hidden, live.runs))
+            return replace(live, hidden=run(live.hidden, live.layout))
         going, ending = live.lengths[:continuing], live.lengths[continuing:]
-        border, runs = int(going.sum()), length_runs(going)
-        hidden = run.first_tokens(live.hidden[border:], length_runs(ending), ending)
+        border = live.layout.offsets[continuing]
+        hidden = run.first_tokens(live.hidden[border:], Layout(ending))
         if border:
-            hidden = torch.cat([run(live.hidden[:border], runs), hidden])
+            hidden = torch.cat([run(live.hidden[:border], Layout(going)), hidden])
         lengths = np.concatenate([going, np.minimum(ending, 1)])
         return PackedTexts.of(hidden, lengths, live.firsts)
 
@@ -172,9 +183,9 @@ class PackedBackend:
         """Run the classifier of a layer, or another head, on a range of texts; the range is a view."""
         spans, hidden = live.spans, live.hidden
         if (start, stop) != (0, len(live.lengths)):
-            first, lengths = int(live.lengths[:start].sum()), live.lengths[start:stop]
-            hidden = hidden[first : first + int(lengths.sum())]
-            spans = spans_of(lengths, None if live.firsts is None else live.firsts[start:stop], hidden.device)
+            hidden = hidden[live.layout.offsets[start] : live.layout.offsets[stop]]
+            firsts = None if live.firsts is None else live.firsts[start:stop]
+            spans = spans_of(Layout(live.lengths[start:stop]), firsts, hidden.device)
         if head is not None:
             hidden = hidden.to(self.model.dtype)
         reader: Any = head or self.heads.get(layer) or self.model.head_at(layer)
@@ -195,11 +206,10 @@ class PackedBackend:
         )
 
 
-def spans_of(lengths: Integers, firsts: Integers | None, device: torch.device) -> Spans:
-    """Where packed texts of these lengths lie, on the device."""
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
+def spans_of(layout: Layout, firsts: Integers | None, device: torch.device) -> Spans:
+    """Where packed texts lie, on the device."""
     there = None if firsts is None else torch.from_numpy(firsts).to(device)
-    return Spans(torch.from_numpy(offsets).to(device), int(offsets[-1]), int(lengths.max(initial=0)), there)
+    return Spans(torch.from_numpy(layout.offsets).to(device), layout.num_tokens, layout.longest, there)
 
 
 def joined(parts: Sequence[Integers | None]) -> Integers | None:

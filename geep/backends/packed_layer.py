@@ -2,7 +2,7 @@
 
 One class serves all families: `forms.py` says where they keep their weights and what they build otherwise, `mixers.py`
 how their tokens look at each other. Linear layers, norms and activations run on (num_tokens, hidden). Attention is the
-only place where texts matter: it runs once for each run of texts of equal length.
+only place where texts matter.
 """
 
 from __future__ import annotations
@@ -11,47 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from geep.backends.attention import Linear, attend_first, attend_runs, mix_runs
 from geep.backends.forms import FORMS, Form
+from geep.backends.layout import Layout
 from geep.backends.mixers import DotProduct, Mixer, Rotary, mixers_of, mixes_plainly, paired, why_not_mixed
-from geep.backends.protocol import Integers
 from geep.modeling import GeepForSequenceClassification, layer_calls
 
 X = TypeVar("X")
 Y = TypeVar("Y")
-
-Linear = tuple[Tensor, Tensor | None]
-"""Weight (out, in) and bias (out,) of a linear layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class LengthRun:
-    """Texts of equal length lying side by side: first token, number of texts, tokens of each."""
-
-    start: int
-    num_texts: int
-    length: int
-
-
-def length_runs(lengths: Integers) -> tuple[LengthRun, ...]:
-    """Describe a row of lengths as runs of equal ones; empty texts take part in no attention."""
-    if not len(lengths):
-        return ()
-    first = np.concatenate(([0], np.flatnonzero(np.diff(lengths)) + 1))
-    counts = np.diff(np.concatenate((first, [len(lengths)])))
-    starts = (np.cumsum(lengths) - lengths)[first]
-    return tuple(
-        LengthRun(start, count, length)
-        for start, count, length in zip(starts.tolist(), counts.tolist(), lengths[first].tolist(), strict=True)
-        if length
-    )
-
 
 Watch = Callable[[str, Tensor], None]
 
@@ -154,23 +127,24 @@ class PackedLayer:
             mixer=self.mixer.to(dtype),
         )
 
-    def __call__(self, hidden: Tensor, runs: Sequence[LengthRun], watch: Watch | None = None) -> Tensor:
+    def __call__(self, hidden: Tensor, layout: Layout, watch: Watch | None = None) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden); `watch` is shown the input of each linear layer."""
         before = self.before(hidden)
         if watch is not None:
             watch("qkv", before)
-        return self._finish(attend_runs(F.linear(before, *self.qkv), runs, self.num_heads, self.mixer), hidden, watch)
+        return self._finish(attend_runs(F.linear(before, *self.qkv), layout, self.num_heads, self.mixer), hidden, watch)
 
-    def first_tokens(self, hidden: Tensor, runs: Sequence[LengthRun], lengths: Integers) -> Tensor:
+    def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
-        counts = lengths[lengths > 0]
-        rows = torch.from_numpy(np.cumsum(counts) - counts).to(hidden.device)
+        rows = torch.from_numpy(layout.offsets[:-1][layout.lengths > 0]).to(hidden.device)
         first = hidden.index_select(0, rows)
         if self.norm_first or self.mixer != DotProduct():
             # What depends on distances does not fall out of the softmax; still, the rest runs for these tokens alone.
             qkv = F.linear(self.before(hidden), *self.qkv)
-            return self._finish(attend_runs(qkv, runs, self.num_heads, self.mixer).index_select(0, rows), first)
-        mixed = attend_first(first, self.qkv, self.num_heads, lambda query, scale: mix_runs(query, scale, hidden, runs))
+            return self._finish(attend_runs(qkv, layout, self.num_heads, self.mixer).index_select(0, rows), first)
+        mixed = attend_first(
+            first, self.qkv, self.num_heads, lambda query, scale: mix_runs(query, scale, hidden, layout)
+        )
         return self._finish(mixed, first)
 
     def before(self, hidden: Tensor) -> Tensor:
@@ -218,57 +192,6 @@ def _joined(parts: Sequence[Linear], num_heads: int, mixer: Mixer) -> Linear:
         return torch.cat([paired(query, num_heads), paired(key, num_heads), value])
 
     return join(weights), None if biases[0] is None else join(biases)
-
-
-def attend_runs(qkv: Tensor, runs: Sequence[LengthRun], num_heads: int, mixer: Mixer) -> Tensor:
-    """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width).
-
-    Rows after the last run, which belong to no text, become zeros. `qkv` may be changed.
-    """
-    num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
-    head = width // num_heads
-    out, stop = qkv.new_empty(num_tokens, width), 0
-    if mixer.in_float32 and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
-        qkv = qkv.float()
-    for run in runs:
-        stop = run.start + run.num_texts * run.length
-        mixed = mixer(qkv[run.start : stop].view(run.num_texts, run.length, 3, num_heads, head))
-        out[run.start : stop].view(run.num_texts, run.length, num_heads, head).copy_(mixed.transpose(1, 2))
-    out[stop:].zero_()
-    return out
-
-
-def attend_first(first: Tensor, qkv: Linear, num_heads: int, mix: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """Attention of the first tokens (num_texts, hidden) of texts over their texts; same shape out.
-
-    Neither keys nor values of the other tokens are computed. A query meets a key as q·(K x + b) = (Kᵀ q)·x + q·b; the
-    last term is the same for all tokens of a text and falls out of the softmax. The weights p of a text sum to one, so
-    Σ p (V x + b) = V Σ p x + b. Exact but for rounding; about a twentieth of a layer's work at 25 tokens a text.
-
-    Args:
-        first: Hidden states before the layer.
-        qkv: The layer's matrix (3 hidden, hidden) and bias.
-        num_heads: Attention heads.
-        mix: Given queries (num_texts, num_heads, hidden) and the scale of their scores, the softmax-weighted means of
-            the hidden states of each text's tokens; same shape.
-    """
-    (weight, bias), width = qkv, first.shape[1]
-    key, value = weight[width:].view(2, num_heads, width // num_heads, width)
-    query = F.linear(first, weight[:width], None if bias is None else bias[:width]).view(len(first), num_heads, -1)
-    means = mix(torch.einsum("nhd,hdw->nhw", query, key), (width // num_heads) ** -0.5)
-    mixed = torch.einsum("nhw,hdw->nhd", means, value).reshape(len(first), width)
-    return mixed if bias is None else mixed + bias[2 * width :]
-
-
-def mix_runs(query: Tensor, scale: float, hidden: Tensor, runs: Sequence[LengthRun]) -> Tensor:
-    """The `mix` of `attend_first` by runs of equal lengths: each is a view of the hidden states."""
-    out, text = torch.empty_like(query), 0
-    for run in runs:
-        tokens = hidden[run.start : run.start + run.num_texts * run.length].view(run.num_texts, 1, run.length, -1)
-        rows = slice(text, text + run.num_texts)
-        out[rows] = F.scaled_dot_product_attention(query[rows, None], tokens, tokens, scale=scale)[:, 0]
-        text += run.num_texts
-    return out
 
 
 # Switches of a config that make a layer another one, and the value at which it is the one that is built here. A config

@@ -48,7 +48,7 @@ def quantise(engine: Engine, texts: Split) -> Engine:
     with torch.inference_mode():
         cuts = schedule(everyone, batch.lengths, max_batch_tokens=engine.deployment.max_batch_tokens)
         starts = (packed.start(batch.select(cut.indices)) for cut in cuts)
-        ranges = observe(plain, ((live.hidden, live.runs) for live in starts))
+        ranges = observe(plain, ((live.hidden, live.layout) for live in starts))
     return Engine(
         engine.model,
         engine.tokenizer,

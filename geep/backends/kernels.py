@@ -1,0 +1,168 @@
+"""CPU kernels of our own (`kernels.cpp`): attention of packed texts, and rounding to 8 bits.
+
+They are compiled when the package is installed, where a C++ compiler is at hand. Where none was, backends use torch's
+kernels, which give the same up to rounding and take several times as long on short texts; `why_not_available` says what
+to do. Texts of any lengths lie side by side, so nothing is padded, and a call is one call whatever the lengths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from geep.backends.layout import Layout
+
+HEADS = (16, 32, 64)
+"""Widths of an attention head for which `attend` is compiled."""
+
+LANES = 16
+"""Numbers that the kernels read at once; what they read may have to reach that much further."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes that `attend` takes."""
+
+_KINDS = {(torch.float32, False): 0, (torch.bfloat16, False): 1, (torch.float32, True): 2}
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "offsets")),
+        *((name, ctypes.c_int64) for name in ("num_texts", "longest", "num_heads", "head")),
+        ("scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("bias_heads", ctypes.c_int64),
+        ("bias_columns", ctypes.c_int64),
+        ("turns", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        ("inverse_step", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they were not compiled, or not for this machine."""
+    found = find_spec("geep.backends._kernels")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError:
+        return None
+    if not library.geep_runs_here():
+        return None
+    library.geep_attend.argtypes = (ctypes.POINTER(_Attention), ctypes.c_int, ctypes.c_int)
+    pointers, sizes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_int64, ctypes.c_int64)
+    library.geep_round.argtypes = (*pointers, *sizes, *pointers, ctypes.c_int)
+    library.geep_round.restype = None
+    return library
+
+
+def is_available() -> bool:
+    """Whether the kernels were compiled for this machine."""
+    return _library() is not None
+
+
+def why_not_available() -> str:
+    """What to tell a user whose installation lacks the kernels."""
+    return (
+        "geep was installed without its CPU kernels, expected them for full speed (short texts take up to a third "
+        "longer); install a C++ compiler (g++ or clang++, with OpenMP) and geep once more."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """What attention knows beside queries, keys and values.
+
+    Attributes:
+        scale: Of the scores.
+        bias: Added to scores: the number for distance key - query at column distance + (columns - 1) / 2, float32,
+            (num_heads or 1, columns), and `LANES` columns more that are read and not used; None: nothing is added.
+        turns: What turns queries and keys at each position, pairs of coordinates lying side by side: cosines, then
+            sines with the sign that each coordinate takes, float32, (positions, 2, head); None: nothing is turned.
+        window: Largest distance at which tokens see each other; None: any. `bias` has to tell them apart, too.
+        reach: Tokens of the longest text that bias and turns are made for; None: any.
+    """
+
+    scale: float
+    bias: Tensor | None = None
+    turns: Tensor | None = None
+    window: int | None = None
+    reach: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How numbers become unsigned 8-bit ones: each channel over its step, plus its zero point, the fraction cut off.
+
+    Attributes:
+        inverse_step: float32, (width,).
+        zero: With a half added, so that cutting rounds, float32, (width,).
+    """
+
+    inverse_step: Tensor
+    zero: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Round float32 rows (num_rows, width) on a CPU."""
+        library = _library()
+        if library is None:
+            # By way of 16 bits, for which CPUs have an instruction.
+            return torch.addcmul(self.zero, x, self.inverse_step).clamp_(0, 255).to(torch.int16).to(torch.uint8)
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8)
+        steps = self.inverse_step.data_ptr(), self.zero.data_ptr()
+        library.geep_round(x.data_ptr(), out.data_ptr(), len(x), x.shape[1], *steps, torch.get_num_threads())
+        return out
+
+
+def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, rounding: Rounding | None = None) -> Tensor:
+    """Let every token look at its text.
+
+    Args:
+        qkv: Queries, keys and values, (num_tokens, 3 width), float32 or bfloat16, on a CPU.
+        layout: Where the texts lie.
+        num_heads: Attention heads; their width is one of `HEADS`.
+        mixing: What else attention knows.
+        rounding: Makes the result 8 bits wide; for float32.
+
+    Returns:
+        (num_tokens, width), in the dtype of `qkv` or uint8. Rows after the last text are zeros.
+    """
+    library = _library()
+    if library is None:
+        raise RuntimeError(why_not_available())
+    num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    dtype = qkv.dtype if rounding is None else torch.uint8
+    out = torch.empty(num_tokens, width, dtype=dtype)
+    out[layout.num_tokens :].zero_()
+    qkv = qkv.contiguous()
+    call = _Attention(
+        qkv=qkv.data_ptr(),
+        out=out.data_ptr(),
+        offsets=layout.offsets.ctypes.data,
+        num_texts=len(layout.lengths),
+        longest=layout.longest,
+        num_heads=num_heads,
+        head=width // num_heads,
+        scale=mixing.scale,
+        window=-1 if mixing.window is None else mixing.window,
+    )
+    if mixing.bias is not None:
+        call.bias, call.bias_heads = mixing.bias.data_ptr(), len(mixing.bias)
+        call.bias_columns = mixing.bias.shape[1]
+    if mixing.turns is not None:
+        call.turns = mixing.turns.data_ptr()
+    if rounding is not None:
+        call.inverse_step, call.zero = rounding.inverse_step.data_ptr(), rounding.zero.data_ptr()
+    kind = _KINDS[qkv.dtype, rounding is not None]
+    if library.geep_attend(ctypes.byref(call), kind, torch.get_num_threads()):
+        raise MemoryError(f"Attention of a text of {layout.longest} tokens found no memory for its scores.")
+    return out
