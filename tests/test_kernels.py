@@ -18,13 +18,23 @@ from geep.backends import PackedBackend, kernels
 from geep.backends.attention import PackedAttention, attend_runs
 from geep.backends.kernels import LANES, Mixing, Rounding, attend
 from geep.backends.layout import Layout
-from geep.backends.mixers import DistanceBias, DotProduct, Mixer, Rotary
+from geep.backends.mixers import Disentangled, DistanceBias, DotProduct, Mixer, Rotary
 
 compiled = pytest.mark.skipif(not kernels.is_available(), reason="the kernels were not compiled")
 
 REACH = 70
 
-MIXERS = ("dot", "scaled dot", "distances", "turned", "turned, window 3", "turned, window 20")
+MIXERS = (
+    "dot",
+    "scaled dot",
+    "distances",
+    "disentangled",
+    "disentangled queries",
+    "disentangled keys",
+    "turned",
+    "turned, window 3",
+    "turned, window 20",
+)
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([1, 15, 16, 17, 33, REACH])), min_size=1, max_size=8)
 
@@ -32,17 +42,16 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([1, 15, 16, 17,
 def mixer_named(name: str, head: int) -> Mixer:
     if name == "distances":
         return DistanceBias(torch.randn(2, 2 * REACH - 1))
+    if name.startswith("disentangled"):
+        keys, queries = (
+            None if name.endswith(other) else torch.randn(2, 9, head) / head**0.5 for other in ("keys", "queries")
+        )
+        return Disentangled(0.2, keys, queries, torch.randint(0, 9, (2 * REACH - 1,)))
     if name.startswith("turned"):
         angles = torch.rand(REACH, head // 2) * 6
         window = int(name.split()[-1]) if "window" in name else None
         return Rotary.of(torch.polar(torch.ones_like(angles), angles), window, torch.float32)
     return DotProduct(0.07 if name == "scaled dot" else None)
-
-
-def mixing_of(mixer: Mixer, head: int) -> Mixing:
-    mixing = mixer.mixing(head)
-    assert mixing is not None
-    return mixing
 
 
 @pytest.fixture(params=[1, 2])
@@ -61,7 +70,7 @@ def test_attention_equals_that_by_runs(lengths: list[int], name: str, head: int,
     torch.manual_seed(sum(lengths))
     layout, mixer = Layout(np.array(lengths, dtype=np.int64)), mixer_named(name, head)
     qkv = torch.randn(layout.num_tokens + 3, 6 * head).to(dtype)  # three rows that belong to no text
-    found = attend(qkv, layout, 2, mixing_of(mixer, head))
+    found = attend(qkv, layout, 2, mixer.mixing(head))
     expected = attend_runs(qkv.clone(), layout, 2, mixer)
     assert found.dtype == dtype
     assert not found[layout.num_tokens :].any()
@@ -99,7 +108,7 @@ def test_attention_in_8_bits_is_attention_rounded(name: str, threads: int) -> No
     layout, mixer = Layout(np.array([12, 40, 3])), mixer_named(name, 32)
     qkv = torch.randn(layout.num_tokens, 3 * 64)
     rounding = Rounding(torch.full((64,), 64.0), torch.full((64,), 128.5))
-    attention = PackedAttention(2, mixer, mixing_of(mixer, 32))
+    attention = PackedAttention(2, mixer, mixer.mixing(32))
     expected = rounding(attention(qkv.clone(), layout))
     assert torch.equal(attention.rounded(qkv.clone(), layout, rounding), expected)
     by_runs = PackedAttention(2, mixer, None)
@@ -113,8 +122,7 @@ def test_every_family_equals_hugging_face_on_them(family: str, changes: dict[str
     model = make_model(family, hidden_size=32, num_attention_heads=2, **changes)
     batch = random_batch(8, seed=2, longest=longest(family))
     built = PackedBackend.build(model, dtype="float32")
-    others = {"deberta-v2": changes.get("pos_att_type", ["c2p"]) and changes.get("relative_attention", True)}
-    assert all((layer.attention.mixing is None) == bool(others.get(family)) for layer in built.layers)  # type: ignore[attr-defined]
+    assert all(layer.attention.mixing is not None for layer in built.layers)  # type: ignore[attr-defined]
     assert sum(one_walk(model, built, batch, alone(model, batch), seed) for seed in range(3)) > 10
 
 
@@ -124,12 +132,12 @@ def test_texts_beyond_the_positions_are_refused() -> None:
     for name in ("distances", "turned"):
         mixer = mixer_named(name, 16)
         with pytest.raises(ValueError, match=f"positions for {REACH} tokens, got a text of {REACH + 1}; cut it"):
-            PackedAttention(2, mixer, mixing_of(mixer, 16))(torch.zeros(layout.num_tokens, 96), layout)
+            PackedAttention(2, mixer, mixer.mixing(16))(torch.zeros(layout.num_tokens, 96), layout)
 
 
 @compiled
 def test_what_the_kernel_reads_beyond_a_table_lies_inside_it() -> None:
-    bias = mixing_of(mixer_named("distances", 16), 16).bias
+    bias = mixer_named("distances", 16).mixing(16).bias
     assert bias is not None
     assert bias.shape[1] == 2 * REACH - 1 + 2 * LANES
     # The table's middle stays where it was, so that a distance has the same place from both ends.

@@ -64,12 +64,13 @@ class PackedAttention:
 def attend_runs(qkv: Tensor, layout: Layout, num_heads: int, mixer: Mixer) -> Tensor:
     """Let every text attend to itself: fused queries, keys and values (num_tokens, 3 width) to (num_tokens, width).
 
-    Rows after the last run, which belong to no text, become zeros. `qkv` may be changed.
+    Rows after the last run, which belong to no text, become zeros. `qkv` may be changed. A CPU mixes bfloat16 in
+    float32: without matrix units texts of every length take as long in bfloat16 or longer, and scores are rounded.
     """
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
     out = qkv.new_empty(num_tokens, width)
-    if mixer.in_float32 and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+    if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
         qkv = qkv.float()
     for run in layout.runs:
         stop = run.start + run.num_texts * run.length

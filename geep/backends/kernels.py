@@ -38,7 +38,9 @@ class _Attention(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("bias", ctypes.c_void_p),
         ("bias_heads", ctypes.c_int64),
-        ("bias_columns", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("by_content", ctypes.c_void_p),
+        ("by_position", ctypes.c_void_p),
         ("turns", ctypes.c_void_p),
         ("window", ctypes.c_int64),
         ("inverse_step", ctypes.c_void_p),
@@ -85,7 +87,9 @@ class Mixing:
     Attributes:
         scale: Of the scores.
         bias: Added to scores: the number for distance key - query at column distance + (columns - 1) / 2, float32,
-            (num_heads or 1, columns), and `LANES` columns more that are read and not used; None: nothing is added.
+            (num_heads or 1, columns); the first and last `LANES` are read and not used. None: nothing is added.
+        distances: What queries and what keys are multiplied with besides, by distance as `bias`, a table for each
+            coordinate of a head, float32, (num_heads, head, columns); None: with nothing (all but DeBERTa).
         turns: What turns queries and keys at each position, pairs of coordinates lying side by side: cosines, then
             sines with the sign that each coordinate takes, float32, (positions, 2, head); None: nothing is turned.
         window: Largest distance at which tokens see each other; None: any. `bias` has to tell them apart, too.
@@ -94,6 +98,7 @@ class Mixing:
 
     scale: float
     bias: Tensor | None = None
+    distances: tuple[Tensor, Tensor] | None = None
     turns: Tensor | None = None
     window: int | None = None
     reach: int | None = None
@@ -156,8 +161,10 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
         window=-1 if mixing.window is None else mixing.window,
     )
     if mixing.bias is not None:
-        call.bias, call.bias_heads = mixing.bias.data_ptr(), len(mixing.bias)
-        call.bias_columns = mixing.bias.shape[1]
+        call.bias, call.bias_heads, call.columns = mixing.bias.data_ptr(), *mixing.bias.shape
+    if mixing.distances is not None:
+        call.by_content, call.by_position = (vectors.data_ptr() for vectors in mixing.distances)
+        call.columns = mixing.distances[0].shape[2]
     if mixing.turns is not None:
         call.turns = mixing.turns.data_ptr()
     if rounding is not None:

@@ -8,9 +8,9 @@ by a bias (`geep.backends.tiles`). Read `Mixer`, then `mixers_of`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,14 +27,7 @@ _MPNET_BUCKETS = 32
 
 
 class Mixer(Protocol):
-    """One layer's attention, with all that it knows of positions.
-
-    Attributes:
-        in_float32: Whether a CPU runs it in float32 among layers in bfloat16. Without matrix units texts of every
-            length take as long in bfloat16 or longer, and scores are rounded besides.
-    """
-
-    in_float32: ClassVar[bool]
+    """One layer's attention, with all that it knows of positions."""
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """Let every token look at its text.
@@ -47,11 +40,8 @@ class Mixer(Protocol):
             (num_texts, num_heads, length, head).
         """
 
-    def to(self, dtype: torch.dtype) -> Mixer:
-        """Return the mixer for a CPU's layers in another dtype: itself where it stays in float32."""
-
-    def mixing(self, head: int) -> Mixing | None:
-        """Say the same to the kernel, for heads of this width; None: it has no such attention."""
+    def mixing(self, head: int) -> Mixing:
+        """Say the same to the kernel, for heads of this width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +52,12 @@ class DotProduct:
         scale: Of the scores; None: one over the root of a head's width.
     """
 
-    in_float32: ClassVar[bool] = True
-
     scale: float | None = None
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Mixer`."""
         query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
-
-    def to(self, dtype: torch.dtype) -> DotProduct:
-        """See `Mixer`."""
-        return self
 
     def mixing(self, head: int) -> Mixing:
         """See `Mixer`."""
@@ -88,8 +72,6 @@ class DistanceBias:
         table: The number for distance key - query at column distance + (columns - 1) / 2, (num_heads, columns).
     """
 
-    in_float32: ClassVar[bool] = True
-
     table: Tensor
 
     def __call__(self, block: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,10 +79,6 @@ class DistanceBias:
         query, key, value = block.permute(2, 0, 3, 1, 4)
         own = by_distance(self.table.to(block.dtype), block.shape[1])[None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=own if bias is None else own + bias)
-
-    def to(self, dtype: torch.dtype) -> DistanceBias:
-        """See `Mixer`."""
-        return self
 
     def mixing(self, head: int) -> Mixing:
         """See `Mixer`."""
@@ -156,8 +134,6 @@ class Rotary:
         seen: 0 for distances up to the window, else -inf, a table as `DistanceBias` has one for a single head.
     """
 
-    in_float32: ClassVar[bool] = True
-
     turns: Tensor
     window: int | None
     seen: Tensor
@@ -186,16 +162,13 @@ class Rotary:
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
-    def to(self, dtype: torch.dtype) -> Rotary:
-        """See `Mixer`."""
-        return self
-
     def mixing(self, head: int) -> Mixing:
         """See `Mixer`."""
         cosines, sines = self.turns.real, self.turns.imag
         both = [cosines.repeat_interleave(2, 1), torch.stack([-sines, sines], 2).flatten(1)]
         bias = None if self.window is None else _with_margins(self.seen)
-        return Mixing(head**-0.5, bias, torch.stack(both, 1).float(), self.window, len(self.turns))
+        turns = torch.stack(both, 1).float()
+        return Mixing(head**-0.5, bias, turns=turns, window=self.window, reach=len(self.turns))
 
     def _in_bands(self, block: Tensor, window: int) -> Tensor:
         """Mix a long text in time that grows with its length.
@@ -245,8 +218,6 @@ class Disentangled:
         rows: Bucket of distance query - key at column distance + (columns - 1) / 2, (columns,).
     """
 
-    in_float32: ClassVar[bool] = False  # a third of it are products of matrices
-
     scale: float
     keys: Tensor | None
     queries: Tensor | None
@@ -257,23 +228,28 @@ class Disentangled:
         rows = middle_of(self.rows, block.shape[1])
         parts = [] if bias is None else [bias.transpose(0, 1)]
         if self.keys is not None:
-            parts.append(_shifted(block[:, :, 0], self.keys.index_select(1, rows.flip(0))))
+            parts.append(_shifted(block[:, :, 0], self.keys.index_select(1, rows.flip(0)).to(block.dtype)))
         if self.queries is not None:
-            parts.append(_shifted(block[:, :, 1], self.queries.index_select(1, rows)).transpose(2, 3))
+            parts.append(_shifted(block[:, :, 1], self.queries.index_select(1, rows).to(block.dtype)).transpose(2, 3))
         scores = parts[0]
         for part in parts[1:]:
             scores = scores + part
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=scores.transpose(0, 1), scale=self.scale)
 
-    def to(self, dtype: torch.dtype) -> Disentangled:
+    def mixing(self, head: int) -> Mixing:
         """See `Mixer`."""
-        keys, queries = (None if rows is None else rows.to(dtype) for rows in (self.keys, self.queries))
-        return replace(self, keys=keys, queries=queries)
+        num_heads = next(len(vectors) for vectors in (self.keys, self.queries) if vectors is not None)
 
-    def mixing(self, head: int) -> None:
-        """See `Mixer`."""
-        return
+        def by_distance(vectors: Tensor | None) -> Tensor:
+            """Vectors by key - query, each coordinate a table of its own: (num_heads, head, columns)."""
+            if vectors is None:
+                return torch.zeros(num_heads, head, len(self.rows) + 2 * LANES)
+            return _with_margins(vectors.index_select(1, self.rows.flip(0)).transpose(1, 2)).contiguous()
+
+        # The kernel multiplies queries by the scale before they meet anything.
+        content = by_distance(self.keys) / self.scale
+        return Mixing(self.scale, distances=(content, by_distance(self.queries)), reach=_reach(self.rows))
 
 
 def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class PackedLayer:
         )
 
     def to(self, dtype: torch.dtype) -> PackedLayer:
-        """Return the layer with its matrices in another dtype, for a CPU; norms stay, which compute in float32."""
+        """Return the layer with its matrices in another dtype, for a CPU; norms and mixer stay in float32."""
 
         def cast(linear: Linear) -> Linear:
             return linear[0].to(dtype), None if linear[1] is None else linear[1].to(dtype)
@@ -124,7 +124,6 @@ class PackedLayer:
             up=cast(self.up),
             gate=None if self.gate is None else cast(self.gate),
             down=cast(self.down),
-            mixer=self.mixer.to(dtype),
         )
 
     def __call__(self, hidden: Tensor, layout: Layout, watch: Watch | None = None) -> Tensor:
