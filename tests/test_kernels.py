@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import alone, make_model, random_batch
+from conftest import SEP, alone, make_model, random_batch
 from hypothesis import given, settings, strategies as st
 from test_backends import one_walk
 from test_mixers import every_setting, longest
 
 from geep.backends import PackedBackend, kernels
 from geep.backends.attention import PackedAttention, attend_runs
-from geep.backends.kernels import LANES, Mixing, Rounding, attend
+from geep.backends.fused_heads import FusedConvHead
+from geep.backends.kernels import LANES, Mixing, Rounding, attend, mean_and_max, neighbours
 from geep.backends.layout import Layout
 from geep.backends.mixers import Disentangled, DistanceBias, DotProduct, Mixer, Rotary
+from geep.backends.packed import spans_of
+from geep.modeling.heads import _mean_and_max_packed
 
 compiled = pytest.mark.skipif(not kernels.is_available(), reason="the kernels were not compiled")
 
@@ -157,3 +160,49 @@ def test_without_them_torchs_kernels_answer_and_it_is_said(
     assert sum(one_walk(model, built, batch, alone(model, batch), seed) for seed in range(3)) > 10
     with pytest.raises(RuntimeError, match="without its CPU kernels"):
         attend(torch.zeros(3, 96), Layout(np.array([3])), 2, Mixing(1.0))
+
+
+# Exits
+
+
+@compiled
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.sampled_from(kernels.DTYPES), st.integers(0, 3))
+def test_what_exits_read_is_what_the_heads_read(lengths: list[int], dtype: torch.dtype, reach: int) -> None:
+    torch.manual_seed(sum(lengths))
+    layout = Layout(np.array(lengths, dtype=np.int64))
+    spans = spans_of(layout, None, torch.device("cpu"))
+    one, other = torch.randn(2, layout.num_tokens, 32).to(dtype)
+    expected = (
+        torch.cat([one, one.new_zeros(1, 32)])
+        .index_select(0, spans.neighbours(reach))
+        .reshape(len(one), 32 * (2 * reach + 1))
+    )
+    # Rows of no text behind those of the texts have no neighbours, and are nobody's.
+    more = torch.cat([one, torch.ones(2, 32, dtype=dtype)])
+    found = neighbours(more, spans.offsets, reach)
+    assert torch.equal(found[: len(one)], expected)
+    assert not found[len(one) :].any()
+    pooled = mean_and_max(more, torch.cat([other, torch.ones(2, 32, dtype=dtype)]), spans.offsets)
+    wanted = _mean_and_max_packed(one.float() + other.float(), spans)
+    assert pooled.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(pooled.float(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("pairs", [False, True])
+@torch.no_grad()
+def test_the_convolutional_exit_equals_the_models(pairs: bool, dtype: torch.dtype) -> None:
+    model = make_model(head="conv", separator_id=SEP if pairs else None)
+    batch = random_batch(40, seed=1, pairs=pairs)
+    built = PackedBackend.build(model, dtype=str(dtype).split(".")[-1])
+    assert isinstance(built.heads[1], FusedConvHead)
+    live = built.start(batch)
+    for start, stop in ((0, 40), (7, 8), (11, 11)):
+        found = built.exit_logits(live, 1, start, stop).float()
+        expected = built.exit_logits(live, 1, start, stop, head=model.head_at(1))
+        assert found.shape == expected.shape
+        if len(found):
+            assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.06) * expected.norm()

@@ -25,12 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
-from torch.nn import functional as F
 
-from geep.backends.attention import Linear, PackedAttention
+from geep.backends.attention import PackedAttention
 from geep.backends.kernels import Rounding
 from geep.backends.layout import Layout
-from geep.backends.onednn import FUSED_ACTIVATIONS, pad_rows
+from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLinear, pad_rows
 from geep.backends.packed_layer import PackedLayer
 from geep.folder import RANGES_NAME, digest_tensors, named_by, publish
 
@@ -233,8 +232,8 @@ class Int8Layer:
     down: Int8Linear
     wide_step: float
     wide_zero: int
-    float_up: Linear  # the channels that stay in float32
-    float_down: Tensor  # (float channels, hidden)
+    float_up: FusedLinear  # to the channels that stay in float32
+    float_down: FusedLinear  # back from them
     layer: PackedLayer
 
     @classmethod
@@ -280,8 +279,8 @@ class Int8Layer:
             down=Int8Linear.of(down_weight, layer.down[1], down_range),
             wide_step=float(step[0]),
             wide_zero=int(zero[0]),
-            float_up=(layer.up[0][in_float].contiguous(), None if layer.up[1] is None else layer.up[1][in_float]),
-            float_down=layer.down[0][:, in_float].t().contiguous(),
+            float_up=FusedLinear.of(layer.up[0][in_float], None if layer.up[1] is None else layer.up[1][in_float]),
+            float_down=FusedLinear.of(layer.down[0][:, in_float], None),
             layer=layer,
         )
 
@@ -292,8 +291,8 @@ class Int8Layer:
         hidden, _ = layer.between(self.out.plus(mixed, hidden))
         fused = FUSED_ACTIVATIONS[layer.activation_name]
         wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
-        few = layer.activation(F.linear(hidden, *self.float_up))
-        return layer.after(self.down.plus(wide, torch.addmm(hidden, few, self.float_down)))[:num_tokens]
+        in_float = self.float_down.plus(self.float_up(hidden, fused), hidden)
+        return layer.after(self.down.plus(wide, in_float))[:num_tokens]
 
     def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text, in float32: so few rows that the plain layer serves."""

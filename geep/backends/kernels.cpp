@@ -1,5 +1,5 @@
-// Passes over packed texts for which torch has no CPU kernel of its own: attention of texts of any lengths, and rounding
-// to 8 bits. Products of matrices stay oneDNN's.
+// Passes over packed texts for which torch has no CPU kernel of its own: attention of texts of any lengths, what exits
+// read of them, and rounding to 8 bits. Products of matrices stay oneDNN's.
 //
 // Plain C++ with the vector extensions of GCC and Clang; no header of Python or torch. `geep/backends/kernels.py` calls
 // what is exported at the end. Threads are those of the OpenMP that torch has loaded already.
@@ -355,6 +355,30 @@ INLINE void round_row(const From* from, uint8_t* to, int64_t width, const float*
 FOR_EACH_CPU(round_one, (const float* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero),
              { round_row(from, to, width, inverse_step, zero); })
 
+// ---- Exits ----
+
+// Mean and maximum of rows from … from + length - 1, each the sum of `one` and, where it is there, `other`.
+template <class T>
+INLINE void pool(const T* one, const T* other, T* out, int64_t length, int64_t width) {
+  const float share = length ? 1.0f / length : 0.0f;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Lanes sum = {}, high = all(length ? -3.4e38f : 0.0f);
+    for (int64_t token = 0; token < length; token++) {
+      Lanes x = load(one + token * width + i);
+      if (other) x += load(other + token * width + i);
+      sum += x;
+      high = greater(high, x);
+    }
+    store(out + i, sum * share);
+    store(out + width + i, high);
+  }
+}
+
+FOR_EACH_CPU(pool_float, (const float* one, const float* other, float* out, int64_t length, int64_t width),
+             { pool(one, other, out, length, width); })
+FOR_EACH_CPU(pool_bfloat16, (const BFloat16* one, const BFloat16* other, BFloat16* out, int64_t length, int64_t width),
+             { pool(one, other, out, length, width); })
+
 }  // namespace
 
 extern "C" {
@@ -390,6 +414,39 @@ void geep_round(const float* from, uint8_t* to, int64_t rows, int64_t width, con
   auto* round_one = BEST_OF(round_one);
 #pragma omp parallel for num_threads(num_threads) if (num_threads > 1 && rows > 64)
   for (int64_t row = 0; row < rows; row++) round_one(from + row * width, to + row * width, width, inverse_step, zero);
+}
+
+// Puts the rows around each row side by side, those of its text alone: (tokens, bytes) to (tokens, 2 reach + 1, bytes).
+void geep_neighbours(const char* rows, char* out, const int64_t* offsets, int64_t num_texts, int64_t bytes,
+                     int64_t reach, int num_threads) {
+#pragma omp parallel for schedule(dynamic, 8) num_threads(num_threads) if (num_threads > 1 && num_texts > 8)
+  for (int64_t text = 0; text < num_texts; text++)
+    for (int64_t row = offsets[text]; row < offsets[text + 1]; row++) {
+      char* to = out + row * (2 * reach + 1) * bytes;
+      const int64_t begin = std::max(row - reach, offsets[text]), end = std::min(row + reach + 1, offsets[text + 1]);
+      const int64_t before = (begin - row + reach) * bytes, there = (end - begin) * bytes;
+      std::memset(to, 0, before);
+      std::memcpy(to + before, rows + begin * bytes, there);
+      std::memset(to + before + there, 0, (2 * reach + 1) * bytes - before - there);
+    }
+}
+
+// Mean and maximum of each text's rows (tokens, width), to (texts, 2 width); width a multiple of 16. `other`, where it
+// is there, is added before. `kind` 0: float32, 1: bfloat16.
+void geep_pool(const void* one, const void* other, void* out, int kind, const int64_t* offsets, int64_t num_texts,
+               int64_t width, int num_threads) {
+  auto* floats = BEST_OF(pool_float);
+  auto* bfloats = BEST_OF(pool_bfloat16);
+#pragma omp parallel for schedule(dynamic, 8) num_threads(num_threads) if (num_threads > 1 && num_texts > 8)
+  for (int64_t text = 0; text < num_texts; text++) {
+    const int64_t at = offsets[text] * width, length = offsets[text + 1] - offsets[text];
+    if (kind)
+      bfloats((const BFloat16*)one + at, other ? (const BFloat16*)other + at : nullptr,
+              (BFloat16*)out + text * 2 * width, length, width);
+    else
+      floats((const float*)one + at, other ? (const float*)other + at : nullptr, (float*)out + text * 2 * width, length,
+             width);
+  }
 }
 
 }  // extern "C"

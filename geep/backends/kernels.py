@@ -1,4 +1,4 @@
-"""CPU kernels of our own (`kernels.cpp`): attention of packed texts, and rounding to 8 bits.
+"""CPU kernels of our own (`kernels.cpp`): attention of packed texts, what exits read, and rounding to 8 bits.
 
 They are compiled when the package is installed, where a C++ compiler is at hand. Where none was, backends use torch's
 kernels, which give the same up to rounding and take several times as long on short texts; `why_not_available` says what
@@ -63,7 +63,9 @@ def _library() -> ctypes.CDLL | None:
     library.geep_attend.argtypes = (ctypes.POINTER(_Attention), ctypes.c_int, ctypes.c_int)
     pointers, sizes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_int64, ctypes.c_int64)
     library.geep_round.argtypes = (*pointers, *sizes, *pointers, ctypes.c_int)
-    library.geep_round.restype = None
+    library.geep_neighbours.argtypes = (*pointers, ctypes.c_void_p, *sizes, ctypes.c_int64, ctypes.c_int)
+    library.geep_pool.argtypes = (*pointers, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, *sizes, ctypes.c_int)
+    library.geep_round.restype = library.geep_neighbours.restype = library.geep_pool.restype = None
     return library
 
 
@@ -141,9 +143,7 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
     Returns:
         (num_tokens, width), in the dtype of `qkv` or uint8. Rows after the last text are zeros.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError(why_not_available())
+    library = _needed()
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     dtype = qkv.dtype if rounding is None else torch.uint8
     out = torch.empty(num_tokens, width, dtype=dtype)
@@ -173,3 +173,47 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
     if library.geep_attend(ctypes.byref(call), kind, torch.get_num_threads()):
         raise MemoryError(f"Attention of a text of {layout.longest} tokens found no memory for its scores.")
     return out
+
+
+def neighbours(rows: Tensor, offsets: Tensor, reach: int) -> Tensor:
+    """Put the rows around each side by side, those of its text alone; zeros where there are none.
+
+    Args:
+        rows: (num_tokens or more, width), contiguous, on a CPU.
+        offsets: Where each text begins, and the end of the last, int64, (num_texts + 1,).
+        reach: Rows to each side.
+
+    Returns:
+        (len(rows), (2 reach + 1) * width); zeros in rows of no text.
+    """
+    library, width = _needed(), rows.shape[1]
+    out = rows.new_empty(len(rows), (2 * reach + 1) * width)
+    out[int(offsets[-1]) :].zero_()
+    places = rows.data_ptr(), out.data_ptr(), offsets.data_ptr(), len(offsets) - 1
+    library.geep_neighbours(*places, width * rows.element_size(), reach, torch.get_num_threads())
+    return out
+
+
+def mean_and_max(one: Tensor, other: Tensor, offsets: Tensor) -> Tensor:
+    """Mean and maximum of each text's rows of a sum; zeros for a text without any.
+
+    Args:
+        one: (num_tokens or more, width), contiguous, of one of `DTYPES`, on a CPU; the width is a multiple of `LANES`.
+        other: The same, added to it.
+        offsets: As of `neighbours`.
+
+    Returns:
+        (num_texts, 2 width).
+    """
+    library, (num_texts, width) = _needed(), (len(offsets) - 1, one.shape[1])
+    out = one.new_empty(num_texts, 2 * width)
+    places = one.data_ptr(), other.data_ptr(), out.data_ptr(), _KINDS[one.dtype, False], offsets.data_ptr()
+    library.geep_pool(*places, num_texts, width, torch.get_num_threads())
+    return out
+
+
+def _needed() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError(why_not_available())
+    return library

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from geep.backends import int8, kernels, onednn
+from geep.backends.fused_heads import FusedConvHead
 from geep.backends.int8 import ActivationRanges, Int8Layer
 from geep.backends.layout import Layout
 from geep.backends.onednn import FusedLayer
 from geep.backends.packed_layer import each_once, packed_layers, steps_of, why_not_packed
 from geep.backends.protocol import FLOAT_DTYPES, TORCH_DTYPES, Integers, TokenBatch, token_positions
-from geep.modeling import GeepForSequenceClassification, Spans, family_of
+from geep.modeling import ConvHead, GeepForSequenceClassification, Spans, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,13 @@ class Layer(Protocol):
 
     def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer for the first token of each text that has one: (num_tokens, hidden) to (texts, hidden)."""
+
+
+class PackedHead(Protocol):
+    """An exit on packed texts."""
+
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
+        """Map packed texts to logits; see `geep.modeling.PooledHead.forward_packed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +96,13 @@ class PackedBackend:
         model: Embeds texts; its heads answer, except where there are others.
         layers: The encoder's layers.
         dtype: Of the hidden states.
-        heads: Heads in this dtype, by layer, where the model's are in another one.
+        heads: What answers instead of the model's heads, by layer: the same in this dtype, or on faster kernels.
     """
 
     model: GeepForSequenceClassification
     layers: tuple[Layer, ...]
     dtype: torch.dtype
-    heads: Mapping[int, nn.Module] = field(default_factory=dict)
+    heads: Mapping[int, PackedHead] = field(default_factory=dict)
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:
@@ -128,12 +136,11 @@ class PackedBackend:
         """
         if model.device.type == "cpu" and not kernels.is_available():
             logger.warning(kernels.why_not_available())
-        plain, heads = packed_layers(model), {}
+        plain = packed_layers(model)
         computes_in = model.dtype
         if dtype == "bfloat16" and model.device.type == "cpu":
             computes_in = torch.bfloat16
             plain = each_once(lambda layer: layer.to(computes_in), plain)
-            heads = {depth: copy.deepcopy(model.head_at(depth)).to(computes_in) for depth in model.config.depths}
         layers: tuple[Layer, ...] = plain
         if dtype == "int8":
             if ranges is None:
@@ -144,7 +151,8 @@ class PackedBackend:
             layers = tuple(Int8Layer.of(layer, ranges, number) for number, layer in enumerate(plain))
         elif model.device.type == "cpu" and onednn.is_available():
             layers = each_once(FusedLayer.of, plain)
-        return cls(model, layers, computes_in, heads)
+        heads = {depth: _laid_out(model.head_at(depth), computes_in) for depth in model.config.depths}
+        return cls(model, layers, computes_in, {depth: head for depth, head in heads.items() if head is not None})
 
     def start(self, batch: TokenBatch) -> PackedTexts:
         """Embed texts with the encoder's own embedding module, every token at its position in its text."""
@@ -204,6 +212,15 @@ class PackedBackend:
         return PackedTexts.of(
             torch.cat([live.hidden for live in lives]), lengths, joined([live.firsts for live in lives])
         )
+
+
+def _laid_out(head: Any, dtype: torch.dtype) -> PackedHead | None:
+    """A model's head as this backend runs it; None: as it is."""
+    weight = head.out.weight
+    may_fuse = weight.device.type == "cpu" and kernels.is_available() and onednn.is_available()
+    if may_fuse and isinstance(head, ConvHead) and dtype in kernels.DTYPES:
+        return FusedConvHead.of(head, dtype)
+    return None if weight.dtype == dtype else copy.deepcopy(head).to(dtype)
 
 
 def spans_of(layout: Layout, firsts: Integers | None, device: torch.device) -> Spans:

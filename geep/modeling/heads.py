@@ -230,13 +230,17 @@ class ConvHead(nn.Module):
         tokens = self._convolved(tokens, near)
         if not self.tells_texts_apart:
             return self._answer([_mean_and_max_packed(tokens, spans)])
-        return self._answer(list(_mean_and_max_packed(tokens, spans.parts).view(len(spans.lengths), 2, -1).unbind(1)))
+        parts = _mean_and_max_packed(tokens, spans.parts)
+        return self._answer(list(parts.view(len(spans.lengths), 2, parts.shape[1]).unbind(1)))
 
     def _convolved(self, tokens: Tensor, near: Tensor) -> Tensor:
         """Tokens (…, channels) with what their neighbours, side by side (…, width * channels), have to say."""
+        return tokens + F.gelu(F.linear(near, self.by_neighbour(), self.convolution.bias))
+
+    def by_neighbour(self) -> Tensor:
+        """Weight of the convolution for neighbours side by side, (channels, width * channels)."""
         # Columns stand as those of a Conv1d, channel by channel; side by side the neighbours are copied faster.
-        weight = self.convolution.weight.view(self.channels, self.channels, self.width).transpose(1, 2).flatten(1)
-        return tokens + F.gelu(F.linear(near, weight, self.convolution.bias))
+        return self.convolution.weight.view(self.channels, self.channels, self.width).transpose(1, 2).flatten(1)
 
     def _answer(self, texts: list[Tensor]) -> Tensor:
         """Logits of features (num_texts, 2 * channels): of a text, or of the two of a pair."""

@@ -1,0 +1,56 @@
+"""The convolutional exit on oneDNN's and our own kernels: few texts pay for the number of passes, not for products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from geep.backends import kernels
+from geep.backends.onednn import FusedLinear, pad_rows
+from geep.modeling import ConvHead, Spans
+
+_GELU, _TANH = ("gelu", "none"), ("tanh", "")
+
+
+@dataclass(frozen=True, slots=True)
+class FusedConvHead:
+    """`ConvHead`, equal to it up to rounding."""
+
+    narrow: FusedLinear
+    convolution: FusedLinear
+    dense: FusedLinear
+    out: FusedLinear
+    reach: int
+    tells_texts_apart: bool
+
+    @classmethod
+    def of(cls, head: ConvHead, dtype: torch.dtype) -> Self:
+        """Lay out the weights of a head for hidden states of a dtype."""
+
+        def fused(weight: Tensor, bias: Tensor) -> FusedLinear:
+            return FusedLinear.of(weight.detach().to(dtype), bias.detach().to(dtype))
+
+        return cls(
+            narrow=fused(head.narrow.weight, head.narrow.bias),
+            convolution=fused(head.by_neighbour(), head.convolution.bias),
+            dense=fused(head.dense.weight, head.dense.bias),
+            out=fused(head.out.weight, head.out.bias),
+            reach=head.width // 2,
+            tells_texts_apart=head.tells_texts_apart,
+        )
+
+    def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
+        """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
+        tokens = self.narrow(pad_rows(hidden), _GELU)
+        # Of no text what stands behind the last token is the neighbour.
+        near = self.convolution(kernels.neighbours(tokens, spans.offsets, self.reach), _GELU)
+        if self.tells_texts_apart:
+            pairs = kernels.mean_and_max(tokens, near, spans.parts.offsets)
+            one, other = pairs.view(len(spans.lengths), 2, pairs.shape[1]).unbind(1)
+            features = torch.cat([one, other, (one - other).abs(), one * other], dim=1)
+        else:
+            features = kernels.mean_and_max(tokens, near, spans.offsets)
+        return self.out(self.dense(pad_rows(features), _TANH))[: len(spans.lengths)]
