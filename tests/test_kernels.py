@@ -139,6 +139,19 @@ def test_texts_beyond_the_positions_are_refused() -> None:
 
 
 @compiled
+def test_no_kernel_reads_what_is_not_there() -> None:
+    layout, offsets = Layout(np.array([3, 4])), torch.tensor([0, 3, 7])
+    with pytest.raises(ValueError, match="texts have 7 tokens, found rows for 6"):
+        attend(torch.zeros(6, 96), layout, 2, Mixing(1.0))
+    with pytest.raises(ValueError, match="texts have 7 tokens, found rows for 6"):
+        neighbours(torch.zeros(6, 16), offsets, 1)
+    with pytest.raises(ValueError, match="texts have 7 tokens, found rows for 6"):
+        mean_and_max(torch.zeros(7, 16), torch.zeros(6, 16), offsets)
+    with pytest.raises(ValueError, match="found 24 in torch.float32; use `attend_runs`"):
+        attend(torch.zeros(7, 144), layout, 2, Mixing(1.0))
+
+
+@compiled
 def test_what_the_kernel_reads_beyond_a_table_lies_inside_it() -> None:
     bias = mixer_named("distances", 16).mixing(16).bias
     assert bias is not None

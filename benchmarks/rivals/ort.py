@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import graph
 import onnxruntime
-from worker import Job, Loaded, serve, sorted_way, versions
+from worker import Forward, Job, Loaded, serve, sorted_way, versions
 
 
 def load(job: Job) -> Loaded:
@@ -28,11 +27,11 @@ def load(job: Job) -> Loaded:
     return ways, versions("onnxruntime", "onnx", "transformers", "tokenizers"), {}
 
 
-def _forward(path: Path, threads: int) -> Any:
+def _forward(path: Path, threads: int) -> Forward:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    return lambda batches: (session.run(None, {"input_ids": ids, "attention_mask": mask})[0] for ids, mask in batches)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,8 @@ def padded_batches(
         yield rows, padded, mask.astype(np.int64)
 
 
-# input ids and mask, padded, to logits
-Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[Any]]
+# Batches of input ids and mask, padded, to their logits in the same order; how many run at a time is its own affair.
+Forward = Callable[[Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]], Iterable[NDArray[Any]]]
 
 
 def classify_sorted(
@@ -175,8 +175,12 @@ def classify_sorted(
     )["input_ids"]
     tokenised = time.perf_counter()
     answers = np.empty(len(texts), dtype=np.int64)
-    for rows, padded, mask in padded_batches(ids, batch_size, tokenizer.pad_token_id):
-        answers[rows] = forward(padded, mask).argmax(-1)
+    rows, batches = [], []
+    for places, padded, mask in padded_batches(ids, batch_size, tokenizer.pad_token_id):
+        rows.append(places)
+        batches.append((padded, mask))
+    for places, logits in zip(rows, forward(batches), strict=True):
+        answers[places] = logits.argmax(-1)
     return Outcome(answers.tolist(), extra={"tokenise": tokenised - begin, "from_ids": time.perf_counter() - tokenised})
 
 
@@ -186,7 +190,7 @@ def sorted_way(job: Job, tokenizer: Any, forward: Forward, *, warm_all: bool = F
     Args:
         job: The texts.
         tokenizer: Their tokenizer.
-        forward: Padded ids and mask to logits.
+        forward: Batches of padded ids and mask to logits.
         warm_all: Whether to run all texts once before any is timed, where kernels are made for every new shape.
         **named: `name`, `group`, `setting`, `dtype`.
     """

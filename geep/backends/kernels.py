@@ -77,8 +77,8 @@ def is_available() -> bool:
 def why_not_available() -> str:
     """What to tell a user whose installation lacks the kernels."""
     return (
-        "geep was installed without its CPU kernels, expected them for full speed (short texts take up to a third "
-        "longer); install a C++ compiler (g++ or clang++, with OpenMP) and geep once more."
+        "geep was installed without its CPU kernels, expected them for full speed (a layer takes up to 1.4 times "
+        "as long); install a C++ compiler (g++ or clang++, with OpenMP) and geep once more."
     )
 
 
@@ -142,9 +142,19 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
 
     Returns:
         (num_tokens, width), in the dtype of `qkv` or uint8. Rows after the last text are zeros.
+
+    Raises:
+        ValueError: If the texts have more tokens than there are, or no such kernel is compiled.
+        MemoryError: If there is no memory for the scores.
     """
     library = _needed()
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    _check_rows(num_tokens, layout.num_tokens)
+    if width // num_heads not in HEADS or (qkv.dtype, rounding is not None) not in _KINDS:
+        raise ValueError(
+            f"Attention runs heads of {HEADS} in float32 or bfloat16, found {width // num_heads} in {qkv.dtype}; "
+            "use `attend_runs`."
+        )
     dtype = qkv.dtype if rounding is None else torch.uint8
     out = torch.empty(num_tokens, width, dtype=dtype)
     out[layout.num_tokens :].zero_()
@@ -187,6 +197,7 @@ def neighbours(rows: Tensor, offsets: Tensor, reach: int) -> Tensor:
         (len(rows), (2 reach + 1) * width); zeros in rows of no text.
     """
     library, width = _needed(), rows.shape[1]
+    _check_rows(len(rows), int(offsets[-1]))
     out = rows.new_empty(len(rows), (2 * reach + 1) * width)
     out[int(offsets[-1]) :].zero_()
     places = rows.data_ptr(), out.data_ptr(), offsets.data_ptr(), len(offsets) - 1
@@ -206,10 +217,17 @@ def mean_and_max(one: Tensor, other: Tensor, offsets: Tensor) -> Tensor:
         (num_texts, 2 width).
     """
     library, (num_texts, width) = _needed(), (len(offsets) - 1, one.shape[1])
+    _check_rows(min(len(one), len(other)), int(offsets[-1]))
     out = one.new_empty(num_texts, 2 * width)
     places = one.data_ptr(), other.data_ptr(), out.data_ptr(), _KINDS[one.dtype, False], offsets.data_ptr()
     library.geep_pool(*places, num_texts, width, torch.get_num_threads())
     return out
+
+
+def _check_rows(there: int, needed: int) -> None:
+    """The kernels read memory, so they must not be told of more than there is."""
+    if needed > there:
+        raise ValueError(f"The texts have {needed} tokens, found rows for {there}.")
 
 
 def _needed() -> ctypes.CDLL:
