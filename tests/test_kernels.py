@@ -73,7 +73,7 @@ def test_attention_equals_that_by_runs(lengths: list[int], name: str, head: int,
     torch.manual_seed(sum(lengths))
     layout, mixer = Layout(np.array(lengths, dtype=np.int64)), mixer_named(name, head)
     qkv = torch.randn(layout.num_tokens + 3, 6 * head).to(dtype)  # three rows that belong to no text
-    found = attend(qkv, layout, 2, mixer.mixing(head))
+    found = attend(qkv, layout, 2, mixer.mixing)
     expected = attend_runs(qkv.clone(), layout, 2, mixer)
     assert found.dtype == dtype
     assert not found[layout.num_tokens :].any()
@@ -111,11 +111,11 @@ def test_attention_in_8_bits_is_attention_rounded(name: str, threads: int) -> No
     layout, mixer = Layout(np.array([12, 40, 3])), mixer_named(name, 32)
     qkv = torch.randn(layout.num_tokens, 3 * 64)
     rounding = Rounding(torch.full((64,), 64.0), torch.full((64,), 128.5))
-    attention = PackedAttention(2, mixer, mixer.mixing(32))
+    attention = PackedAttention(2, mixer, mixer.mixing)
     expected = rounding(attention(qkv.clone(), layout))
-    assert torch.equal(attention.rounded(qkv.clone(), layout, rounding), expected)
+    assert torch.equal(attention(qkv.clone(), layout, rounding), expected)
     by_runs = PackedAttention(2, mixer, None)
-    assert int((by_runs.rounded(qkv.clone(), layout, rounding).int() - expected.int()).abs().max()) <= 1
+    assert int((by_runs(qkv.clone(), layout, rounding).int() - expected.int()).abs().max()) <= 1
 
 
 @compiled
@@ -135,7 +135,7 @@ def test_texts_beyond_the_positions_are_refused() -> None:
     for name in ("distances", "turned"):
         mixer = mixer_named(name, 16)
         with pytest.raises(ValueError, match=f"positions for {REACH} tokens, got a text of {REACH + 1}; cut it"):
-            PackedAttention(2, mixer, mixer.mixing(16))(torch.zeros(layout.num_tokens, 96), layout)
+            PackedAttention(2, mixer, mixer.mixing)(torch.zeros(layout.num_tokens, 96), layout)
 
 
 @compiled
@@ -153,7 +153,7 @@ def test_no_kernel_reads_what_is_not_there() -> None:
 
 @compiled
 def test_what_the_kernel_reads_beyond_a_table_lies_inside_it() -> None:
-    bias = mixer_named("distances", 16).mixing(16).bias
+    bias = mixer_named("distances", 16).mixing.bias
     assert bias is not None
     assert bias.shape[1] == 2 * REACH - 1 + 2 * LANES
     # The table's middle stays where it was, so that a distance has the same place from both ends.

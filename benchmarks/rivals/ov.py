@@ -12,7 +12,7 @@ import graph
 import nncf
 import openvino
 from numpy.typing import NDArray
-from worker import Forward, Job, Loaded, Way, serve, sorted_way, versions
+from worker import Forward, Job, Loaded, serve, sorted_way, versions
 
 # Activations that share a scale. One scale for a whole row (the largest number) is not run in int8 on CPUs: it takes
 # as long as float32.
@@ -36,34 +36,26 @@ def load(job: Job) -> Loaded:
             {"DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_GROUP},
         ),
     ]
-    ways = [_way(job, tokenizer, _one_by_one(core, model, job.threads, more), *named) for *named, model, more in forms]
-    ways += [
-        _way(
+    ways = [
+        sorted_way(
             job,
             tokenizer,
-            _several(core, model, job.threads, more),
-            f"{dtype}, several batches at a time",
-            setting,
+            run(core, model, job.threads, properties),
+            # Kernels are made for every shape that is met the first time; a warm-up that meets all is fair to it.
+            warm_all=True,
+            name=f"OpenVINO {dtype}{how}",
+            group=f"openvino-{dtype}{how}",
+            setting=f"length-sorted, {setting}",
             dtype=dtype,
         )
-        for dtype, setting, model, more in forms
-        if dtype in ("own precision", "int8")
+        for how, run, dtypes in (
+            ("", _one_by_one, {dtype for dtype, *_ in forms}),
+            (", several batches at a time", _several, {"own precision", "int8"}),
+        )
+        for dtype, setting, model, properties in forms
+        if dtype in dtypes
     ]
     return ways, versions("openvino", "nncf", "transformers", "tokenizers"), {}
-
-
-def _way(job: Job, tokenizer: Any, forward: Forward, name: str, setting: str, *, dtype: str | None = None) -> Way:
-    return sorted_way(
-        job,
-        tokenizer,
-        forward,
-        # Kernels are made for every shape that is met the first time; a warm-up that meets all is fair to it.
-        warm_all=True,
-        name=f"OpenVINO {name}",
-        group=f"openvino-{name}",
-        setting=f"length-sorted, {setting}",
-        dtype=dtype or name,
-    )
 
 
 def _compiled(core: Any, model: Any, hint: str, threads: int, more: dict[str, str]) -> Any:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from geep.backends import kernels
 from geep.backends.kernels import Mixing, Rounding
 from geep.backends.layout import Layout
-from geep.backends.mixers import Mixer, check_reach
+from geep.backends.mixers import Mixer
 
 Linear = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out,) of a linear layer."""
@@ -41,24 +41,23 @@ class PackedAttention:
         """Choose for a layer of this matrix."""
         head = len(qkv[0]) // 3 // num_heads
         runs_here = kernels.is_available() and head in kernels.HEADS and qkv[0].dtype in kernels.DTYPES
-        return cls(num_heads, mixer, mixer.mixing(head) if runs_here else None)
+        return cls(num_heads, mixer, mixer.mixing if runs_here else None)
 
-    def __call__(self, qkv: Tensor, layout: Layout) -> Tensor:
-        """Queries, keys and values (num_tokens, 3 width) to (num_tokens, width); `qkv` may be changed."""
-        if self.mixing is None:
-            return attend_runs(qkv, layout, self.num_heads, self.mixer)
-        return self._kernel(self.mixing, qkv, layout)
+    def __call__(self, qkv: Tensor, layout: Layout, rounding: Rounding | None = None) -> Tensor:
+        """Let every token look at its text.
 
-    def rounded(self, qkv: Tensor, layout: Layout, rounding: Rounding) -> Tensor:
-        """Do the same with a result in 8 bits, of float32."""
-        if self.mixing is None:
-            return rounding(attend_runs(qkv, layout, self.num_heads, self.mixer))
-        return self._kernel(self.mixing, qkv, layout, rounding)
+        Args:
+            qkv: Queries, keys and values, (num_tokens, 3 width); may be changed.
+            layout: Where the texts lie.
+            rounding: Makes the result 8 bits wide; for float32.
 
-    def _kernel(self, mixing: Mixing, qkv: Tensor, layout: Layout, rounding: Rounding | None = None) -> Tensor:
-        if mixing.reach is not None:
-            check_reach(layout.longest, mixing.reach)
-        return kernels.attend(qkv, layout, self.num_heads, mixing, rounding=rounding)
+        Returns:
+            (num_tokens, width).
+        """
+        if self.mixing is not None:
+            return kernels.attend(qkv, layout, self.num_heads, self.mixing, rounding=rounding)
+        mixed = attend_runs(qkv, layout, self.num_heads, self.mixer)
+        return mixed if rounding is None else rounding(mixed)
 
 
 def attend_runs(qkv: Tensor, layout: Layout, num_heads: int, mixer: Mixer) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from geep.backends import kernels
-from geep.backends.onednn import FusedLinear, pad_rows
-from geep.modeling import ConvHead, Spans
+from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLinear, pad_rows
+from geep.modeling import ConvHead, Spans, compared
 
-_GELU, _TANH = ("gelu", "none"), ("tanh", "")
+_GELU, _TANH = FUSED_ACTIVATIONS["gelu"], ("tanh", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,7 @@ class FusedConvHead:
         near = self.convolution(kernels.neighbours(tokens, spans.offsets, self.reach), _GELU)
         if self.tells_texts_apart:
             pairs = kernels.mean_and_max(tokens, near, spans.parts.offsets)
-            one, other = pairs.view(len(spans.lengths), 2, pairs.shape[1]).unbind(1)
-            features = torch.cat([one, other, (one - other).abs(), one * other], dim=1)
+            features = compared(pairs[::2], pairs[1::2])
         else:
             features = kernels.mean_and_max(tokens, near, spans.offsets)
         return self.out(self.dense(pad_rows(features), _TANH))[: len(spans.lengths)]

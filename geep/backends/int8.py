@@ -287,7 +287,7 @@ class Int8Layer:
     def __call__(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
         num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
-        mixed = self.attention.rounded(self.qkv(self.qkv.quantise(hidden)), layout, self.out.quantise)
+        mixed = self.attention(self.qkv(self.qkv.quantise(hidden)), layout, self.out.quantise)
         hidden, _ = layer.between(self.out.plus(mixed, hidden))
         fused = FUSED_ACTIVATIONS[layer.activation_name]
         wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)

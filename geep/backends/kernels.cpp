@@ -342,8 +342,7 @@ FOR_EACH_CPU(attend_8_bit, (const Attention& call, int64_t text, int64_t number,
 
 // ---- Rounding ----
 
-template <class From>
-INLINE void round_row(const From* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero) {
+INLINE void round_row(const float* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero) {
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
     const Lanes x = load(from + i) * load(inverse_step + i) + load(zero + i);
@@ -357,15 +356,14 @@ FOR_EACH_CPU(round_one, (const float* from, uint8_t* to, int64_t width, const fl
 
 // ---- Exits ----
 
-// Mean and maximum of rows from … from + length - 1, each the sum of `one` and, where it is there, `other`.
+// Mean and maximum of a text's rows, each the sum of one of `one` and one of `other`.
 template <class T>
 INLINE void pool(const T* one, const T* other, T* out, int64_t length, int64_t width) {
   const float share = length ? 1.0f / length : 0.0f;
   for (int64_t i = 0; i < width; i += kLanes) {
     Lanes sum = {}, high = all(length ? -3.4e38f : 0.0f);
     for (int64_t token = 0; token < length; token++) {
-      Lanes x = load(one + token * width + i);
-      if (other) x += load(other + token * width + i);
+      const Lanes x = load(one + token * width + i) + load(other + token * width + i);
       sum += x;
       high = greater(high, x);
     }
@@ -431,8 +429,8 @@ void geep_neighbours(const char* rows, char* out, const int64_t* offsets, int64_
     }
 }
 
-// Mean and maximum of each text's rows (tokens, width), to (texts, 2 width); width a multiple of 16. `other`, where it
-// is there, is added before. `kind` 0: float32, 1: bfloat16.
+// Mean and maximum of each text's rows of a sum (tokens, width), to (texts, 2 width); width a multiple of 16. `kind` 0:
+// float32, 1: bfloat16.
 void geep_pool(const void* one, const void* other, void* out, int kind, const int64_t* offsets, int64_t num_texts,
                int64_t width, int num_threads) {
   auto* floats = BEST_OF(pool_float);
@@ -441,11 +439,9 @@ void geep_pool(const void* one, const void* other, void* out, int kind, const in
   for (int64_t text = 0; text < num_texts; text++) {
     const int64_t at = offsets[text] * width, length = offsets[text + 1] - offsets[text];
     if (kind)
-      bfloats((const BFloat16*)one + at, other ? (const BFloat16*)other + at : nullptr,
-              (BFloat16*)out + text * 2 * width, length, width);
+      bfloats((const BFloat16*)one + at, (const BFloat16*)other + at, (BFloat16*)out + text * 2 * width, length, width);
     else
-      floats((const float*)one + at, other ? (const float*)other + at : nullptr, (float*)out + text * 2 * width, length,
-             width);
+      floats((const float*)one + at, (const float*)other + at, (float*)out + text * 2 * width, length, width);
   }
 }
 

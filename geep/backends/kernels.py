@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from geep.backends.layout import Layout
+from geep.backends.layout import Layout, check_reach
 
 HEADS = (16, 32, 64)
 """Widths of an attention head for which `attend` is compiled."""
@@ -87,7 +87,7 @@ class Mixing:
     """What attention knows beside queries, keys and values.
 
     Attributes:
-        scale: Of the scores.
+        scale: Of the scores; None: one over the root of a head's width.
         bias: Added to scores: the number for distance key - query at column distance + (columns - 1) / 2, float32,
             (num_heads or 1, columns); the first and last `LANES` are read and not used. None: nothing is added.
         distances: What queries and what keys are multiplied with besides, by distance as `bias`, a table for each
@@ -98,7 +98,7 @@ class Mixing:
         reach: Tokens of the longest text that bias and turns are made for; None: any.
     """
 
-    scale: float
+    scale: float | None = None
     bias: Tensor | None = None
     distances: tuple[Tensor, Tensor] | None = None
     turns: Tensor | None = None
@@ -144,16 +144,19 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
         (num_tokens, width), in the dtype of `qkv` or uint8. Rows after the last text are zeros.
 
     Raises:
-        ValueError: If the texts have more tokens than there are, or no such kernel is compiled.
+        ValueError: If the texts have more tokens than there are, one of them has more than there are positions for, or
+            no such kernel is compiled.
         MemoryError: If there is no memory for the scores.
     """
     library = _needed()
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    head = width // num_heads
     _check_rows(num_tokens, layout.num_tokens)
-    if width // num_heads not in HEADS or (qkv.dtype, rounding is not None) not in _KINDS:
+    if mixing.reach is not None:
+        check_reach(layout.longest, mixing.reach)
+    if head not in HEADS or (qkv.dtype, rounding is not None) not in _KINDS:
         raise ValueError(
-            f"Attention runs heads of {HEADS} in float32 or bfloat16, found {width // num_heads} in {qkv.dtype}; "
-            "use `attend_runs`."
+            f"Attention runs heads of {HEADS} in float32 or bfloat16, found {head} in {qkv.dtype}; use `attend_runs`."
         )
     dtype = qkv.dtype if rounding is None else torch.uint8
     out = torch.empty(num_tokens, width, dtype=dtype)
@@ -166,8 +169,8 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
         num_texts=len(layout.lengths),
         longest=layout.longest,
         num_heads=num_heads,
-        head=width // num_heads,
-        scale=mixing.scale,
+        head=head,
+        scale=head**-0.5 if mixing.scale is None else mixing.scale,
         window=-1 if mixing.window is None else mixing.window,
     )
     if mixing.bias is not None:
@@ -196,10 +199,10 @@ def neighbours(rows: Tensor, offsets: Tensor, reach: int) -> Tensor:
     Returns:
         (len(rows), (2 reach + 1) * width); zeros in rows of no text.
     """
-    library, width = _needed(), rows.shape[1]
-    _check_rows(len(rows), int(offsets[-1]))
+    library, width, num_tokens = _needed(), rows.shape[1], int(offsets[-1])
+    _check_rows(len(rows), num_tokens)
     out = rows.new_empty(len(rows), (2 * reach + 1) * width)
-    out[int(offsets[-1]) :].zero_()
+    out[num_tokens:].zero_()
     places = rows.data_ptr(), out.data_ptr(), offsets.data_ptr(), len(offsets) - 1
     library.geep_neighbours(*places, width * rows.element_size(), reach, torch.get_num_threads())
     return out

@@ -60,3 +60,13 @@ class Layout:
             )
             if length
         )
+
+
+def check_reach(length: int, reach: int) -> None:
+    """Refuse texts for which there are no positions.
+
+    Raises:
+        ValueError: If a text is longer than the reach.
+    """
+    if length > reach:
+        raise ValueError(f"The encoder has positions for {reach} tokens, got a text of {length}; cut it.")

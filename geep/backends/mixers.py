@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol, Self
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from geep.backends.kernels import LANES, Mixing
+from geep.backends.layout import check_reach
 
 TILE = 128
 """Tokens of a tile (`geep.backends.tiles`): tables of distances reach across one, however few positions there are."""
@@ -40,11 +41,12 @@ class Mixer(Protocol):
             (num_texts, num_heads, length, head).
         """
 
-    def mixing(self, head: int) -> Mixing:
-        """Say the same to the kernel, for heads of this width."""
+    @property
+    def mixing(self) -> Mixing:
+        """The same for the kernel, made once however many layers share the mixer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DotProduct:
     """Scaled dot product, blind to positions (BERT).
 
@@ -59,12 +61,13 @@ class DotProduct:
         query, key, value = block.permute(2, 0, 3, 1, 4)  # each (num_texts, num_heads, length, head)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
 
-    def mixing(self, head: int) -> Mixing:
+    @cached_property
+    def mixing(self) -> Mixing:
         """See `Mixer`."""
-        return Mixing(head**-0.5 if self.scale is None else self.scale)
+        return Mixing(self.scale)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DistanceBias:
     """Scaled dot product and, for each head, a number for each distance between two tokens (MPNet).
 
@@ -80,25 +83,16 @@ class DistanceBias:
         own = by_distance(self.table.to(block.dtype), block.shape[1])[None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=own if bias is None else own + bias)
 
-    def mixing(self, head: int) -> Mixing:
+    @cached_property
+    def mixing(self) -> Mixing:
         """See `Mixer`."""
-        return Mixing(head**-0.5, bias=_with_margins(self.table), reach=_reach(self.table))
+        return Mixing(bias=_with_margins(self.table), reach=_reach(self.table))
 
 
 def by_distance(table: Tensor, length: int) -> Tensor:
     """Lay out values for distances (…, columns), as `DistanceBias.table` has them, as (…, length, length)."""
     # Row i of the result is columns length - 1 - i … of these; rows are copied whole, so this is as fast as a copy.
     return middle_of(table, length).unfold(-1, length, 1).flip(-2)
-
-
-def check_reach(length: int, reach: int) -> None:
-    """Refuse texts for which there are no positions.
-
-    Raises:
-        ValueError: If a text is longer than the reach.
-    """
-    if length > reach:
-        raise ValueError(f"The encoder has positions for {reach} tokens, got a text of {length}; cut it.")
 
 
 def _reach(table: Tensor) -> int:
@@ -122,7 +116,7 @@ def middle_of(table: Tensor, length: int) -> Tensor:
     return table[..., middle - length + 1 : middle + length]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rotary:
     """Queries and keys turned by their position; in some layers tokens see only those around them (ModernBERT).
 
@@ -162,13 +156,14 @@ class Rotary:
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
-    def mixing(self, head: int) -> Mixing:
+    @cached_property
+    def mixing(self) -> Mixing:
         """See `Mixer`."""
         cosines, sines = self.turns.real, self.turns.imag
         both = [cosines.repeat_interleave(2, 1), torch.stack([-sines, sines], 2).flatten(1)]
         bias = None if self.window is None else _with_margins(self.seen)
         turns = torch.stack(both, 1).float()
-        return Mixing(head**-0.5, bias, turns=turns, window=self.window, reach=len(self.turns))
+        return Mixing(bias=bias, turns=turns, window=self.window, reach=len(self.turns))
 
     def _in_bands(self, block: Tensor, window: int) -> Tensor:
         """Mix a long text in time that grows with its length.
@@ -204,7 +199,7 @@ def paired(weight: Tensor, num_heads: int) -> Tensor:
     return weight.view(num_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Disentangled:
     """Scaled dot product, and products of contents with the vectors of distances (DeBERTa, He et al. 2021).
 
@@ -237,19 +232,20 @@ class Disentangled:
         query, key, value = block.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=scores.transpose(0, 1), scale=self.scale)
 
-    def mixing(self, head: int) -> Mixing:
+    @cached_property
+    def mixing(self) -> Mixing:
         """See `Mixer`."""
-        num_heads = next(len(vectors) for vectors in (self.keys, self.queries) if vectors is not None)
+        num_heads, head = next((len(x), x.shape[2]) for x in (self.keys, self.queries) if x is not None)
 
-        def by_distance(vectors: Tensor | None) -> Tensor:
+        def tables(vectors: Tensor | None) -> Tensor:
             """Vectors by key - query, each coordinate a table of its own: (num_heads, head, columns)."""
             if vectors is None:
                 return torch.zeros(num_heads, head, len(self.rows) + 2 * LANES)
             return _with_margins(vectors.index_select(1, self.rows.flip(0)).transpose(1, 2)).contiguous()
 
         # The kernel multiplies queries by the scale before they meet anything.
-        content = by_distance(self.keys) / self.scale
-        return Mixing(self.scale, distances=(content, by_distance(self.queries)), reach=_reach(self.rows))
+        content = tables(self.keys) / self.scale
+        return Mixing(self.scale, distances=(content, tables(self.queries)), reach=_reach(self.rows))
 
 
 def _shifted(contents: Tensor, vectors: Tensor) -> Tensor:

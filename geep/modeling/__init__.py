@@ -25,6 +25,7 @@ from geep.modeling.heads import (
     MeanHead,
     MeanMaxHead,
     PooledHead,
+    compared,
     first_linear,
     standardise_input,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Spans",
     "check_tokenizer",
     "classifier_config",
+    "compared",
     "family_of",
     "first_lengths",
     "first_lengths_packed",

@@ -214,11 +214,11 @@ class ConvHead(nn.Module):
         near = torch.cat([near[:, step : step + seq_len] for step in range(self.width)], dim=-1)
         tokens = self._convolved(tokens, near)
         if not self.tells_texts_apart:
-            return self._answer([_mean_and_max(tokens, mask)])
+            return self._answer(_mean_and_max(tokens, mask))
         place = mask.cumsum(1)  # from 1, wherever the padding is
         border = place[:, -1:] if firsts is None else firsts[:, None]
         parts = (mask & (place <= border), mask & (place > border))
-        return self._answer([_mean_and_max(tokens, part) for part in parts])
+        return self._answer(compared(*(_mean_and_max(tokens, part) for part in parts)))
 
     def forward_packed(self, hidden: Tensor, spans: Spans) -> Tensor:
         """Map packed texts to logits; arguments as `PooledHead.forward_packed`."""
@@ -229,9 +229,9 @@ class ConvHead(nn.Module):
         )
         tokens = self._convolved(tokens, near)
         if not self.tells_texts_apart:
-            return self._answer([_mean_and_max_packed(tokens, spans)])
+            return self._answer(_mean_and_max_packed(tokens, spans))
         parts = _mean_and_max_packed(tokens, spans.parts)
-        return self._answer(list(parts.view(len(spans.lengths), 2, parts.shape[1]).unbind(1)))
+        return self._answer(compared(parts[::2], parts[1::2]))
 
     def _convolved(self, tokens: Tensor, near: Tensor) -> Tensor:
         """Tokens (…, channels) with what their neighbours, side by side (…, width * channels), have to say."""
@@ -242,12 +242,14 @@ class ConvHead(nn.Module):
         # Columns stand as those of a Conv1d, channel by channel; side by side the neighbours are copied faster.
         return self.convolution.weight.view(self.channels, self.channels, self.width).transpose(1, 2).flatten(1)
 
-    def _answer(self, texts: list[Tensor]) -> Tensor:
-        """Logits of features (num_texts, 2 * channels): of a text, or of the two of a pair."""
-        if self.tells_texts_apart:
-            one, other = texts
-            texts = [one, other, (one - other).abs(), one * other]
-        return self.out(self.dropout(torch.tanh(self.dense(torch.cat(texts, dim=1)))))
+    def _answer(self, features: Tensor) -> Tensor:
+        """Logits of features (num_texts, 2 * channels), of pairs those of `compared`."""
+        return self.out(self.dropout(torch.tanh(self.dense(features))))
+
+
+def compared(one: Tensor, other: Tensor) -> Tensor:
+    """What tells the two texts of each pair apart: (num_pairs, width) of either to (num_pairs, 4 width)."""
+    return torch.cat([one, other, (one - other).abs(), one * other], dim=1)
 
 
 class Features(nn.Module):
