@@ -249,6 +249,20 @@ def test_the_engine_goes_where_the_profile_says(
     assert found.exit_layers[~near].tolist() == expected[~near].tolist()
 
 
+def test_the_table_alone_then_all_layers_are_certified_as_two_steps(profiled: ProfileResult) -> None:
+    promise = Promise(min_agreement=0.8)
+    engine = calibrate(profiled.engine, HELDOUT, FRESH, promise, lexical_exit=True, check_layers=()).engine
+    assert engine.settings.check_layers == ()
+    assert engine.settings.speed > 0
+    layers = {found.exit_layer for found in engine.predict(FRESH.texts)}
+    assert 0 in layers
+    assert layers <= {0, 4}
+    chosen = calibrate(profiled.engine, HELDOUT, FRESH, promise, check_layers=(2,)).engine.settings
+    assert chosen.check_layers == (2,)
+    with pytest.raises(ValueError, match=r"check_layers names layers \[9\], the model has exits at \[1, 2, 3\]"):
+        calibrate(profiled.engine, HELDOUT, FRESH, promise, check_layers=(9,))
+
+
 def test_columns_of_an_engine_without_a_table_begin_at_the_first_exit(trained: Engine) -> None:
     outcomes = Outcomes(trained, ExitRun.of(trained, FRESH.select(range(9))))
     assert outcomes.planned(ExitSettings(speed=0.5)).tolist() == [0] * 9

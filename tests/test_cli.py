@@ -333,6 +333,20 @@ def test_training_says_how_good_the_model_is_beside_the_most_frequent_label(work
     assert "NAME=VALUE" in run(*arguments, "--set", "cosine", code=2)
 
 
+def test_a_shallow_model_is_trained_of_the_first_layers(workplace: Path, tmp_path: Path) -> None:
+    usual = train_arguments(workplace)
+    changes = ("--output", str(tmp_path / "model"), "--epochs", "1", "--recipe", "vanilla", "--encoder-layers", "2")
+    arguments = [*usual[: usual.index("--exit-layers")], "--device", "cpu", *changes]
+    run(*arguments)
+    engine = Engine.from_pretrained(tmp_path / "model", device="cpu")
+    assert engine.depths == (2,)
+    assert engine.predict(["w1 w2"])[0].exit_layer == 2
+    assert "other settings" in run(*arguments[:-1], "3", code=2)
+    assert "at least one and at most all" in run(
+        *arguments, "--output", str(tmp_path / "m"), "--encoder-layers", "9", code=2
+    )
+
+
 def test_rows_of_ones_own_certify(model: Path, tmp_path: Path) -> None:
     mine = write_rows(tmp_path / "mine.jsonl", 333, seed=77)
     options = ("--min-agreement", "0.9", "--device", "cpu", "--json")
@@ -460,6 +474,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("--text-column", "--text-pair-column", "--label-column", "--quoting"), ("named data",)),
         "--revision": ("named encoder", "encoder folder"),
         "--fit-exits": ("fitted",),
+        "--encoder-layers": (),
         **dict.fromkeys(("--exit-head", "--unlabelled"), ("vanilla", "geep")),
     },
     "profile": dict.fromkeys(("--predictor", "--criterion", "--device", "--dtype", "--backend", "--json"), ALWAYS),

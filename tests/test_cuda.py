@@ -532,7 +532,9 @@ def test_the_engine_lets_texts_end_where_their_answer_is_final(head: str, on_mis
     assert found.exit_layers.tolist() == expected.exit_layers.tolist()
     assert close(found.logits, expected.logits)
     final = (expected.exit_layers == NUM_LAYERS) if on_miss == "continue" else (expected.exit_layers > 0)
-    assert told.ended == final.sum()
+    # Where texts that are answered run along, some of them reach the end.
+    runs_along = told.keeps_above < 1 and on_miss == "continue"
+    assert told.ended >= final.sum() if runs_along else told.ended == final.sum()
     assert 0 < (expected.exit_layers == NUM_LAYERS).sum() < 60
 
 

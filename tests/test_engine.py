@@ -156,6 +156,42 @@ def test_in_a_call_of_one_batch_no_layer_and_no_exit_runs_twice(rule: str, tiny_
     assert max(pooled.layers.values()) > 1
 
 
+class Picking(Counting):
+    """A backend that lets answered texts run along as long as it is told, and counts how often it picks texts out."""
+
+    def __init__(self, backend: Any, keeps_above: float) -> None:
+        super().__init__(backend)
+        self.keeps_above, self.picked = keeps_above, 0
+
+    def select(self, live: Any, rows: Any) -> Any:
+        self.picked += 1
+        return self.backend.select(live, rows)
+
+
+@every_rule
+@every_backend
+@pytest.mark.parametrize("keeps_above", [0.0, 0.5, 0.8])
+def test_answered_texts_that_run_along_change_no_answer(
+    rule: str, backend: str, keeps_above: float, engines: dict[str, Engine], expected: dict[str, Expected]
+) -> None:
+    batch = engines[backend].tokenize(TEXTS).batch
+    chosen = replace(RULES[rule], temperatures=TEMPERATURES)
+    picking = Picking(engines[backend].course.backend, keeps_above)
+    at_once = Picking(picking.backend, 1.0)
+    for each in (picking, at_once):
+        found = on_course(engines[backend], backend=each, max_batch_tokens=10_000).replace(settings=chosen)
+        run = found.run_tokens(batch)
+        logits, layers, near = expected[rule]
+        assert run.exit_layers[~near].tolist() == layers[~near].tolist()
+        assert torch.allclose(run.logits[~near], logits[~near], atol=5e-5)
+        assert max(*each.layers.values(), *each.exits.values()) == 1
+    assert picking.picked <= at_once.picked
+    if not keeps_above:
+        assert not picking.picked
+    elif rule == "continue":
+        assert at_once.picked
+
+
 @pytest.fixture(scope="module")
 def engines() -> dict[str, Engine]:
     """The same model and table on every backend."""

@@ -374,6 +374,35 @@ def test_exits_go_on_a_plain_encoder_in_a_folder(family: str, tmp_path: Path) ->
     assert model.config.num_labels == 2
 
 
+@every_family
+@torch.no_grad()
+def test_the_first_layers_of_an_encoder_are_those_of_the_whole(family: str, tmp_path: Path) -> None:
+    encoder = tiny_encoder(family)
+    encoder.save_pretrained(tmp_path)
+    cut = GeepForSequenceClassification.from_encoder(str(tmp_path), num_labels=2, num_layers=2).eval()
+    inputs = for_encoder(encoder, padded())
+    calls = layer_calls(encoder, inputs)
+    hidden = calls.embedding_output
+    for call in calls.layers[:2]:
+        hidden = call(hidden)
+    norm = FAMILIES[family].final_norm
+    expected = hidden if norm is None else encoder.get_submodule(norm)(hidden)
+    assert torch.allclose(cut.encoder(**inputs).last_hidden_state, expected, atol=1e-6)
+    assert cut.config.num_hidden_layers == 2
+    cut.save_pretrained(tmp_path / "cut")
+    loaded = GeepForSequenceClassification.from_pretrained(tmp_path / "cut").eval()
+    assert torch.equal(loaded(**padded()).logits, cut(**padded()).logits)
+
+
+def test_more_layers_than_there_are_are_refused(tmp_path: Path) -> None:
+    tiny_encoder("bert").save_pretrained(tmp_path)
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"first {count} layers are asked for, the encoder has 4"):
+            GeepForSequenceClassification.from_encoder(str(tmp_path), num_labels=2, num_layers=count)
+    with pytest.raises(ValueError, match="one in memory; cut it before"):
+        GeepForSequenceClassification.from_encoder(tiny_encoder("bert"), num_labels=2, num_layers=2)
+
+
 def test_an_encoder_in_memory_leaves_no_pooler_behind(tmp_path: Path) -> None:
     model = GeepForSequenceClassification.from_encoder(BertModel(tiny_encoder("bert").config), num_labels=2)
     model.save_pretrained(tmp_path)

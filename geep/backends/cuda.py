@@ -17,7 +17,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -193,6 +193,9 @@ class CudaBackend:
 
     Runs on CPU tensors too, uncompiled and without graphs, for tests; `PackedBackend` is faster there.
     """
+
+    # A layer on a few thousand tokens takes less than to pick texts out: plans, a gather, buffers loaded anew.
+    keeps_above: ClassVar[float] = 0.5
 
     model: GeepForSequenceClassification
     options: CudaOptions

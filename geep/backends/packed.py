@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -98,6 +98,8 @@ class PackedBackend:
         dtype: Of the hidden states.
         heads: What answers instead of the model's heads, by layer: the same in this dtype, or on faster kernels.
     """
+
+    keeps_above: ClassVar[float] = 1.0
 
     model: GeepForSequenceClassification
     layers: tuple[Layer, ...]

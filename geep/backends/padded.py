@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class PaddedTexts:
 @dataclass(frozen=True, slots=True)
 class PaddedBackend:
     """The padded backend; see the module's docstring and `Backend`."""
+
+    keeps_above: ClassVar[float] = 1.0
 
     model: GeepForSequenceClassification
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -106,7 +106,14 @@ class Backend(Protocol[Live]):
     Invariant, tested for every row of `BACKENDS`: whatever the batch, the prefix lengths, the selections and the
     mergers on the way, the logits of a text at a layer equal those of the Hugging Face model run on that text alone,
     within the tolerance of the dtype (docs/design.md).
+
+    Attributes:
+        keeps_above: Share of a batch's tokens. Where texts leave it one by one, those that go on are picked out
+            (`select`) once they have so few of the tokens left, or fewer; until then texts that are answered already
+            run along. 1: at once.
     """
+
+    keeps_above: ClassVar[float]
 
     @classmethod
     def supports(cls, config: PreTrainedConfig) -> bool:

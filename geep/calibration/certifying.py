@@ -144,6 +144,7 @@ def calibrate(
     on_miss: OnMiss = "continue",
     criterion: str | None = None,
     lexical_exit: bool | None = None,
+    check_layers: tuple[int, ...] | None = None,
     cost: CostModel | None = None,
     call_size: int | None = None,
     labels: SomeLabels | None = None,
@@ -167,6 +168,7 @@ def calibrate(
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else the
             profile's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
+        check_layers: Exits that may be asked, ascending; (): the table alone, then all layers. None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time, and where a check costs time
             only some exits are asked. None: settings are chosen for the fewest layers, and every exit is asked.
         call_size: Texts of a call, as a server makes them: of few texts a check costs as much as a layer, so fewer are
@@ -191,7 +193,8 @@ def calibrate(
             f"call_size (--call-size) is at least 1 and weighs time, with cost (--by-time); found {call_size} and "
             f"{'no cost' if cost is None else 'a cost'}."
         )
-    base = base_settings(engine, on_miss)
+    base = base_settings(engine, on_miss, check_layers)
+    base.check(engine.depths, None)
     for judge in criteria(base, criterion):
         # Refuses one that is unknown, or that nothing was learned for, before any work is done.
         engine.replace(settings=replace(base, criterion=judge))
@@ -240,6 +243,7 @@ def calibrate(
             on_miss=on_miss,
             criterion=criterion,
             lexical_exit=lexical_exit,
+            check_layers=check_layers,
             cost=cost,
             call_size=call_size,
             progress=progress,

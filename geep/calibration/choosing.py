@@ -63,6 +63,7 @@ def choose(
     on_miss: OnMiss = "continue",
     criterion: str | None = None,
     lexical_exit: bool | None = None,
+    check_layers: tuple[int, ...] | None = None,
     cost: CostModel | None = None,
     call_size: int | None = None,
     progress: Progress = no_progress,
@@ -76,11 +77,12 @@ def choose(
         criterion: "agreement" or a row of `CRITERIA`; None: choose, if the profile learned "agreement" scores, else
             the engine's.
         lexical_exit: Allow or forbid answers without the encoder; None: choose.
+        check_layers: Exits that may be asked; None: choose.
         cost: What a run takes on this machine: settings are chosen for the least time. None: for the fewest layers.
         call_size: Texts of a call, where time is weighed; None: a stream of many.
         progress: Told what is being done.
     """
-    base = base_settings(tuning.engine, on_miss)
+    base = base_settings(tuning.engine, on_miss, check_layers)
     judged = [
         replace(learned, criterion=judge)
         for learned in _fused(tuning, base, promise)
@@ -95,14 +97,14 @@ def choose(
         ]
     progress("settings", len(judged), len(judged))
     best = min(weighed, key=lambda choice: choice.rank)
-    if cost is not None and on_miss == "continue":
+    if cost is not None and on_miss == "continue" and check_layers is None:
         best = _with_fewer_checks(tuning, best, promise, cost, call_size)
     return best
 
 
-def base_settings(engine: Engine, on_miss: OnMiss) -> ExitSettings:
+def base_settings(engine: Engine, on_miss: OnMiss, check_layers: tuple[int, ...] | None = None) -> ExitSettings:
     """The engine's settings without what will be chosen."""
-    return replace(engine.settings, speed=0.0, on_miss=on_miss, lexical_exit=False, check_layers=None)
+    return replace(engine.settings, speed=0.0, on_miss=on_miss, lexical_exit=False, check_layers=check_layers)
 
 
 def _fused(tuning: Outcomes, base: ExitSettings, promise: Promise) -> list[ExitSettings]:

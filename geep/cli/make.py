@@ -35,6 +35,13 @@ def train_command(
             rich_help_panel=opt.TRAINING,
         ),
     ] = geep.TrainSettings.fit_exits,
+    encoder_layers: Annotated[
+        int | None,
+        Option(
+            help="Train the encoder's first so many layers alone: with `--recipe vanilla` a shallower model.",
+            rich_help_panel=opt.TRAINING,
+        ),
+    ] = None,
     unlabelled: Annotated[
         Path | None,
         Option(
@@ -146,6 +153,7 @@ def train_command(
         settings = geep.TrainSettings(
             recipe=recipe,
             fit_exits=fit_exits,
+            encoder_layers=encoder_layers,
             epochs=epochs,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,

@@ -128,7 +128,7 @@ class Run:
         self.backend = course.backend
         num_texts = len(plan.predicted_layers)
         self.logits = torch.full((num_texts, course.num_labels), torch.nan)
-        self.waiting: list[tuple[Integers, Tensor, int]] = []
+        self.waiting: list[tuple[Integers, Integers, Tensor, int]] = []
         self.exit_layers: Integers = np.zeros(num_texts, dtype=np.int64)
         self.pools: dict[int, list[tuple[Any, Integers]]] = {}
 
@@ -178,6 +178,7 @@ class Run:
         texts, first = rows[order], layers[order]
         live = self.backend.start(batch.select(texts))
         asked = set(self.settings.asked_layers(self.course.depths).tolist())
+        unanswered = np.ones(len(texts), dtype=bool)
         for layer in range(1, self.course.depths[-1] + 1):
             # Asked are those whose first exit is here and, where everybody is asked, those who were before.
             due = int(np.searchsorted(-first, -layer))
@@ -186,35 +187,55 @@ class Run:
             live = self.backend.advance(live, layer, len(texts), continuing=due if ends else None)
             if due == stop:
                 continue
-            missed = self._judge(live, layer, texts, due, stop)
-            going = np.concatenate([np.arange(due), missed, np.arange(stop, len(texts))])
+            among = np.flatnonzero(unanswered[due:stop])
+            missed = self._judge(live, layer, texts, due, stop, among)
+            unanswered[due:stop] = False
+            unanswered[missed] = True
+            going = np.flatnonzero(unanswered)
             if not len(going):
                 return
-            if due < len(going) < len(texts):
+            # Behind the last that goes on nobody runs: a prefix costs nothing.
+            texts, first, unanswered = (column[: going[-1] + 1] for column in (texts, first, unanswered))
+            kept, there = int(live.lengths[going].sum()), int(live.lengths[: len(texts)].sum())
+            if len(going) < len(texts) and kept <= self.backend.keeps_above * there:
                 live = self.backend.select(live, going)
-            texts, first = texts[going], first[going]
+                texts, first, unanswered = texts[going], first[going], unanswered[going]
 
     def _ask(self, live: Any, layer: int, start: int, texts: Integers) -> None:
         """Let the exit at `layer` answer the live texts from `start` on; those not certain enough go to the pool."""
-        missed = self._judge(live, layer, texts, start, len(live.lengths))
+        stop = len(live.lengths)
+        missed = self._judge(live, layer, texts, start, stop, np.arange(stop - start))
         if len(missed):
             everyone = len(missed) == len(live.lengths)
             survivors = live if everyone else self.backend.select(live, missed)
             self.pools.setdefault(layer, []).append((survivors, texts[missed]))
 
-    def _judge(self, live: Any, layer: int, texts: Integers, start: int, stop: int) -> Integers:
-        """Let the exit at `layer` answer live texts start … stop - 1; return which are not certain enough."""
-        asked = texts[start:stop]
+    def _judge(self, live: Any, layer: int, texts: Integers, start: int, stop: int, among: Integers) -> Integers:
+        """Let the exit at `layer` answer live texts start … stop - 1, or those among them that have no answer yet.
+
+        Args:
+            live: The texts.
+            layer: The exit's.
+            texts: Which they are.
+            start: First text that is asked.
+            stop: The one behind the last.
+            among: Which of those between have no answer yet, counted from `start`, ascending.
+
+        Returns:
+            Which of these are not certain enough, counted as `live` counts.
+        """
+        asked = texts[start:stop][among]
         logits = self.backend.exit_logits(live, layer, start, stop).float()
         is_final = self._is_final(layer)
         if is_final and logits.device.type != "cpu":
             # What the device says stays there until the end: fetching it now would wait for it.
             self.exit_layers[asked] = layer
-            self.waiting.append((asked, logits, layer))
+            self.waiting.append((asked, among, logits, layer))
             return _NONE
         # The one wait for the device: who is certain enough decides who goes on.
+        logits = _rows(logits.cpu(), among)
         guess = self._guess(asked)
-        logits = self.settings.answered(logits.cpu(), layer, guess)
+        logits = self.settings.answered(logits, layer, guess)
         if is_final:
             self._answer(asked, logits, layer)
             return _NONE
@@ -222,7 +243,7 @@ class Run:
         sure = (unsure < self.settings.speed).numpy()
         hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
         self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
-        return start + missed
+        return start + among[missed]
 
     def _is_final(self, layer: int) -> bool:
         """Whether the texts that are asked at a layer end there, whatever the answer."""
@@ -260,8 +281,14 @@ class Run:
     def result(self) -> RunResult:
         """Fetch what waits on the device, in one copy."""
         if self.waiting:
-            fetched = torch.cat([logits for _, logits, _ in self.waiting]).cpu()
-            pieces = fetched.split([len(texts) for texts, _, _ in self.waiting])
-            for (texts, _, depth), logits in zip(self.waiting, pieces, strict=True):
+            fetched = torch.cat([logits for _, _, logits, _ in self.waiting]).cpu()
+            pieces = fetched.split([len(logits) for _, _, logits, _ in self.waiting])
+            for (texts, among, _, depth), piece in zip(self.waiting, pieces, strict=True):
+                logits = _rows(piece, among)
                 self._answer(texts, self.settings.answered(logits, depth, self._guess(texts)), depth)
         return RunResult(self.logits, self.exit_layers, self.plan.predicted_layers)
+
+
+def _rows(logits: Tensor, rows: Integers) -> Tensor:
+    """Some rows, ascending; all of them as they are."""
+    return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows)]

@@ -182,6 +182,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         exit_head: str = "mean",
         separator_id: int | None = None,
         problem_type: ProblemType = "single_label_classification",
+        num_layers: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | None = None,
@@ -197,6 +198,7 @@ class GeepForSequenceClassification(PreTrainedModel):
             exit_head: See `GeepConfig`.
             separator_id: See `GeepConfig`.
             problem_type: "single_label_classification" or "multi_label_classification".
+            num_layers: Take the first so many layers of a folder's or the hub's encoder; None: all.
             revision: Branch, tag or commit of an encoder from the hub. None: the default branch.
             token: Access token of the hub, or True for the stored one.
             cache_dir: Folder for what is fetched from the hub. None: the hub's own.
@@ -205,7 +207,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint lacks weights of the encoder, or needs code of its own; or neither
                 `num_labels` nor `label_names` is given, or they disagree, or there are fewer than two labels to choose
-                from.
+                from, or the encoder has fewer layers than are asked for.
         """
         if label_names is None and num_labels is None:
             raise ValueError("from_encoder needs num_labels= or label_names= for the new classifiers, got neither.")
@@ -217,9 +219,13 @@ class GeepForSequenceClassification(PreTrainedModel):
         if isinstance(encoder, str):
             hub = hub_keywords(revision, token, cache_dir, local_files_only)
             with refused_custom_code(encoder):
-                family = family_of(AutoConfig.from_pretrained(encoder, **hub))
+                encoder_config = AutoConfig.from_pretrained(encoder, **hub)
+            family = family_of(encoder_config)
+            if num_layers is not None:
+                _cut(encoder_config, num_layers)
             pretrained, info = AutoModel.from_pretrained(
                 encoder,
+                config=encoder_config,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, in one message
@@ -237,6 +243,10 @@ class GeepForSequenceClassification(PreTrainedModel):
                     "nothing is trained on random weights."
                 )
         else:
+            if num_layers is not None:
+                raise ValueError(
+                    "num_layers= cuts encoders of a folder or the hub, found one in memory; cut it before."
+                )
             family = family_of(encoder.config)
             pretrained = encoder
         config = GeepConfig(
@@ -375,6 +385,18 @@ class GeepForSequenceClassification(PreTrainedModel):
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids if has_types else None,
         }
+
+
+def _cut(encoder_config: PreTrainedConfig, num_layers: int) -> None:
+    """Make a configuration one of the encoder's first layers alone."""
+    if not 1 <= num_layers <= encoder_config.num_hidden_layers:
+        raise ValueError(
+            f"The first {num_layers} layers are asked for, the encoder has {encoder_config.num_hidden_layers}; "
+            "expected at least one and at most all."
+        )
+    encoder_config.num_hidden_layers = num_layers
+    if getattr(encoder_config, "layer_types", None):
+        encoder_config.layer_types = encoder_config.layer_types[:num_layers]
 
 
 def _teacher(config: GeepConfig) -> nn.Module:

@@ -163,6 +163,7 @@ def fine_tune(
         exit_head=head,
         separator_id=None if parts.train.text_pairs is None else tokenizer.sep_token_id,
         problem_type="multi_label_classification" if parts.multi_label else "single_label_classification",
+        num_layers=settings.encoder_layers,
         **options,
     )
     _check_place(model, settings, exit_layers)

@@ -17,6 +17,8 @@ class TrainSettings:
         recipe: Row of `RECIPES`.
         fit_exits: Whether exits are fitted to the full model's answers after the recipe, in the place of those that it
             trained, if any. Recipe `fitted` does so whatever this says.
+        encoder_layers: Train the encoder's first so many layers; None: all. With recipe `vanilla` this is what one has
+            without early exit: a model that is shallower for every text.
         epochs: Passes over the training texts (scaled by a recipe's stages).
         batch_size: Texts on a device at a time.
         gradient_accumulation: Batches whose gradients are added up to one step: a step sees this many times more texts
@@ -37,6 +39,7 @@ class TrainSettings:
 
     recipe: str = "fitted"
     fit_exits: bool = False
+    encoder_layers: int | None = None
     epochs: float = 3.0
     batch_size: int = 32
     gradient_accumulation: int = 1
