@@ -109,13 +109,19 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
             yield {"promise": promise_name, "part": part_name, **outcome(deployed, runs["test"])}
 
 
-def runs_of(folder: Path, cache: Path) -> tuple[Engine, dict[str, ExitRun]]:
-    """The engine of a folder, and all exits of all its rows by part, from the cache where they are there."""
+def runs_of(
+    folder: Path, cache: Path, *, more: Callable[[geep.Parts, geep.Dataset], geep.Split] | None = None
+) -> tuple[Engine, dict[str, ExitRun]]:
+    """The engine of a folder, and all exits of all its rows by part, from the cache where they are there.
+
+    `more` names further rows, which become the part "more".
+    """
     plan, parts = geep.parts_of(folder)
-    engine, test = Engine.from_pretrained(folder, exits=False, dtype="float32"), plan.load().test
-    if test is None:
+    engine, dataset = Engine.from_pretrained(folder, exits=False, dtype="float32"), plan.load()
+    if dataset.test is None:
         raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
-    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration, "test": test}
+    splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration}
+    splits |= {"test": dataset.test, **({} if more is None else {"more": more(parts, dataset)})}
     cache.parent.mkdir(parents=True, exist_ok=True)
     made_of = {**engine.identity, **{name: split.digest() for name, split in splits.items()}}
     if not cache.exists():

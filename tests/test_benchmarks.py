@@ -59,6 +59,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "table_scale",
         "betting",
         "certified",
+        "guarantee",
         "searches",
         "families",
     ],
@@ -160,6 +161,48 @@ def test_a_cell_is_measured_and_reported_and_not_measured_again(
     assert certified.Cell("toy", "geep", 0) in certified._wanted(args, output)
     accuracies, promises = load("report_exits")._certified([line, {**line, "recipe": "geep"}])[1::2]
     assert len(accuracies.splitlines()) == len(promises.splitlines()) == 4
+
+
+def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies(rivals: None) -> None:
+    guarantee = load("guarantee")
+    random, num_texts = np.random.default_rng(0), 4000
+    luck = random.random(num_texts)
+    # Each step changes more answers than the one before; from the sixth on more than is allowed.
+    changed = np.stack([luck < 0.002 * step for step in range(1, 11)])
+    promise = Promise(min_agreement=0.99)
+    layers = np.stack([np.full(num_texts, 12 - step, dtype=np.int8) for step in range(10)])
+    none = np.zeros_like(changed)
+    steps = guarantee.Steps(promise, np.linspace(0.1, 1, 10), layers, changed, none, none)
+    found = guarantee.checked([steps], promise, 1500, splits=200)
+    assert found["broken"] <= 0.05
+    assert 0 < found["certified"] <= found["splits"] == 200
+    assert found["lost"][-1] <= 1.0
+    assert 7 < found["layers"] <= 12
+    # A walk that is told that every step passes keeps the last one, which breaks what was promised.
+    blind = guarantee.Steps(Promise(min_agreement=0.5), steps.speeds, layers, changed, none, none)
+    assert guarantee.checked([blind], promise, 1500, splits=20)["broken"] == 1.0
+    line = {"data": "toy", "promise": "99 % agreement", **found}
+    refused = {**line, "certified": 0, "lost": None, "layers": None}
+    rows = load("report_exits")._guarantee([line, refused])[1].splitlines()
+    assert rows[3].endswith("| – | – | – | – |")
+
+
+def test_a_guarantee_is_looked_at_on_texts_that_nothing_was_learned_on(
+    rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarantee = load("guarantee")
+    engine = make_engine(table=False, settings=ExitSettings())
+    sizes = {"teaching": 120, "profile": 400, "calibration": 700, "test": 200, "more": 100}
+    runs = {}
+    for seed, (name, count) in enumerate(sizes.items()):
+        texts, labels = toy_task(count, seed=seed, noise=0.1)
+        runs[name] = ExitRun.of(engine, Split(texts, labels=labels))
+    monkeypatch.setattr(guarantee, "runs_of", lambda folder, cache, more: (engine, runs))
+    monkeypatch.setattr(guarantee, "PROMISES", {"70 % agreement": Promise(min_agreement=0.7)})
+    (line,) = guarantee.measured(tmp_path, tmp_path / "cache", splits=10)
+    assert line["num_certifying"] == 700
+    assert 700 < line["num_texts"] <= 1000  # copies of texts that were learned from are left out
+    assert line["broken"] <= 0.2
 
 
 def test_hash_table_measurements_agree_and_are_not_made_twice(
@@ -382,6 +425,7 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
             field.workers.append(worker)
             field.entries += [Entry(worker, way, loaded["versions"], count=3) for way in loaded["ways"]]
         field.run_rounds(rounds=2)
+        field.answer_all(3)
     # A way that fails is left out alone, a process that dies with all it had.
     assert set(field.failures) == {"fail", "mortal"}
     # Waiting on standard input takes no CPU.
@@ -389,7 +433,8 @@ def test_a_race_goes_on_without_those_that_die(fake_rival: Any, tmp_path: Path) 
     lines = lines_of("toy", field.entries, field.failures, Timed([0, 1, 1], [4, 4, 8], 4))
     (ran,) = [line for line in lines if line["kind"] == "throughput"]
     assert ran["name"] == "answer"
-    assert ran["accuracy"] == pytest.approx(2 / 3)
+    assert ran["accuracy"] == ran["accuracy_of_all"] == pytest.approx(2 / 3)
+    assert ran["agreement"] == ran["agreement_of_all"] == 1.0
     assert ran["layer_speedup"] == 2.0
     assert [line["name"] for line in lines if line["kind"] == "failed"] == list(field.failures)
 
@@ -418,10 +463,13 @@ def test_the_strongest_rival_is_about_as_accurate_and_none_of_ours(rivals: None)
     strongest = load("report_summary").strongest
     slow, fast = run("HF pipeline", "pipeline", 0.9, 10.0), run("fast", "openvino-int8", 0.895, 30.0)
     others = [run("wrong", "onnxruntime-int8", 0.85, 40.0), run("not told", "infinity", None, 50.0)]
-    ours = [run("cut", "static", 0.9, 60.0), run("GEEP", "geep", 0.9, 70.0)]
+    ours = [run(group, group, 0.9, 60.0) for group in ("static", "geep", "shallow", "table-first", "lexical")]
     assert strongest([slow, fast, *others, *ours]) is fast
     assert strongest([slow, *others]) is slow
     assert strongest(others) is None
+    # Where all texts are answered, these tell and not the few that were timed.
+    lucky = run("lucky", "openvino-int8", 0.95, 90.0) | {"accuracy_of_all": 0.85}
+    assert strongest([slow | {"accuracy_of_all": 0.88}, fast | {"accuracy_of_all": 0.875}, lucky])["name"] == "fast"
 
 
 def test_ways_of_uneven_rounds_are_measured_again(
@@ -499,6 +547,13 @@ def test_the_cut_model_is_the_shallowest_as_good_as_ours(rivals: None) -> None:
     assert static_depth(about) == 2
     assert static_depth({**about, "geep_quality": 0.95}) == 3
     assert static_depth(None) is None
+
+
+def test_the_shallow_model_costs_what_ours_does(rivals: None) -> None:
+    depth = load("throughput").shallow_depth
+    assert [depth({"depths": [1, 2, 4], "mean_exit_layer": layers}) for layers in (0.2, 1.0, 2.1)] == [1, 1, 3]
+    assert [depth({"depths": [4], "mean_exit_layer": layers}) for layers in (0.0, 3.5)] == [None, None]
+    assert depth(None) is depth({"depths": [4]}) is None
 
 
 def test_padded_batches_hold_every_text_once_sorted_by_length(rivals: None) -> None:
@@ -746,6 +801,30 @@ def test_a_backend_that_was_let_go_is_in_the_results_and_not_in_the_summary(riva
     assert "| gone int8: GEEP, batch 8 |" in page
     assert "\n\ngone int8: a backend that was let go.\n\n" in page
     assert "packed int8: a backend" not in page
+
+
+def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_path: Path) -> None:
+    fake_results(tmp_path)
+    kept = {"kind": "accuracy", "data": "toy", "engine": "packed int8", "full_accuracy": 0.5, "accuracy": 0.5}
+    kept |= {"layer_speedup": 2.0, "agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {}}
+    (tmp_path / "accuracy.jsonl").write_text(json.dumps(kept), encoding="utf-8")
+    summary = load("report_summary").engine_summary
+    assert "TF-IDF" not in summary(tmp_path)
+    path = tmp_path / "throughput-toy.jsonl"
+    ours = next(line for line in map(json.loads, path.read_text("utf-8").splitlines()) if line.get("group") == "geep")
+    others = [
+        ours | {"name": "TF-IDF, logistic regression", "group": "lexical", "throughput": 770.0, "accuracy": 0.4},
+        ours | {"name": "3 layers, packed int8", "group": "shallow", "throughput": 38.5, "accuracy_of_all": 0.45},
+        ours | {"name": "3 layers, packed bfloat16", "group": "shallow", "throughput": 50.0},
+        *(
+            ours | {"name": name, "group": "table-first", "throughput": rate}
+            for name, rate in (("a", 7.7), ("b", 11.0))
+        ),
+    ]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in others)
+    row = next(line for line in summary(tmp_path).splitlines() if "3 layers" in line)
+    assert row == "| toy | packed int8 | 50.00 % | 3 layers: 45.00 %, 2.00x | – | 50.00 %, 7.00x | – | 40.00 %, 0.10x |"
 
 
 def test_the_summary_gains_int8_where_it_was_measured(

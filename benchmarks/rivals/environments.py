@@ -22,7 +22,11 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "onnxruntime==1.32.0",
         "openvino==2026.4.1",
         "nncf==3.4.0",
+        # What geep's table and engine import: the table stands before OpenVINO, too.
+        "accelerate==1.15.0",
+        "lazy-loader==0.6",
     ),
+    "lexical": ("scikit-learn==1.9.1",),
     "sentence-transformers": (TORCH, "transformers==5.23.0", "sentence-transformers==6.2.0"),
     # Its own pins want NumPy below 2 and sentence-transformers below 4, which wants transformers below 5.
     "infinity": (TORCH, "transformers==4.57.6", "infinity-emb[torch]==0.0.78"),

@@ -1,7 +1,8 @@
 """Worker: geep's engine on one backend and dtype, with what belongs to the same weights: FastBERT's shrinking batch.
 
 Options: `backend`, `dtype`, `folder`; `budgets`: sizes of the calls in which texts arrive; `beside_fastbert`: whether
-FastBERT's shrinking batch stands beside ours in these calls.
+FastBERT's shrinking batch stands beside ours, sorted by length and in these calls. For every size ours runs
+with the folder's settings or with those calibrated for calls of it, whichever are faster on held-out texts.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
+from worker import Job, Loaded, Outcome, Way, best_batch_size, seconds_of, serve, versions
 
 from geep.backends import Backend, TokenBatch
-from geep.calibration import ExitRun, Outcomes
+from geep.calibration import ExitRun, Outcomes, calibrate
 from geep.data import Split
-from geep.engine import Engine
+from geep.engine import Engine, ExitSettings
 from geep.evaluation import ShrinkingBatch
 from geep.exits import ExitProfile, follow
+from geep.promise import NothingCertifiedError, Promise
 from geep.scheduler import schedule
+from geep.training import parts_of
 
 TRIAL_TEXTS = 128
 # Tokens of the texts on which utilisation is taken, and how many tokens they are together.
@@ -31,7 +34,7 @@ GROUP_TOKENS = 8192
 
 
 def load(job: Job) -> Loaded:
-    """Offer the full model, every constant depth, the calibrated engine, exit 0 before the full model, and calls."""
+    """Offer the full model, every constant depth, the calibrated engine, the table before the full model, and calls."""
     torch.set_num_threads(job.threads)
     options = job.options
     engine = Engine.from_pretrained(options["folder"], device="cpu", backend=options["backend"], dtype=options["dtype"])
@@ -41,13 +44,14 @@ def load(job: Job) -> Loaded:
     ways = [lines.full(), *lines.constants(), *lines.utilisation()]
     # An engine without a promise is the full model: racing it against itself would say nothing.
     calibrated = engine.settings.speed > 0
+    promised = _Promised.of(engine, options["folder"]) if calibrated else None
     if calibrated:
         ways += [lines.geep(), lines.parts("GEEP", None)]
-        if engine.settings.lexical_exit:
-            ways.append(lines.cascade())
+        if options["beside_fastbert"]:
+            ways.append(lines.fastbert(profile))
     ways.append(lines.parts("full", 0.0))
     if options.get("budgets") and calibrated:
-        ways += lines.budgets(options["budgets"], profile, beside_fastbert=options["beside_fastbert"])
+        ways += lines.budgets(options["budgets"], profile, promised, beside_fastbert=options["beside_fastbert"])
     about: dict[str, Any] = {
         "deployed_as": engine.deployment.deployed_as,
         "certified": engine.certificate is not None,
@@ -58,10 +62,71 @@ def load(job: Job) -> Loaded:
     }
     if calibrated:
         ids = {label: number for number, label in enumerate(engine.label_names)}
-        answers = np.array([ids[prediction.label] for prediction in engine.predict(job.texts)])
+        found = engine.predict(job.texts)
+        answers = np.array([ids[prediction.label] for prediction in found])
+        layers = np.array([prediction.exit_layer for prediction in found])
+        about["mean_exit_layer"] = float((layers * run.batch.lengths).sum() / run.batch.lengths.sum())
         right = answers == (run.exit_logits[-1].argmax(-1).numpy() if job.labels is None else np.array(job.labels))
         about["geep_quality"] = float(right.mean())
+        two_steps = None if promised is None else promised.two_steps()
+        if two_steps is not None:
+            ways.append(lines.cascade(two_steps))
+            about["cascade"] = {"folder": options["folder"], "settings": two_steps.to_dict()}
     return ways, versions("torch", "transformers", "tokenizers"), about
+
+
+@dataclass(frozen=True, slots=True)
+class _Promised:
+    """Settings of an engine that keep the promise which its folder was calibrated for, found on the same rows."""
+
+    engine: Engine
+    promise: Promise
+    texts: Sequence[Any]
+    tuning: ExitRun
+    fresh: ExitRun
+
+    @classmethod
+    def of(cls, engine: Engine, folder: str) -> _Promised | None:
+        """Run the rows that are held out; None where nothing is certified."""
+        if engine.certificate is None:
+            return None
+        _, parts = parts_of(folder)
+        tuning, fresh = (ExitRun.of(engine, part) for part in (parts.profile, parts.calibration))
+        return cls(engine, engine.certificate.promise, parts.profile.inputs, tuning, fresh)
+
+    def two_steps(self) -> ExitSettings | None:
+        """The table alone, then all layers; None where no speed is certified."""
+        predictor = self.engine.predictor
+        if predictor is None or predictor.num_labels is None:
+            return None
+        return self._certified(lexical_exit=True, check_layers=())
+
+    def in_calls(self, size: int) -> Engine:
+        """The engine with the settings that are faster in calls of so many texts, tried on texts of its own.
+
+        Those of the folder, or those that are calibrated for the least time in such calls.
+        """
+        found = self._certified(cost=self.engine.measure_cost(), call_size=size)
+        if found is None:
+            return self.engine
+        texts = self.texts[: max(TRIAL_TEXTS, size)]
+
+        def answer(engine: Engine) -> None:
+            for start in range(0, len(texts), size):
+                engine.predict(texts[start : start + size])
+
+        def seconds(engine: Engine) -> float:
+            answer(engine)
+            return min(seconds_of(lambda: answer(engine)) for _ in range(2))
+
+        return min(self.engine, self.engine.replace(settings=found), key=seconds)
+
+    def _certified(self, **how: Any) -> ExitSettings | None:
+        try:
+            settings = calibrate(self.engine, self.tuning, self.fresh, self.promise, **how).engine.settings
+        except NothingCertifiedError:
+            return None
+        return settings if settings.speed else None
 
 
 def _quality(profile: ExitProfile, depths: Sequence[int]) -> dict[str, float]:
@@ -78,7 +143,16 @@ class _Lines:
     job: Job
     label: str
 
-    def _way(self, name: str, group: str, setting: str, run: Callable[[int], Outcome], **about: Any) -> Way:
+    def _way(
+        self,
+        name: str,
+        group: str,
+        setting: str,
+        run: Callable[[int], Outcome],
+        *,
+        batch_size: int | None = None,
+        **about: Any,
+    ) -> Way:
         """A way after a short trial, which also warms it up."""
         count = min(TRIAL_TEXTS, len(self.job.texts))
         seconds = seconds_of(lambda: run(count)) / count
@@ -88,6 +162,7 @@ class _Lines:
             setting,
             run,
             seconds_per_text=seconds,
+            batch_size=batch_size,
             about={"engine": self.label, **about},
         )
 
@@ -99,14 +174,34 @@ class _Lines:
         setting = f"speed {settings.speed:g}, {settings.on_miss}, as calibrated"
         return self._way("GEEP", "geep", setting, lambda count: self._predict(count))
 
-    def cascade(self) -> Way:
+    def cascade(self, settings: ExitSettings) -> Way:
         """Two steps that need no exits: the table where it is certain, else all layers."""
-        alone = self.engine.replace(settings=replace(self.engine.settings, check_layers=()))
+        alone = self.engine.replace(settings=settings)
         return self._way(
-            "exit 0, then the full model",
+            "the table, then the full model",
             "cascade",
-            f"speed {alone.settings.speed:g}",
+            f"speed {settings.speed:g}",
             lambda count: self._predict(count, engine=alone),
+        )
+
+    def fastbert(self, profile: ExitProfile) -> Way:
+        """FastBERT's shrinking batch over texts sorted by length, at its best batch size."""
+        shrinking = ShrinkingBatch.of(self.engine)
+        left_at = _fastbert_layers(self.engine, profile)
+
+        def run(texts: Sequence[str], size: int) -> NDArray[np.int64]:
+            order = np.argsort([len(text) for text in texts], kind="stable")
+            answers = np.empty(len(texts), dtype=np.int64)
+            answers[order] = shrinking([texts[place] for place in order], size).argmax(-1).numpy()
+            return answers
+
+        size, _ = best_batch_size(self.job.trial(by_length=True), run)
+        return self._way(
+            "FastBERT, shrinking batch",
+            "fastbert",
+            f"length-sorted, speed {self.engine.settings.speed:g}",
+            lambda count: Outcome(run(self.job.texts[:count], size).tolist(), left_at[:count].tolist()),
+            batch_size=size,
         )
 
     def _predict(
@@ -196,13 +291,13 @@ class _Lines:
             )
         return ways
 
-    def budgets(self, sizes: Sequence[int], profile: ExitProfile, *, beside_fastbert: bool) -> list[Way]:
-        """Texts that come in calls of a size: ours and FastBERT's, each beside its own full depth."""
-        engine, settings = self.engine, self.engine.settings
+    def budgets(
+        self, sizes: Sequence[int], profile: ExitProfile, promised: _Promised | None, *, beside_fastbert: bool
+    ) -> list[Way]:
+        """Texts that come in calls of a size: ours at its best, and FastBERT's, each beside its own full depth."""
+        engine = self.engine
         shrinking = ShrinkingBatch.of(engine)
-        depths = np.asarray(profile.depths)
-        start = np.full(len(profile), int(np.searchsorted(depths, 1)))
-        left_at = depths[follow(profile, start, speed=settings.speed, on_miss="continue")]
+        left_at = _fastbert_layers(engine, profile)
 
         def fastbert(count: int, size: int) -> Outcome:
             scores = shrinking(self.job.texts[:count], size)
@@ -211,14 +306,16 @@ class _Lines:
         def padded_full(count: int, size: int) -> Outcome:
             return Outcome(_padded_full(engine, shrinking.backend, self.job.texts[:count], size))
 
+        sizes = sorted({min(size, len(self.job.texts)) for size in sizes})
+        engines = {size: engine if promised is None else promised.in_calls(size) for size in sizes}
         ours = {
-            "geep": lambda count, size: self._predict(count, per_call=size),
+            "geep": lambda count, size: self._predict(count, per_call=size, engine=engines[size]),
             "packed-full": lambda count, size: self._predict(count, speed=0.0, per_call=size),
         }
         if beside_fastbert:
             ours |= {"fastbert": fastbert, "padded-full": padded_full}
         ways = []
-        for size in sorted({min(size, len(self.job.texts)) for size in sizes}):
+        for size in sizes:
             for system, run in ours.items():
                 ways.append(
                     self._way(
@@ -231,6 +328,13 @@ class _Lines:
                     )
                 )
         return ways
+
+
+def _fastbert_layers(engine: Engine, profile: ExitProfile) -> NDArray[np.int64]:
+    """Layer at which each text leaves when every exit is asked of it."""
+    depths = np.asarray(profile.depths)
+    start = np.full(len(profile), int(np.searchsorted(depths, 1)))
+    return depths[follow(profile, start, speed=engine.settings.speed, on_miss="continue")]
 
 
 def _padded_full(engine: Engine, backend: Backend[Any], texts: Sequence[str], size: int) -> list[int]:

@@ -11,7 +11,10 @@ from rivals.runner import Worker
 
 Line = dict[str, Any]
 
-# Groups that classify the texts; the others measure something of their own.
+# The full model in float32: whoever runs it, the answers are the same.
+FLOAT32_GROUPS = ("pipeline", "pipeline-sorted", "openvino-float32", "onnxruntime-float32")
+
+# What classifies no texts, but measures something of its own.
 OTHER_GROUPS = frozenset({"peak", "parts", "utilisation", "budget"})
 
 
@@ -34,6 +37,7 @@ class Entry:
     count: int = 0
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     was_uneven: bool = False
+    all_answers: list[int] | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +115,8 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
     pipeline = of_group.get("pipeline", [])
     reference = pipeline[0] if pipeline else None
     full = of_group.get("full", [])
+    in_float32 = (entry.all_answers for group in FLOAT32_GROUPS for entry in of_group.get(group, []))
+    all_of_reference = next((answers for answers in in_float32 if answers is not None), None)
     from_ids = {
         (entry.way["about"]["engine"], entry.way["about"]["line"]): entry.ids_rate()
         for entry in of_group.get("parts", [])
@@ -133,6 +139,8 @@ def _throughputs(ran: Sequence[Entry], of_group: dict[str, list[Entry]], timed: 
                 "versions": entry.versions,
                 "texts": entry.count,
                 "accuracy": share_equal(entry, timed.labels) if comparable else None,
+                "accuracy_of_all": _share_of_all(entry, timed.labels) if comparable else None,
+                "agreement_of_all": _share_of_all(entry, all_of_reference) if comparable else None,
                 "agreement": share_equal(entry, reference.outcomes[0]["answers"])
                 if comparable and reference is not None
                 else None,
@@ -157,6 +165,13 @@ def share_equal(entry: Entry, wanted: Sequence[int] | None) -> float | None:
         return None
     known = min(len(wanted), entry.count)
     return float((np.asarray(entry.outcomes[0]["answers"])[:known] == np.asarray(wanted)[:known]).mean())
+
+
+def _share_of_all(entry: Entry, wanted: Sequence[int] | None) -> float | None:
+    """Share of all texts that are answered as wanted; None where they were not all answered, or nothing is wanted."""
+    if entry.all_answers is None or wanted is None:
+        return None
+    return float((np.asarray(entry.all_answers) == np.asarray(wanted)).mean())
 
 
 def _mean_layer(entry: Entry) -> float | None:

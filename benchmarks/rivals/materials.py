@@ -21,6 +21,7 @@ from transformers import BertForSequenceClassification
 
 from geep.data import load_dataset
 from geep.engine import load_model
+from geep.training import parts_of
 
 CALIBRATION_TEXTS = 300
 
@@ -79,6 +80,7 @@ def prepare(
         model_dir=str(model_dir.resolve()),
         max_length=int(tokenizer.model_max_length),
         threads=threads,
+        **_labelled(model_dir),
     )
     job_file = cache / f"job-{data}-{digest}.json"
     job.save(job_file)
@@ -91,6 +93,16 @@ def prepare(
         else f"the {_head_of(model)} head is replaced by BERT's first-token classifier, of the same cost",
         head=_head_of(model),
     )
+
+
+def _labelled(model_dir: Path) -> dict[str, Any]:
+    """All rows with labels that a folder was made of: who trains another classifier has them as well."""
+    _, parts = parts_of(model_dir)
+    rows = [part for part in (parts.train, parts.profile, parts.calibration) if part.labels is not None]
+    return {
+        "labelled_texts": [text for part in rows for text in part.texts],
+        "labelled": [int(label) for part in rows for label in part.labels],
+    }
 
 
 def _head_of(model: Any) -> str:

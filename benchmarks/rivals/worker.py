@@ -86,6 +86,9 @@ class Job:
         model_dir: The geep folder.
         max_length: Longest text in tokens.
         threads: Threads to use.
+        labelled_texts: Texts with labels that the full model was trained, profiled or calibrated on, for rivals that
+            learn by themselves.
+        labelled: Their label ids.
         options: What this worker alone is told.
     """
 
@@ -97,6 +100,8 @@ class Job:
     model_dir: str
     max_length: int
     threads: int
+    labelled_texts: list[str] = field(default_factory=list)
+    labelled: list[int] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
