@@ -110,6 +110,7 @@ def _fine_tune_plainly(parts: geep.Parts, folder: Path, progress: show.Report) -
     """Make a classifier as anyone does: Hugging Face's own class, Trainer and folder."""
     if (folder / "tokenizer.json").exists():  # written last
         return
+    import torch
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -139,6 +140,7 @@ def _fine_tune_plainly(parts: geep.Parts, folder: Path, progress: show.Report) -
         per_device_train_batch_size=32,
         learning_rate=2e-4,
         bf16=_trains_in_bfloat16(),
+        use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
