@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from worker import Forward, Job, Outcome, padded_batches
+from worker import Forward, Job, Outcome, sorted_logits
 
 # Rivals' environments have what geep imports, and not geep.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -43,13 +43,11 @@ def table_first(job: Job, forward: Forward, batch_size: int, pad: int) -> Callab
         answers = plan.lexical_logits.argmax(-1).numpy()
         rest = np.flatnonzero(plan.predicted_layers > 0)
         ids = np.split(batch.input_ids, np.cumsum(batch.lengths)[:-1])
-        rows, batches = [], []
-        for places, padded, mask in padded_batches([ids[place].tolist() for place in rest], batch_size, pad):
-            rows.append(rest[places])
-            batches.append((padded, mask))
-        for places, logits in zip(rows, forward(batches), strict=True):
-            lexical = plan.lexical_logits[torch.from_numpy(places)]
-            answers[places] = settings.answered(torch.from_numpy(logits), last, lexical).argmax(-1).numpy()
+        going = [ids[place].tolist() for place in rest]
+        for places, logits in sorted_logits(going, forward, batch_size, pad):
+            texts = rest[places]
+            lexical = plan.lexical_logits[torch.from_numpy(texts)]
+            answers[texts] = settings.answered(torch.from_numpy(logits), last, lexical).argmax(-1).numpy()
         return Outcome(answers.tolist(), np.where(plan.predicted_layers > 0, last, 0).tolist())
 
     return run

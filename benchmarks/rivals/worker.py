@@ -162,6 +162,17 @@ def padded_batches(
 Forward = Callable[[Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]], Iterable[NDArray[Any]]]
 
 
+def sorted_logits(
+    ids: Sequence[Sequence[int]], forward: Forward, batch_size: int, pad: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """Run texts in padded batches, sorted by length: (positions of the texts, their logits) of each batch."""
+    rows, batches = [], []
+    for places, padded, mask in padded_batches(ids, batch_size, pad):
+        rows.append(places)
+        batches.append((padded, mask))
+    yield from zip(rows, forward(batches), strict=True)
+
+
 def classify_sorted(
     tokenizer: Any,
     forward: Forward,
@@ -180,11 +191,7 @@ def classify_sorted(
     )["input_ids"]
     tokenised = time.perf_counter()
     answers = np.empty(len(texts), dtype=np.int64)
-    rows, batches = [], []
-    for places, padded, mask in padded_batches(ids, batch_size, tokenizer.pad_token_id):
-        rows.append(places)
-        batches.append((padded, mask))
-    for places, logits in zip(rows, forward(batches), strict=True):
+    for places, logits in sorted_logits(ids, forward, batch_size, tokenizer.pad_token_id):
         answers[places] = logits.argmax(-1)
     return Outcome(answers.tolist(), extra={"tokenise": tokenised - begin, "from_ids": time.perf_counter() - tokenised})
 
