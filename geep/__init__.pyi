@@ -44,9 +44,11 @@ from .modeling import (
 from .predictor import ExitPredictor as ExitPredictor
 from .promise import (
     ConstantModelError as ConstantModelError,
+    Drift as Drift,
     NothingCertifiedError as NothingCertifiedError,
     Promise as Promise,
     TooFewTextsError as TooFewTextsError,
+    Traffic as Traffic,
 )
 from .scoring import ScoreReport as ScoreReport, score_file as score_file
 from .training import (

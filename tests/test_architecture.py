@@ -61,6 +61,7 @@ HEAVY: dict[str, dict[str, str]] = {
         "geep.predictor.linear": "L-BFGS for logistic regression of key rows",
         "geep.predictor.fitting": "sparse matrices of keys",
         "geep.promise.bounds": "exact binomial bounds",
+        "geep.promise.drift": "two tests of whether texts are alike",
         "geep.calibration.profiling": "Spearman's rank correlation",
     },
     "matplotlib": {"geep.evaluation.report": "the figure, imported by the function that draws"},

@@ -159,12 +159,24 @@ def test_evaluate_shows_and_saves_all_rivals(model: Path, tmp_path: Path) -> Non
     assert document["headline"]["over_full"] > 0
 
 
+def test_predict_tells_other_texts_from_those_that_certified(model: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "-o", tmp_path / "out.jsonl", "--overwrite")
+    assert "other texts" not in run("predict", model, write_rows(tmp_path / "same.jsonl", 60, seed=5), *options)
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text("".join(json.dumps({"text": "?! (;) " * 3}) + "\n" for _ in range(60)), encoding="utf-8")
+    assert "other texts than the promise is about" in run("predict", model, strange, *options)
+    report = run("predict", model, strange, *options, "--json")
+    assert report["drift"]["unknown"] == 1
+    assert report["drift"]["p_value"] < 0.001
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_predict_writes_a_row_for_each_text(model: Path, tmp_path: Path, ending: str) -> None:
     source = write_rows(tmp_path / "in.jsonl", 30, seed=5)
     target = tmp_path / f"out.{ending}"
     report = run("predict", model, source, "-o", target, "--chunk-rows", "7", "--device", "cpu", "--json")
-    assert report["rows"] == 30
+    assert report["rows"] == sum(report["exit_layer_counts"].values()) == 30
+    assert 0 <= report["drift"]["layers"] <= 1
     texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     expected = [found.label for found in Engine.from_pretrained(model, device="cpu").predict(texts)]
     if ending == "jsonl":

@@ -51,6 +51,7 @@ class Made:
     truncated: NDArray[np.bool_]
     multi_label: bool
     threshold: float
+    unknown_shares: NDArray[np.float64] | None = None
 
     @property
     def is_finite(self) -> NDArray[np.bool_]:
@@ -252,6 +253,7 @@ class Engine:
         return types.SimpleNamespace(
             label_names=("a",), multi_label=False, label_ids=0 * ones, scores=ones / 2, exit_layers=ones,
             predicted_layers=ones, truncated=ones > 1, is_finite=ones > 0,
+            unknown_shares=None,
         )
 score_file(Engine(), {str(source)!r}, sys.argv[1], chunk_rows=10)
 """

@@ -13,6 +13,7 @@ from rich.console import Console
 from geep.acceleration import Acceleration, Pace
 from geep.cli import show
 from geep.data import BadRow
+from geep.promise import Traffic
 from geep.scoring import ScoreReport
 
 # Brackets that look like markup, a tag that closes nothing, a name of a picture, a backslash at the end.
@@ -45,7 +46,7 @@ def trained(name: str) -> Any:
 
 
 def scored(name: str) -> ScoreReport:
-    return ScoreReport(1, [BadRow(2, f"found {name}")], 1, {4: 1}, 0, 1.0, f"{name}.errors.jsonl")
+    return ScoreReport(1, [BadRow(2, f"found {name}")], 1, Traffic({4: 1}), 0, 1.0, f"{name}.errors.jsonl")
 
 
 def answers(name: str) -> list[dict[str, Any]]:

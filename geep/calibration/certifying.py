@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from geep.exits import OnMiss
 from geep.folder import CalibrationFile
 from geep.predictor import text_hashes
 from geep.progress import Progress, no_progress
-from geep.promise import ConstantModelError, NothingCertifiedError, Promise, Walk, check_enough, walk
+from geep.promise import ConstantModelError, NothingCertifiedError, Promise, Traffic, Walk, check_enough, walk
 from geep.scheduler import CostModel
 
 logger = logging.getLogger(__name__)
@@ -367,6 +368,10 @@ def _with_certificate(engine: Engine, promise: Promise, result: Walk, fresh: Out
             texts=fresh.digest,
             texts_from=run.texts_from,
             made_with=engine.made_with,
+            traffic=Traffic.of(
+                np.array(fresh.depths)[fresh.answered(engine.settings)],
+                engine.planner.unknown_shares(run.batch),
+            ),
             labels_from=f"{len(labels):,} labels from {labels.labelled_by or 'an unknown source'}" if labels else "",
         )
     )

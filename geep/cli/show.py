@@ -398,13 +398,27 @@ def scored(console: Console, result: geep.ScoreReport, goal: object, num_layers:
             "characters join: see --no-quoting.[/]",
             soft_wrap=True,
         )
-    mean = sum(k * v for k, v in result.exit_layer_counts.items()) / max(result.rows, 1)
+    mean = result.traffic.mean_exit_layer
     console.print(
         f"{result.rows:,} rows in {result.seconds:.1f} s "
         f"({result.rows / max(result.seconds, 1e-9):,.0f} a second), "
         f"{mean:.2f} of {num_layers} layers a text, {result.truncated:,} cut: {escape(str(goal))}",
         soft_wrap=True,
     )
+
+
+def drifted(console: Console, drift: geep.Drift) -> None:
+    """Say how far rows are from those that certified."""
+    unknown = "" if drift.unknown is None else f", unknown tokens {100 * drift.unknown:+.1f} points"
+    said = f"Drift from the texts that certified: exit layers {100 * drift.layers:.1f} points{unknown}"
+    if drift.is_large:
+        console.print(
+            f"[bold yellow]{said}. These are other texts than the promise is about:[/] certify it on some like them "
+            "(geep calibrate --calibration FILE, or --texts FILE).",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"{said}.", soft_wrap=True)
 
 
 def predictions(console: Console, answers: Sequence[Mapping[str, Any]], *, multi_label: bool) -> None:

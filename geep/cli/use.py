@@ -278,9 +278,21 @@ def predict_command(
             show.reader_left()  # `head` has read enough
             return
         show.scored(console, result, goal, engine.depths[-1])
-        show.document({**asdict(result), "output": str(goal)}, as_json)
+        drift = _drift(engine, result.traffic)
+        if drift is not None:
+            show.drifted(console, drift)
+        more = {"exit_layer_counts": result.exit_layer_counts, "drift": None if drift is None else asdict(drift)}
+        show.document({**asdict(result), **more, "output": str(goal)}, as_json)
         if (not result.rows and result.num_bad) or show.hides_rows(result):
             raise typer.Exit(2)  # scripts that look at nothing else should not go on with what is left
+
+
+def _drift(engine: geep.Engine, traffic: geep.Traffic) -> geep.Drift | None:
+    """How far rows are from those that certified the engine; None where nothing is certified, or no row was scored."""
+    certificate = engine.certificate
+    if certificate is None or certificate.traffic is None or not traffic.num_texts:
+        return None
+    return geep.Drift.between(certificate.traffic, traffic)
 
 
 def _columns_to_read(model: str, **given: str | bool | None) -> dict[str, Any]:

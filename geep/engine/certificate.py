@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from geep.promise import Promise
+from geep.promise import Promise, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Certificate:
         made_with: All that answers depend on: `Engine.made_with` of the engine that was certified.
         labels_from: In words, how many labels were given one by one, and by whom; empty where every text came with
             its own, or none was needed.
+        traffic: What these texts looked like to the engine, which tells whether others are like them (`geep.Drift`);
+            None in folders of older versions.
     """
 
     promise: Promise
@@ -40,6 +42,7 @@ class Certificate:
     texts_from: str
     made_with: Mapping[str, Any]
     labels_from: str = ""
+    traffic: Traffic | None = None
 
     def differences(self, made_with: Mapping[str, Any]) -> list[str]:
         """In words, what is otherwise with an engine made of these; nothing: the certificate speaks of it."""
@@ -54,7 +57,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain words and numbers, for a file."""
-        return asdict(self)
+        return {**asdict(self), "traffic": None if self.traffic is None else self.traffic.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Certificate:
@@ -64,12 +67,18 @@ class Certificate:
             ValueError: If it is no such thing.
         """
         try:
-            found = cls(**{**fields, "promise": Promise(**fields["promise"]), "made_with": dict(fields["made_with"])})
+            traffic = fields.get("traffic")
+            read = {
+                "promise": Promise(**fields["promise"]),
+                "made_with": dict(fields["made_with"]),
+                "traffic": None if traffic is None else Traffic.from_dict(traffic),
+            }
+            found = cls(**{**fields, **read})
             for name in ("risk", "bound", "num_texts"):
                 if not isinstance(getattr(found, name), int | float):
                     raise TypeError(f"{name} is {getattr(found, name)!r}, expected a number")
             return found
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"The certificate in calibration.json is damaged ({error}); run `geep calibrate` again."
             ) from error

@@ -194,6 +194,13 @@ class Deployment:
         }
 
     @property
+    def advice_on_overflow(self) -> str:
+        """What to do where logits are not finite."""
+        if self.dtype == "float32":
+            return "The model overflows even in float32: its weights are out of range; train or copy it again."
+        return f"The dtype is {self.dtype}; try float32."
+
+    @property
     def deployed_as(self) -> str:
         """The same in words."""
         weights = "" if self.weight_bits != 7 else " with 7-bit weights"

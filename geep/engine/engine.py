@@ -320,10 +320,9 @@ class Engine:
         `keep_broken`: a text whose logits are not finite is no error; it has NaN probabilities (`is_finite`).
         """
         options: dict[str, Any] = {"top_k": top_k, "threshold": threshold, "keep_broken": keep_broken}
-        parts = list(self.predict_stream(texts, speed=speed, **options))
-        if not parts:
+        if not (parts := list(self.predict_stream(texts, speed=speed, **options))):
             nothing = self.tokenize([])
-            parts = [self._predictions(self.run_tokens(nothing.batch), nothing.truncated, top_k, threshold)]
+            parts = [self._predictions(self.run_tokens(nothing.batch), nothing, top_k, threshold)]
         return Predictions.join(parts)
 
     def predict_stream(
@@ -344,7 +343,7 @@ class Engine:
         parts = in_parts(texts, self.text_pairs, self.model.device.type)
         for tokens in tokenized_ahead(parts, self._encode):
             result = self._answered(tokens.batch, settings, first=start, keep_broken=keep_broken)
-            yield self._predictions(result, tokens.truncated, top_k, threshold)
+            yield self._predictions(result, tokens, top_k, threshold)
             start += len(tokens.batch)
 
     def tokenize(self, texts: Sequence[TextInput]) -> TokenizedTexts:
@@ -372,12 +371,12 @@ class Engine:
             else:
                 raise FloatingPointError(
                     f"Text {first + row} has logits that are not finite; nothing can be said of it. "
-                    + _advice_on_overflow(self.deployment.dtype)
+                    + self.deployment.advice_on_overflow
                 )
         return result
 
     def _predictions(
-        self, result: RunResult, truncated: NDArray[np.bool_], top_k: int | None, threshold: float
+        self, result: RunResult, tokens: TokenizedTexts, top_k: int | None, threshold: float
     ) -> Predictions:
         return Predictions.of_logits(
             result.logits,
@@ -385,7 +384,8 @@ class Engine:
             label_names=self.label_names,
             exit_layers=result.exit_layers,
             predicted_layers=None if self.predictor is None else result.predicted_layers,
-            truncated=truncated,
+            truncated=tokens.truncated,
+            unknown_shares=self.planner.unknown_shares(tokens.batch),
             threshold=threshold,
             top_k=top_k,
         )
@@ -438,13 +438,8 @@ class Engine:
         return self.course.exit_logits(batch, what=what, progress=progress)
 
     def _plan_with(self, predictor: ExitPredictor | None) -> Planner:
-        return Planner.of(predictor, device=self.model.device, depths=self.depths, multi_label=self.multi_label)
+        known = {"depths": self.depths, "multi_label": self.multi_label, "unk_token_id": self.tokenizer.unk_token_id}
+        return Planner.of(predictor, device=self.model.device, **known)
 
     def _check(self, settings: ExitSettings) -> None:
         settings.check(self.depths, None if self.predictor is None else tuple(self.predictor.depths))
-
-
-def _advice_on_overflow(dtype: str) -> str:
-    if dtype == "float32":
-        return "The model overflows even in float32: its weights are out of range; train or copy it again."
-    return f"The dtype is {dtype}; try float32."

@@ -38,20 +38,28 @@ class Planner:
             layers. None where there is none.
         depths: Layers at which an answer can be had, the full model last.
         multi_label: Whether several labels may hold at once.
+        unk_token_id: The tokenizer's token for what it does not know; None where it has none.
     """
 
     predictor: ExitPredictor | None
     depths: tuple[int, ...]
     multi_label: bool
+    unk_token_id: int | None
 
     @classmethod
     def of(
-        cls, predictor: ExitPredictor | None, *, device: torch.device, depths: tuple[int, ...], multi_label: bool
+        cls,
+        predictor: ExitPredictor | None,
+        *,
+        device: torch.device,
+        depths: tuple[int, ...],
+        multi_label: bool,
+        unk_token_id: int | None,
     ) -> Planner:
         """Bring a table to a device."""
         if predictor is not None and device.type == "cuda":
             predictor = predictor.to(device)
-        return cls(predictor, depths, multi_label)
+        return cls(predictor, depths, multi_label, unk_token_id)
 
     def plan(self, batch: TokenBatch, settings: ExitSettings) -> Plan:
         """Say at which layer each text is to be asked first.
@@ -80,6 +88,12 @@ class Planner:
             speed=settings.speed,
             quantile=settings.quantile,
         )
+
+    def unknown_shares(self, batch: TokenBatch) -> NDArray[np.float32] | None:
+        """Share of each text's tokens that the table has never seen, (num_texts,); None where there is no table."""
+        if self.predictor is None:
+            return None
+        return self.predictor.unknown_shares(batch.input_ids, batch.lengths, unk_token_id=self.unk_token_id)
 
     def plan_from(self, found: ExitPrediction, lengths: Integers, settings: ExitSettings) -> Plan:
         """Make a plan of what the table said of texts of these lengths."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geep.exits import probabilities_of
+from geep.promise import Traffic
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -56,6 +57,8 @@ class Predictions(Sequence[Prediction]):
         predicted_layers: Layer at which each text was to be asked first, int64, (num_texts,); None where nothing was
             predicted.
         truncated: Whether the text was cut, (num_texts,).
+        unknown_shares: Share of a text's tokens that the exit table has never seen, float32, (num_texts,); None where
+            there is no table.
         multi_label: Whether several labels may hold at once.
         threshold: Probability from which a label holds, for multi-label models.
         top_k: Labels in a record's `scores`; None: all.
@@ -66,6 +69,7 @@ class Predictions(Sequence[Prediction]):
     exit_layers: Integers
     predicted_layers: Integers | None
     truncated: Flags
+    unknown_shares: Floats | None = None
     multi_label: bool = False
     threshold: float = 0.5
     top_k: int | None = None
@@ -97,10 +101,18 @@ class Predictions(Sequence[Prediction]):
             if first.predicted_layers is not None
             else None,
             np.concatenate([part.truncated for part in parts]),
+            np.concatenate([part.unknown_shares for part in parts if part.unknown_shares is not None])
+            if first.unknown_shares is not None
+            else None,
             first.multi_label,
             first.threshold,
             first.top_k,
         )
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the texts looked like to the engine, to be compared with those that certified (`geep.Drift`)."""
+        return Traffic.of(self.exit_layers, self.unknown_shares)
 
     @cached_property
     def label_ids(self) -> Integers:

@@ -19,7 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -141,6 +143,37 @@ class ExitPredictor:
         if speed == 0.0:
             layers = self._depths[-1].expand_as(layers).clone()
         return ExitPrediction(layers, scores, None if self.fitted.lexical is None else logits)
+
+    def unknown_shares(
+        self, input_ids: NDArray[np.int64], lengths: NDArray[np.int64], *, unk_token_id: int | None
+    ) -> NDArray[np.float32]:
+        """Return the share of each text's tokens that stood in no text the table was made from, (num_texts,).
+
+        Special tokens are not counted, but for the one that stands for what the tokenizer does not know; a text
+        without others has 0. Computed on the host, whatever the table's device.
+
+        Args:
+            input_ids: Token ids of the texts one after another, (num_tokens,).
+            lengths: Tokens of each text, (num_texts,).
+            unk_token_id: The tokenizer's, every token of which is unknown; None where it has none.
+        """
+        usable, unseen = self._tokens
+        is_unknown, ends = input_ids == (-1 if unk_token_id is None else unk_token_id), np.cumsum(lengths)
+
+        def counted(flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+            before = np.concatenate([[0], np.cumsum(flags[input_ids] | is_unknown)])
+            found: NDArray[np.int64] = before[ends] - before[ends - lengths]
+            return found
+
+        return (counted(unseen) / np.maximum(counted(usable), 1)).astype(np.float32)
+
+    @cached_property
+    def _tokens(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which token ids may be part of a key, and which of these the table has never seen, both (vocab_size,)."""
+        size = self.table.vocab_size
+        usable = is_usable(torch.arange(size), self.table.keys.special_ids)
+        seen = self.table.counts[:size].cpu().any(2).any(1)
+        return usable.numpy(), (usable & ~seen).numpy()
 
     def speed_index(self, speed: float) -> int:
         """Place among `speeds` of the one that serves a speed: the nearest, the slower one of two."""

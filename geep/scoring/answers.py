@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from geep.data.rows import Row
+from geep.promise import Traffic
 
 
 class ScoredColumns(Protocol):
@@ -56,6 +57,10 @@ class ScoredColumns(Protocol):
     @property
     def truncated(self) -> NDArray[np.bool_]:
         """Whether the text was longer than the model reads, (num_texts,)."""
+
+    @property
+    def unknown_shares(self) -> NDArray[np.floating[Any]] | None:
+        """Share of a text's tokens that the exit table has never seen, (num_texts,); None where there is no table."""
 
     @property
     def is_finite(self) -> NDArray[np.bool_]:
@@ -99,6 +104,7 @@ class Answers:
         predicted_layers: Exit layer predicted before the run, None where none was.
         truncated: Whether the text was longer than the model reads.
         is_finite: Whether there is an answer at all.
+        unknown_shares: Share of a text's tokens that the exit table has never seen, (num_rows,); None without a table.
         flags: Which labels hold, (num_rows, num_labels); None where only one can.
         probabilities: Of every label, (num_rows, num_labels); None where they are not asked for.
         top_k: How many of them each row shows, most likely first; None: all, in the model's order.
@@ -111,6 +117,7 @@ class Answers:
     predicted_layers: list[int | None]
     truncated: list[bool]
     is_finite: list[bool]
+    unknown_shares: NDArray[np.floating[Any]] | None
     flags: NDArray[np.bool_] | None
     probabilities: NDArray[np.floating[Any]] | None
     top_k: int | None
@@ -127,6 +134,7 @@ class Answers:
             predicted_layers=[None] * len(columns.exit_layers) if predicted is None else predicted.tolist(),
             truncated=columns.truncated.tolist(),
             is_finite=columns.is_finite.tolist(),
+            unknown_shares=columns.unknown_shares,
             flags=columns.label_flags if columns.multi_label else None,
             probabilities=columns.probabilities if scores else None,
             top_k=top_k,
@@ -142,6 +150,7 @@ class Answers:
 
         flags = [part.flags for part in parts if part.flags is not None]
         probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+        unknown = [part.unknown_shares for part in parts if part.unknown_shares is not None]
         return replace(
             parts[0],
             label_ids=taken(part.label_ids for part in parts),
@@ -150,12 +159,18 @@ class Answers:
             predicted_layers=taken(part.predicted_layers for part in parts),
             truncated=taken(part.truncated for part in parts),
             is_finite=taken(part.is_finite for part in parts),
+            unknown_shares=np.concatenate(unknown)[list(order)] if unknown else None,
             flags=np.concatenate(flags)[list(order)] if flags else None,
             probabilities=np.concatenate(probabilities)[list(order)] if probabilities else None,
         )
 
     def __len__(self) -> int:
         return len(self.exit_layers)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the rows looked like to the engine."""
+        return Traffic.of(np.array(self.exit_layers, dtype=np.int64), self.unknown_shares)
 
     def values(self) -> dict[str, list[Any]]:
         """Columns by their names, in the order of the result, as values that JSON has."""

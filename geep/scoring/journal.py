@@ -12,8 +12,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from geep.data.rows import BadRow, shown
+from geep.promise import Traffic
 
-JOURNAL_VERSION = 3
+JOURNAL_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Journal:
         seconds: Time spent.
         bad_rows: The first rows left out.
         longest_bad: Lines of the source that the longest of the rows left out takes in.
-        exit_layers: Rows by exit layer.
+        traffic: What the rows looked like to the engine.
         finished: Size and time of the complete file that only has to be given its name; None before.
     """
 
@@ -129,7 +130,7 @@ class Journal:
     seconds: float = 0.0
     bad_rows: list[BadRow] = field(default_factory=list)
     longest_bad: int = 0
-    exit_layers: dict[int, int] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
     finished: list[int] | None = None
 
     @classmethod
@@ -146,7 +147,7 @@ class Journal:
             if differing:
                 return f"is of a run with other settings ({differing})"
             stored["bad_rows"] = [BadRow(**row) for row in stored["bad_rows"]]
-            stored["exit_layers"] = {int(layer): count for layer, count in stored["exit_layers"].items()}
+            stored["traffic"] = Traffic.from_dict(stored["traffic"])
             journal = cls(**stored)
             is_whole = journal._is_whole(files)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -175,7 +176,9 @@ class Journal:
         """Replace the journal on disk, whole or not at all."""
         temp = ByteFile(files.journal.with_name(files.journal.name + ".new"), 0)
         with temp:
-            temp.write(json.dumps({"made_from": made_from, **asdict(self)}).encode("utf-8"))
+            temp.write(
+                json.dumps({"made_from": made_from, **asdict(self), "traffic": self.traffic.to_dict()}).encode("utf-8")
+            )
             temp.sync()
         os.replace(temp.path, files.journal)
 

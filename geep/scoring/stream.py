@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,6 +23,7 @@ from geep.data.formats import RowStream, file_format, open_rows, read_rows
 from geep.data.parquet import open_parquet
 from geep.data.rows import BadRow, Row
 from geep.progress import Progress, no_progress
+from geep.promise import Traffic
 from geep.scoring.answers import Answers, Question, Scorer
 from geep.scoring.chunks import Chunk, chained, in_chunks
 from geep.scoring.columns import ResultColumns
@@ -50,7 +50,7 @@ class ScoreReport:
         rows: Rows written to the result.
         bad_rows: The first 100 rows left out, with their lines and reasons.
         num_bad: All rows left out.
-        exit_layer_counts: Rows by exit layer, lowest layer first.
+        traffic: Rows by exit layer, and how much of them the exit table has never seen.
         truncated: Rows whose text was longer than the model reads.
         seconds: Time spent, earlier runs of the same result included.
         errors_file: File that lists the rows left out; None where none were, or where the result is standard output.
@@ -61,11 +61,16 @@ class ScoreReport:
     rows: int
     bad_rows: list[BadRow]
     num_bad: int
-    exit_layer_counts: dict[int, int]
+    traffic: Traffic
     truncated: int
     seconds: float
     errors_file: str | None = None
     longest_bad: int = 0
+
+    @property
+    def exit_layer_counts(self) -> dict[int, int]:
+        """Rows by exit layer, lowest layer first."""
+        return dict(self.traffic.exit_layers)
 
 
 def score_file(
@@ -318,8 +323,7 @@ class _Run:
                 journal.num_bad += len(bad)
                 journal.longest_bad = max([journal.longest_bad, *(row.lines for row in bad)])
                 journal.bad_rows += bad[: _MAX_REPORTED - len(journal.bad_rows)]
-                for layer, count in Counter(answers.exit_layers).items():
-                    journal.exit_layers[layer] = journal.exit_layers.get(layer, 0) + count
+                journal.traffic += answers.traffic
                 journal.truncated += sum(answers.truncated)
                 journal.seconds = before + time.perf_counter() - started
                 if not chunk.is_last:  # of a source that grows, these rows would stand in another chunk
@@ -408,7 +412,7 @@ def _report(journal: Journal, files: ResultFiles | None) -> ScoreReport:
         bad_rows=list(journal.bad_rows),
         num_bad=journal.num_bad,
         longest_bad=journal.longest_bad,
-        exit_layer_counts=dict(sorted(journal.exit_layers.items())),
+        traffic=journal.traffic,
         truncated=journal.truncated,
         seconds=journal.seconds,
         errors_file=str(files.errors) if files is not None and journal.num_bad else None,

@@ -1,0 +1,170 @@
+"""Whether texts are still like those that a promise was certified on: sums that add up, and a test that errs rarely."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CLS, FRESH, HELDOUT, MAX_LENGTH, SEP, TRAIN, UNK, fit_predictor, random_batch, split
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+
+import geep
+from geep.calibration import Calibration, ProfileResult, calibrate
+from geep.engine import Engine, Predictions
+from geep.promise import Drift, Promise, Traffic
+
+TEXTS = st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1, width=32)), min_size=1, max_size=40)
+
+
+def traffic_of(rows: list[tuple[int, float]], *, with_table: bool = True) -> Traffic:
+    layers, shares = (np.array([row[column] for row in rows]) for column in (0, 1))
+    return Traffic.of(layers.astype(np.int64), shares if with_table else None)
+
+
+@given(TEXTS, TEXTS)
+def test_the_traffic_of_two_calls_is_that_of_one(
+    first: list[tuple[int, float]], second: list[tuple[int, float]]
+) -> None:
+    both, whole = traffic_of(first) + traffic_of(second), traffic_of(first + second)
+    assert both.exit_layers == whole.exit_layers
+    assert list(both.exit_layers) == sorted(both.exit_layers)
+    assert both.num_texts == len(first) + len(second)
+    assert both.unknown_share == pytest.approx(whole.unknown_share)
+    assert both.unknown_squares == pytest.approx(whole.unknown_squares)
+    assert both + Traffic() == Traffic() + both == both
+    # What one of them does not know is not known of both.
+    assert (both + traffic_of(first, with_table=False)).unknown_share is None
+    assert Traffic.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+
+
+@given(TEXTS)
+def test_texts_do_not_drift_from_themselves(rows: list[tuple[int, float]]) -> None:
+    found = Drift.between(traffic_of(rows), traffic_of(rows))
+    assert (found.layers, found.figure, found.p_value, found.is_certain) == (0, pytest.approx(0), 1, False)
+
+
+@hypothesis_settings(max_examples=50)
+@given(TEXTS, TEXTS)
+def test_a_drift_is_a_share_and_the_same_both_ways(
+    first: list[tuple[int, float]], second: list[tuple[int, float]]
+) -> None:
+    there, back = (Drift.between(*pair) for pair in (_both(first, second), _both(second, first)))
+    assert there.layers == pytest.approx(back.layers)
+    assert there.unknown == pytest.approx(-(back.unknown or 0.0))
+    assert there.p_value == pytest.approx(back.p_value)
+    assert 0 <= there.figure <= 1
+    assert 0 <= there.p_value <= 1
+    # The distance of Kolmogorov and Smirnov, by its definition.
+    values = [[row[0] for row in rows] for rows in (first, second)]
+    shares = [[sum(value <= layer for value in part) / len(part) for layer in range(7)] for part in values]
+    assert there.layers == pytest.approx(max(abs(a - b) for a, b in zip(*shares, strict=True)))
+
+
+def _both(first: list[tuple[int, float]], second: list[tuple[int, float]]) -> tuple[Traffic, Traffic]:
+    return traffic_of(first), traffic_of(second)
+
+
+def draws(generator: np.random.Generator, count: int, mix: list[float], unknown: float) -> Traffic:
+    return Traffic.of(generator.choice(len(mix), count, p=mix), generator.binomial(12, unknown, count) / 12)
+
+
+def test_chance_is_taken_for_drift_no_more_often_than_said_and_drift_is_found() -> None:
+    generator = np.random.default_rng(0)
+    mix, same, other, odd = [0.5, 0.2, 0.2, 0.1], [], [], []
+    for _ in range(400):
+        reference = draws(generator, 1000, mix, 0.02)
+        same.append(Drift.between(reference, draws(generator, 200, mix, 0.02)).p_value)
+        other.append(Drift.between(reference, draws(generator, 200, [0.3, 0.2, 0.3, 0.2], 0.02)).is_certain)
+        odd.append(Drift.between(reference, draws(generator, 200, mix, 0.1)).is_certain)
+    # 20 of 400 are expected below .05, and no more than 32 in 99 of 100 such tests.
+    assert np.sum(np.array(same) < 0.05) <= 32
+    assert np.mean(other) > 0.95
+    assert np.mean(odd) > 0.95
+
+
+@pytest.mark.parametrize("pair", [(Traffic(), Traffic({1: 1})), (Traffic({1: 1}), Traffic())])
+def test_nothing_is_no_drift(pair: tuple[Traffic, Traffic]) -> None:
+    with pytest.raises(ValueError, match="expected some of each"):
+        Drift.between(*pair)
+
+
+def test_shares_of_unknown_tokens_are_those_counted_by_hand(tiny_engine: Engine) -> None:
+    predictor = fit_predictor(tiny_engine)
+    batch = random_batch(60, seed=9)
+    # Texts without a token, without one that counts, and with some that the tokenizer does not know.
+    ids = [*batch.input_ids.tolist(), CLS, SEP, CLS, UNK, UNK, SEP]
+    lengths = [*batch.lengths.tolist(), 0, 2, 4]
+    special, counts = set(predictor.table.keys.special_ids), predictor.table.counts
+    for unk, left_out in ((UNK, special - {UNK}), (None, special)):
+        expected, start = [], 0
+        for length in lengths:
+            counted = [token for token in ids[start : start + length] if token not in left_out]
+            unseen = sum(token in special or int(counts[token].sum()) == 0 for token in counted)
+            expected.append(unseen / len(counted) if counted else 0.0)
+            start += length
+        found = predictor.unknown_shares(np.array(ids), np.array(lengths), unk_token_id=unk)
+        assert found.tolist() == pytest.approx(expected)
+        assert expected[-3:] == [0, 0, 1 if unk else 0]
+        assert len(set(expected)) > 3
+
+
+@pytest.fixture(scope="module")
+def certified(profiled: ProfileResult) -> Calibration:
+    return calibrate(profiled.engine, HELDOUT, FRESH, Promise(min_agreement=0.95))
+
+
+def reference_of(engine: Engine) -> Traffic:
+    assert engine.certificate is not None
+    assert engine.certificate.traffic is not None
+    return engine.certificate.traffic
+
+
+def test_a_certificate_knows_how_its_texts_were_answered(certified: Calibration) -> None:
+    found = certified.engine.predict_columns(FRESH.texts)
+    assert found.traffic == reference_of(certified.engine)
+    assert found.traffic.mean_exit_layer == pytest.approx(found.exit_layers.mean())
+    assert Predictions.join([found, found]).traffic.num_texts == 2 * len(FRESH)
+
+
+def test_texts_of_the_same_task_drift_little_and_others_much(certified: Calibration) -> None:
+    engine = certified.engine
+    reference = reference_of(engine)
+    same = Drift.between(reference, engine.predict_columns(split(400, seed=77).texts).traffic)
+    assert not same.is_certain
+    # Words of the vocabulary that no text of the task has.
+    known = set(" ".join(TRAIN.texts).split())
+    strange = [word for word in engine.tokenizer.get_vocab() if word.startswith("w") and word not in known]
+    texts = [" ".join(strange[number % len(strange) :][:6] or strange) for number in range(200)]
+    other = Drift.between(reference, engine.predict_columns(texts).traffic)
+    assert other.is_certain
+    assert other.unknown is not None
+    assert other.figure >= other.unknown > 0.5
+
+
+def test_a_folder_keeps_it_and_older_folders_have_none(certified: Calibration, tmp_path: Path) -> None:
+    engine = certified.engine
+    engine.save_pretrained(tmp_path)
+    certified.save(tmp_path)
+    options = {"dtype": "float32", "device": "cpu", "max_length": MAX_LENGTH}
+    assert reference_of(geep.Engine.from_pretrained(tmp_path, **options)) == reference_of(engine)
+    path = tmp_path / "calibration.json"
+    kept = json.loads(path.read_text())
+    del kept["certificate"]["traffic"]
+    path.write_text(json.dumps(kept))
+    older = geep.Engine.from_pretrained(tmp_path, **options).certificate
+    assert older is not None
+    assert older.traffic is None
+    kept["certificate"]["traffic"] = {"exit_layers": 3}
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="damaged"):
+        geep.Engine.from_pretrained(tmp_path, **options)
+
+
+def test_an_engine_without_a_table_knows_its_layers_alone(certified: Calibration) -> None:
+    bare = replace(certified.engine.predict_columns(FRESH.texts), unknown_shares=None)
+    drift = Drift.between(reference_of(certified.engine), bare.traffic)
+    assert drift.unknown is None
+    assert drift.figure == drift.layers == 0
