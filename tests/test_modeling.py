@@ -12,6 +12,7 @@ import torch
 from conftest import NUM_LAYERS, PAD, make_model, random_batch, tiny_encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -444,3 +445,67 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     save_file(renamed, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks .* weights of a bert encoder.*no place for, such as 'backbone"):
         GeepForSequenceClassification.from_encoder(str(tmp_path / "other"), num_labels=2)
+
+
+# Gradient equilibrium
+
+
+def own_losses(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Loss of every classifier, the full model's last; several labels where they are a row of ones and zeros."""
+    if labels.ndim == 1:
+        return [F.cross_entropy(row, labels) for row in logits]
+    return [F.binary_cross_entropy_with_logits(row, labels) for row in logits]
+
+
+@pytest.mark.parametrize("exit_layers", [(1, 2, 3), (2,), (1, 3)])
+@every_family
+def test_in_gradient_equilibrium_a_layer_hears_the_mean_of_the_classifiers_behind_it(
+    family: str, exit_layers: tuple[int, ...]
+) -> None:
+    model, inputs = make_model(family, exit_layers=exit_layers).double(), padded()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    plain = model(**inputs, output_exits=True, output_hidden_states=True)
+    balanced = model(**inputs, output_exits=True, output_hidden_states=True, gradient_equilibrium=True)
+    assert torch.equal(plain.exit_logits, balanced.exit_logits)
+    found = torch.autograd.grad(sum(own_losses(balanced.exit_logits, labels)), balanced.hidden_states)
+    depths = model.config.depths
+    apart = [
+        torch.autograd.grad(loss, plain.hidden_states[: depth + 1], retain_graph=True)
+        for depth, loss in zip(depths, own_losses(plain.exit_logits, labels), strict=True)
+    ]
+    for layer, gradient in enumerate(found):
+        behind = [own[layer] for depth, own in zip(depths, apart, strict=True) if depth >= layer]
+        expected = torch.stack(behind).mean(0)
+        assert torch.allclose(gradient, expected, atol=1e-6), layer  # ModernBERT's rotations are float32 all the same
+
+
+@pytest.mark.parametrize("several", [False, True])
+@every_head
+def test_in_gradient_equilibrium_classifiers_learn_as_without(head: str, several: bool) -> None:
+    kind = "multi_label_classification" if several else "single_label_classification"
+    model, inputs = make_model(head=head, problem_type=kind).double(), padded()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    if several:
+        labels = F.one_hot(labels, 3).double()
+    names, weights = zip(*model.named_parameters(), strict=True)
+    plain = own_losses(model(**inputs, output_exits=True).exit_logits, labels)
+    apart = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in plain]
+    balanced = own_losses(model(**inputs, output_exits=True, gradient_equilibrium=True).exit_logits, labels)
+    found = torch.autograd.grad(torch.stack(balanced).sum(), weights)
+    for name, gradient, *own in zip(names, found, *apart, strict=True):
+        layer = int(name.split(".")[3]) + 1 if name.startswith("encoder.encoder.layer.") else 0
+        behind = sum(depth >= layer for depth in model.config.depths) if name.startswith("encoder.") else 1
+        expected = sum(own) / behind
+        assert torch.allclose(gradient, expected, atol=1e-12), name
+
+
+def test_gradient_equilibrium_counts_the_classifiers_that_run() -> None:
+    model, inputs, labels = make_model().double(), padded(), torch.tensor([0, 1, 2, 0, 1])
+    weight = model.encoder.encoder.layer[0].output.dense.weight
+    plain = own_losses(model(**inputs, exit_layer=2, output_exits=True).exit_logits, labels)
+    (expected,) = torch.autograd.grad(torch.stack(plain).mean(), weight)
+    output = model(**inputs, exit_layer=2, output_exits=True, gradient_equilibrium=True)
+    (found,) = torch.autograd.grad(torch.stack(own_losses(output.exit_logits, labels)).sum(), weight)
+    assert torch.allclose(found, expected, atol=1e-12)
+    with pytest.raises(ValueError, match="balances exits, found shared exits"):
+        model(**inputs, output_exits=True, output_shared_exits=True, gradient_equilibrium=True)

@@ -2,8 +2,8 @@
 
 The room refuses to know texts, thresholds, tables and batches. Read `families.py` (encoders, taken apart into layers),
 `inputs.py` (what they can be given), `spans.py` (where packed texts lie), `heads.py` (classifiers), `labels.py`,
-`model.py`, which tells Hugging Face's auto classes the model's name, and `classifiers.py` (classifiers of others, taken
-over).
+`gradients.py`, `model.py`, which tells Hugging Face's auto classes the model's name, and `classifiers.py` (classifiers
+of others, taken over).
 """
 
 from geep.modeling.classifiers import CLASSIFIERS, classifier_config, from_classifier

@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from geep.modeling.custom_code import refused_custom_code
 from geep.modeling.families import ProblemType, family_of, layer_calls
+from geep.modeling.gradients import scaled_gradient
 from geep.modeling.heads import HEADS, PooledHead
 from geep.modeling.inputs import first_lengths
 from geep.modeling.loading import check_shapes, hub_keywords
@@ -313,6 +314,7 @@ class GeepForSequenceClassification(PreTrainedModel):
         exit_layer: int | None = None,
         output_exits: bool = False,
         output_shared_exits: bool = False,
+        gradient_equilibrium: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ExitOutput | tuple[Any, ...]:
@@ -327,17 +329,23 @@ class GeepForSequenceClassification(PreTrainedModel):
             output_exits: Also run the exits on the way: `exit_logits`.
             output_shared_exits: Also run last layer and teacher on every exit's hidden state: `shared_exit_logits`.
                 Each prefix is computed once, so a step is num_hidden_layers + num_exits layer passes (method.md).
+            gradient_equilibrium: A layer gets the mean of the gradients of the classifiers behind it, in the place of
+                their sum; a classifier all of its own (Li et al., ICCV 2019). The outputs stay as they are. Changes
+                nothing without `output_exits`.
             output_hidden_states: Return the hidden states of all layers run.
             return_dict: False for a plain tuple.
 
         Raises:
-            ValueError: If `exit_layer` has no exit, or the shared exit is asked of a truncated run.
+            ValueError: If `exit_layer` has no exit, or the shared exit is asked of a truncated run, or together with
+                gradient equilibrium.
         """
         config = self.config
         stop = config.num_hidden_layers if exit_layer is None else exit_layer
         last_head = self.head_at(stop)
         if output_shared_exits and stop != config.num_hidden_layers:
             raise ValueError(f"The shared exit needs the whole encoder, got exit_layer={exit_layer}; leave it out.")
+        if output_shared_exits and gradient_equilibrium:
+            raise ValueError("gradient_equilibrium balances exits, found shared exits asked for too; leave one out.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         separator = config.separator_id
@@ -356,12 +364,18 @@ class GeepForSequenceClassification(PreTrainedModel):
         hidden_states = [hidden]
         exits: list[Tensor] = []
         shared: list[Tensor] = []
+        behind = 1 + sum(layer < stop for layer in config.exit_layers)  # classifiers that the next exit's state feeds
         for layer, call in enumerate(calls.layers[:stop], start=1):
             hidden = call(hidden)
             hidden_states.append(hidden)
             if layer < stop and layer in config.exit_layers:
                 if output_exits:
+                    if gradient_equilibrium:
+                        hidden = scaled_gradient(hidden, 1 / behind)
                     exits.append(self.head_at(layer)(self.finish(hidden), attention_mask, firsts))
+                    behind -= 1
+                    if gradient_equilibrium:
+                        hidden = scaled_gradient(hidden, behind)
                 if output_shared_exits:
                     shared.append(self.teacher(self.finish(calls.layers[-1](hidden)), attention_mask, firsts))
         logits = last_head(self.finish(hidden), attention_mask, firsts)
