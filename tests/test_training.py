@@ -43,6 +43,8 @@ from geep.training import (
     fine_tuning,
     full_model_loss,
     guided_shared_exit_loss,
+    joint_loss,
+    mean_joint_loss,
     run_recipe,
     shared_exit_loss,
     standardise_heads,
@@ -105,6 +107,8 @@ def test_the_baselines_losses_equal_slow_versions() -> None:
     assert float(full_model_loss(output, LABELS, None)) == pytest.approx(hard[-1], rel=1e-5)
     assert float(distillation_loss(output, LABELS, None)) == pytest.approx(sum(soft), rel=1e-5)
     assert float(exit_label_loss(output, LABELS, None)) == pytest.approx(sum(hard[:-1]), rel=1e-5)
+    assert float(joint_loss(output, LABELS, None)) == pytest.approx(sum(hard), rel=1e-5)
+    assert float(mean_joint_loss(output, LABELS, None)) == pytest.approx(np.mean(hard), rel=1e-5)
     weighted = sum(weight * loss for weight, loss in enumerate(hard, 1)) / sum(range(1, 5))
     assert float(weighted_joint_loss(output, LABELS, None)) == pytest.approx(weighted, rel=1e-5)
 
@@ -156,7 +160,7 @@ def test_the_shared_exit_loss_teaches_exits_by_the_full_model_alone() -> None:
 
 def test_a_loss_without_the_logits_it_reads_is_refused() -> None:
     output = ExitOutput(logits=torch.zeros(5, 3))
-    for loss in (shared_exit_loss, distillation_loss, exit_label_loss, weighted_joint_loss):
+    for loss in (shared_exit_loss, distillation_loss, exit_label_loss, joint_loss, weighted_joint_loss):
         with pytest.raises(ValueError, match="`needs`"):
             loss(output, LABELS, None)
 
@@ -325,25 +329,128 @@ class Interrupt(TrainerCallback):
             raise Interruption
 
 
-@pytest.mark.parametrize(("recipe", "after"), [("geep", 1), ("fastbert", 3), ("fastbert", 4)])
+@pytest.mark.parametrize(
+    ("recipe", "after"),
+    [
+        ("geep", 1),
+        ("fastbert", 3),
+        ("fastbert", 4),
+        ("berxit", 1),
+        ("gradient-equilibrium", 1),
+        ("mixed", 2),
+        ("mixed", 4),
+    ],
+)
 def test_an_interrupted_training_goes_on_and_ends_the_same(
     recipe: str, after: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    rows, chosen = toy_rows(tokenizer, 96), settings(recipe, epochs=3)  # 6 steps an epoch; fastbert: 3, then 5 epochs
+    # fastbert: 3, then 5 epochs. An odd number of steps each: losses that alternate do not begin anew with an epoch.
+    rows, chosen, steps = toy_rows(tokenizer, 80), settings(recipe, epochs=3), 5
     expected, counter = fresh(), Interrupt(after=-1)
     run(expected, tokenizer, rows, tmp_path / "whole", settings=chosen, callbacks=[counter])
-    total = sum(round(3 * stage.epochs_scale) for stage in RECIPES[recipe].stages) * 6
+    total = sum(round(3 * stage.epochs_scale) for stage in RECIPES[recipe].stages) * steps
     assert counter.steps == total
 
     with pytest.raises(Interruption):
         run(fresh(), tokenizer, rows, tmp_path, settings=chosen, callbacks=[Interrupt(after)])
     model, rest = fresh(), Interrupt(after=-1)
     run(model, tokenizer, rows, tmp_path, settings=chosen, callbacks=[rest])
-    assert rest.steps == total - 6 * after
+    assert rest.steps == total - steps * after
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, dict(expected.named_parameters())[name], atol=1e-5), name
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "checkpoints").exists()
+
+
+Gradients = dict[str, Tensor]
+
+
+def weighed(depths: Sequence[int], losses: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> Gradients:
+    """Gradient equilibrium by its formula: for an encoder layer the mean of the gradients of classifiers behind it."""
+    found = {}
+    for name, total in summed(depths, losses, parameters).items():
+        layer = int(name.split(".")[3]) + 1 if name.startswith("encoder.encoder.layer.") else 0
+        behind = sum(depth >= layer for depth in depths) if name.startswith("encoder.") else 1
+        found[name] = total / behind  # to those before it a layer gives nothing
+    return found
+
+
+def summed(depths: Sequence[int], losses: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> Gradients:
+    found = torch.autograd.grad(torch.stack(list(losses)).sum(), list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def averaged(depths: Sequence[int], losses: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> Gradients:
+    return {name: row / len(losses) for name, row in summed(depths, losses, parameters).items()}
+
+
+def of_the_full_model(
+    depths: Sequence[int], losses: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]
+) -> Gradients:
+    """Exits have none, so that the optimizer leaves them where they are."""
+    found = summed(depths[-1:], losses[-1:], parameters)
+    return {name: row for name, row in found.items() if not name.startswith("exits.")}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("problem_type", [None, MULTI_LABEL])
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("berxit", [[of_the_full_model, summed, of_the_full_model]]),
+        ("gradient-equilibrium", [[weighed] * 3]),
+        ("mixed", [[of_the_full_model] * 3, [averaged] * 3]),
+    ],
+)
+def test_steps_of_a_recipe_are_those_made_by_hand(
+    recipe: str,
+    stages: list[list[Any]],
+    problem_type: str | None,
+    batches: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    texts, ids = toy_task(32)
+    truth = ids if problem_type is None else np.eye(3, dtype=np.float32)[ids]
+    options = {} if problem_type is None else {"problem_type": problem_type}
+    models = [fresh(**options), fresh(**options)]
+    for model in models:
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+    # All rows in each step, at a constant rate; a coarse epsilon, beside which a gradient of rounding alone is nothing.
+    chosen = settings(
+        recipe,
+        epochs=3,
+        batch_size=32 // batches,
+        gradient_accumulation=batches,
+        warmup=0.0,
+        weight_decay=0.0,
+        head_learning_rate_scale=1.0,
+        standardise=False,
+        arguments={"lr_scheduler_type": "constant", "adam_epsilon": 1e-3},
+    )
+    found, expected = models
+    rows = encode(tokenizer, texts, truth, max_length=32)
+    assert run(found, tokenizer, rows, tmp_path, settings=chosen).steps == sum(map(len, stages))
+    inputs, labels = tokenizer(texts, padding=True, return_tensors="pt"), torch.from_numpy(truth)
+    loss = F.cross_entropy if problem_type is None else F.binary_cross_entropy_with_logits
+    parameters = dict(expected.train().named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for steps in stages:
+        optimizer = torch.optim.AdamW(parameters.values(), lr=4e-3, eps=1e-3, weight_decay=0.0)
+        for gradients in steps:
+            logits = expected(**inputs, output_exits=True).exit_logits
+            optimizer.zero_grad()
+            losses = [loss(row, labels) for row in logits]
+            for name, gradient in gradients(expected.config.depths, losses, parameters).items():
+                parameters[name].grad = gradient
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+    for name, parameter in found.named_parameters():
+        assert torch.allclose(parameter, parameters[name], atol=1e-5), name
+    moved = [float((parameter.detach() - before[name]).abs().max()) for name, parameter in parameters.items()]
+    assert sorted(moved)[len(moved) // 4] > 1e-4  # far more than what is overlooked
 
 
 def test_checkpoints_of_another_training_are_not_continued(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

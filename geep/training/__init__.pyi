@@ -12,6 +12,8 @@ from .losses import (
     exit_label_loss as exit_label_loss,
     full_model_loss as full_model_loss,
     guided_shared_exit_loss as guided_shared_exit_loss,
+    joint_loss as joint_loss,
+    mean_joint_loss as mean_joint_loss,
     shared_exit_loss as shared_exit_loss,
     weighted_joint_loss as weighted_joint_loss,
 )

@@ -55,8 +55,7 @@ def guided_shared_exit_loss(output: ExitOutput, labels: Tensor, problem_type: st
     follow a teacher that knows nothing. And the exits see the labels, too, until there is a teacher worth following.
     """
     hard, soft = _shared_terms(output, labels, problem_type)
-    exits = _required(output.exit_logits)
-    guide = torch.stack([label_loss(logits, labels, problem_type) for logits in exits[:-1]])
+    guide = _label_losses(output, labels, problem_type)[:-1]
     return hard[-1] + hard[:-1].mean() + soft.mean() + guide.mean()
 
 
@@ -88,15 +87,29 @@ def followed_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) 
 
 def exit_label_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
     """DeeBERT's second step (Xin et al. 2020): sum over exits of the loss against the labels."""
-    exits = _required(output.exit_logits)
-    return torch.stack([label_loss(logits, labels, problem_type) for logits in exits[:-1]]).sum()
+    return _label_losses(output, labels, problem_type)[:-1].sum()
+
+
+def joint_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Sum of the losses of all classifiers, the full model's among them, against the labels (Li et al. 2019)."""
+    return _label_losses(output, labels, problem_type).sum()
+
+
+def mean_joint_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Their mean, as Kubaty et al. (2024) train jointly."""
+    return _label_losses(output, labels, problem_type).mean()
 
 
 def weighted_joint_loss(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
     """PABEE's loss (Zhou et al. 2020): every classifier against the labels, weighted by its place in the row."""
-    losses = torch.stack([label_loss(logits, labels, problem_type) for logits in _required(output.exit_logits)])
+    losses = _label_losses(output, labels, problem_type)
     weights = torch.arange(1, len(losses) + 1, dtype=losses.dtype, device=losses.device)
     return (weights * losses).sum() / weights.sum()
+
+
+def _label_losses(output: ExitOutput, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Loss of every exit and, last, of the full model against the labels, (num_exits + 1,)."""
+    return torch.stack([label_loss(logits, labels, problem_type) for logits in _required(output.exit_logits)])
 
 
 def _required(logits: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from geep.training.losses import (
     followed_loss,
     full_model_loss,
     guided_shared_exit_loss,
+    joint_loss,
+    mean_joint_loss,
     shared_exit_loss,
     weighted_joint_loss,
 )
@@ -29,6 +31,7 @@ class Stage:
         needs: Arguments of the model's forward that make it return what the loss reads.
         epochs_scale: Epochs of this stage for each epoch asked for.
         learning_rate_scale: Learning rate of this stage for the rate asked for.
+        alternate: What is minimised instead on every second step. None: `loss` on every step.
     """
 
     name: str
@@ -37,6 +40,11 @@ class Stage:
     needs: Mapping[str, bool] | None = None
     epochs_scale: float = 1.0
     learning_rate_scale: float = 1.0
+    alternate: Loss | None = None
+
+    def loss_after(self, steps: int) -> Loss:
+        """What the next step minimises when the optimizer has made so many in this stage, before a stop and since."""
+        return self.loss if self.alternate is None or steps % 2 == 0 else self.alternate
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,9 @@ class Recipe:
 
 
 _EXITS: Mapping[str, bool] = {"output_exits": True}
+
+
+_BALANCED: Mapping[str, bool] = {"output_exits": True, "gradient_equilibrium": True}
 
 
 _SHARED: Mapping[str, bool] = {"output_exits": True, "output_shared_exits": True}
@@ -87,5 +98,9 @@ RECIPES: dict[str, Recipe] = {
         )
     ),
     "pabee": Recipe((Stage("joint", weighted_joint_loss, needs=_EXITS),)),
+    # The first step, and every other one from there, is the full model's alone, as in BERxiT's code.
+    "berxit": Recipe((Stage("alternating", full_model_loss, needs=_EXITS, alternate=joint_loss),)),
+    "gradient-equilibrium": Recipe((Stage("joint", joint_loss, needs=_BALANCED),)),
+    "mixed": Recipe((Stage("fine-tune", full_model_loss), Stage("joint", mean_joint_loss, needs=_EXITS))),
     "vanilla": Recipe((Stage("fine-tune", full_model_loss),), trains_exits=False),
 }

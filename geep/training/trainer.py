@@ -112,7 +112,7 @@ class _StageTrainer(Trainer):
             bare.encoder.train(mode=False)
             bare.teacher.train(mode=False)
         output = model(**inputs, **(self.stage.needs or {}))
-        loss = self.stage.loss(output, labels, self.problem_type)
+        loss = self.stage.loss_after(self.state.global_step)(output, labels, self.problem_type)
         return (loss, output) if return_outputs else loss
 
     def _judge(self, prediction: EvalPrediction) -> dict[str, float]:
