@@ -124,6 +124,8 @@ def test_cells_are_run_once_the_default_recipe_first(certified: ModuleType) -> N
     assert {cell.recipe for cell in cells[: len(certified.FIRST)]} == {"fitted"}
     everywhere = [*certified.FIRST, *certified.FURTHER]
     assert sorted(cell.data for cell in cells if (cell.recipe, cell.seed) == ("fitted", 0)) == sorted(everywhere)
+    rivals = [certified.Cell(data, recipe, 0) for recipe in certified.ONE_SEED for data in certified.FIRST]
+    assert [cell for cell in cells if cell.recipe in certified.ONE_SEED] == rivals == cells[-len(rivals) :]
 
 
 def test_a_cell_is_measured_and_reported_and_not_measured_again(
