@@ -3,11 +3,11 @@
 Measured on the test split, from raw text to label ids, median of interleaved rounds: Hugging Face's pipeline (arrival
 order, length-sorted, in bfloat16, compiled, cut to as many layers as give our accuracy), sentence-transformers,
 infinity-emb, ONNX Runtime (float32, int8), OpenVINO (float32, the precision it chooses, int8, geep's table before it),
-a model of as many layers as geep runs, fine-tuned at that depth, TF-IDF with logistic regression, FastBERT's shrinking
-batch; and geep at full depth, at every constant depth, the table before the full model, and as calibrated, on each
-backend and dtype asked for. Also: FastBERT and geep with texts that come in calls of 8 … 4,096; where geep's time goes;
-how much of the machine's peak in matrix products the full model uses. Not measured: GPUs (`gpu.py`), latency of single
-requests, pairs.
+a model of as many layers as geep runs, fine-tuned at that depth, TF-IDF with logistic regression, static embeddings
+(model2vec), FastBERT's shrinking batch; and geep at full depth, at every constant depth, the table before the full
+model, and as calibrated, on each backend and dtype asked for. Also: FastBERT and geep with texts that come in calls of
+8 … 4,096; where geep's time goes; how much of the machine's peak in matrix products the full model uses. Not measured:
+GPUs (`gpu.py`), latency of single requests, pairs.
 
 Every way gets the same time, so fast ones time more texts: all take the first of one random order of the test texts.
 Accuracy is of these, and of all texts where a way answers them within seconds.
@@ -94,6 +94,7 @@ RIVALS: dict[str, RivalChoice] = {
         RivalChoice("infinity", "infinity.py", "infinity", plain=True),
         RivalChoice("shallow", "shallow.py"),
         RivalChoice("lexical", "lexical.py", "lexical"),
+        RivalChoice("embeddings", "embeddings.py", "embeddings"),
     )
 }
 

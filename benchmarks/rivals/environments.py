@@ -27,6 +27,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "lazy-loader==0.6",
     ),
     "lexical": ("scikit-learn==1.9.1",),
+    # Distilling wants transformers below 5.4.
+    "embeddings": (TORCH, "model2vec[distill,train]==0.10.0", "scikit-learn==1.9.1"),
     "sentence-transformers": (TORCH, "transformers==5.23.0", "sentence-transformers==6.2.0"),
     # Its own pins want NumPy below 2 and sentence-transformers below 4, which wants transformers below 5.
     "infinity": (TORCH, "transformers==4.57.6", "infinity-emb[torch]==0.0.78"),
