@@ -18,7 +18,7 @@ import geep
 from geep.backends import BACKENDS
 from geep.cli import app
 from geep.cli.options import NAMES
-from geep.data import DATASETS, ENCODERS
+from geep.data import ENCODERS
 from geep.engine import DTYPES
 from geep.exits import AGREEMENT, CRITERIA
 from geep.modeling import HEADS, GeepConfig
@@ -82,7 +82,6 @@ def test_an_option_is_the_same_in_every_command() -> None:
 
 def test_help_names_the_rows_that_there_are() -> None:
     tables = {
-        "DATASETS": DATASETS,
         "ENCODERS": ENCODERS,
         "RECIPES": RECIPES,
         "HEADS": HEADS,

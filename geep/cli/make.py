@@ -145,6 +145,9 @@ def train_command(
 
         geep train sst2 --data-dir data -o models/sst2-fb --recipe fastbert --set lr_scheduler_type=cosine
     """
+    from geep.data import DATASETS, local_path
+    from geep.data.parts import is_cut
+
     with show.errors(as_json, goes_on=True):
         console = show.console_for(as_json)
         # Refused before an hour of training and not after it.
@@ -162,13 +165,14 @@ def train_command(
             bf16=bf16,
             arguments=opt.training_arguments(set_ or []),
         )
-        is_in_data_dir = data_dir is not None and (data_dir / data).exists()
-        if data in opt.NAMES["DATASETS"] and not is_in_data_dir and calibration is None and unlabelled is None:
+        at_hand = local_path(data, data_dir)
+        if data in DATASETS and at_hand is None and calibration is None and unlabelled is None:
             columns = ("text_column", "text_pair_column", "label_column", "quoting")
             opt.refuse_ignored(context, columns, f"with {data}, which has columns of its own")
+        is_in_data_dir = data_dir is not None and at_hand == data_dir / data
         plan = geep.DataPlan(
             # Where it is, whatever folder later commands are started in.
-            data if is_in_data_dir or not Path(data).exists() else str(Path(data).resolve()),
+            data if at_hand is None or is_in_data_dir else str(at_hand.resolve()),
             str(data_dir.resolve()) if data_dir else None,
             holdout,
             max_train,
@@ -183,8 +187,6 @@ def train_command(
             settings, plan = replace(settings, seed=seed), replace(plan, seed=seed)
             fitting = replace(fitting, seed=seed)
         dataset = plan.load(cache_dir=cache_dir, local_files_only=local_files_only)
-        from geep.data.parts import is_cut
-
         if dataset.dev is not None and is_cut(dataset.dev):
             opt.refuse_ignored(context, ["holdout"], "with a development split of so many rows")
         parts = plan.divide(dataset)

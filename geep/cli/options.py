@@ -15,7 +15,6 @@ import typer
 import geep
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "DATASETS": ("reuters-r8", "reuters-r52", "20newsgroups"),
     "ENCODERS": ("all-minilm-l6-v2",),
     "RECIPES": (
         "fitted",
@@ -51,8 +50,8 @@ FEW_LABELS = "Few labels"
 DataArgument = Annotated[
     str,
     typer.Argument(
-        help=f"A data set name ({names('DATASETS')}), a name or folder under --data-dir with train/dev/test files, "
-        "or one file (.jsonl, .csv, .parquet, also .gz).",
+        help="A folder with train/dev/test files, or the name of one under --data-dir, or one file (.jsonl, .csv, "
+        ".parquet, also .gz), or a data set that `geep datasets` lists, such as reuters-r8.",
         show_default=False,
     ),
 ]

