@@ -521,6 +521,7 @@ IGNORED_IN: dict[str, dict[str, tuple[str, ...]]] = {
         "--revision": ("model folder",),
     },
     "demo": dict.fromkeys(("--output", "--text", "--max-texts", "--json"), ALWAYS),
+    "datasets": dict.fromkeys(("--json",), ALWAYS),
 }
 # Options that 1 is no value of.
 VALUES = dict.fromkeys(("--min-agreement", "--confidence", "--threshold", "--speed", "--holdout"), "0.6")

@@ -124,10 +124,13 @@ def _table(where: Path, rows: Any, source: DatasetSource, hub: HubSet, changed: 
 
 
 def _joined(batch: pa.Table, names: tuple[str, ...]) -> pa.Array:
-    """Columns joined by spaces, without those that are empty or missing; empty where all are."""
-    columns = [batch.column(name).combine_chunks().cast(pa.large_string()) for name in names]
-    filled = [pc.if_else(pc.equal(pc.utf8_trim_whitespace(each), ""), None, each) for each in columns]
-    return pc.binary_join_element_wise(*filled, pa.scalar(" ", pa.large_string()), null_handling="skip")
+    """Columns without blanks at their ends, joined by a space where they are not empty; empty where all are."""
+    columns = [pc.utf8_trim_whitespace(batch.column(name).combine_chunks().cast(pa.large_string())) for name in names]
+    filled = [pc.if_else(pc.equal(each, ""), None, each) for each in columns]
+    joined, space = filled[0], pa.scalar(" ", pa.large_string())
+    for each in filled[1:]:  # Arrow's own skipping of nulls loses the rows that have nothing else
+        joined = pc.coalesce(pc.binary_join_element_wise(joined, each, space), joined, each)
+    return pc.fill_null(joined, "")
 
 
 def _label_names(feature: Any, source: DatasetSource, hub: HubSet) -> dict[object, str]:

@@ -36,7 +36,7 @@ class HubSet:
 
     Attributes:
         hub_id: Its name on the hub, ``owner/name``.
-        text: Columns of the text; several are joined by a space, empty ones left out.
+        text: Columns of the text; several are joined by a space, empty ones and blanks at their ends left out.
         label: Column of the label.
         pair: Column of the second text, or None.
         splits: The hub's split of each part, by part: ``train``, ``dev``, ``test``.
