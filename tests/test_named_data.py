@@ -259,7 +259,7 @@ def test_the_library_finds_the_parts_of_repositories_as_they_lie(
 
 def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    message = r"ag_news .*`datasets`, which is not installed.*pip install 'geep\[hub\]'; or give --data-dir FOLDER"
+    message = r"ag_news .*`datasets`, which is not installed.*pip install 'geep\[hub\]'; or give --data-dir FOLDER "
     with pytest.raises(ImportError, match=message):
         data.load_dataset("ag_news")
 
@@ -269,7 +269,7 @@ def test_without_a_network_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    message = r"lcqmc could not be had .*Couldn't reach 'C-MTEB/LCQMC'.*check the network; or give --data-dir FOLDER, "
+    message = r"lcqmc could not be had .*Couldn't reach 'C-MTEB/LCQMC'.*check the network; or give --data-dir FOLDER "
     with pytest.raises(data.FetchError, match=message + '.*FOLDER/lcqmc holds.*"text", "text_pair", "label"'):
         data.load_dataset("lcqmc")
 
@@ -287,10 +287,26 @@ def test_where_no_network_may_be_asked_the_real_library_asks_none(
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
+def test_what_was_loaded_once_is_there_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library, on a cache that has the set under the name that it gives to sets of the hub."""
+    (tmp_path / "TREC-QC").mkdir()
+    (tmp_path / "TREC-QC" / "train.jsonl").write_text(LAYOUTS["trec"]["train.jsonl"], "utf-8")
+    (tmp_path / "TREC-QC" / "test.jsonl").write_text(LAYOUTS["trec"]["test.jsonl"], "utf-8")
+    datasets.load_dataset(str(tmp_path / "TREC-QC"), cache_dir=str(tmp_path / "cache"))
+    (made,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    (config,) = made.iterdir()
+    config.rename(made / "default")
+    made.rename(made.with_name("SetFit___trec-qc"))
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    found = data.load_dataset("trec", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert found.label_names == ("ABBR", "NUM")
+    assert found.test is not None
+
+
 @pytest.mark.parametrize("name", FOLDER_ONLY)
 def test_a_set_that_is_nowhere_had_without_running_code_is_asked_for_as_a_folder(name: str, tmp_path: Path) -> None:
     published = re.escape(data.DATASETS[name].published)
-    with pytest.raises(FileNotFoundError, match=rf"{published}.*--data-dir FOLDER, where FOLDER/{name} holds train"):
+    with pytest.raises(FileNotFoundError, match=rf"{published}.*--data-dir FOLDER .*FOLDER/{name} holds train"):
         data.load_dataset(name, data_dir=tmp_path)
 
 

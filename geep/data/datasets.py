@@ -186,8 +186,7 @@ def _find_parts(
         }
     raise FileNotFoundError(
         f"There is no folder of the data set {name}, and nowhere is it had from without running code. It was published "
-        f"here: {source.published}. Get it from there and give --data-dir FOLDER, where FOLDER/{name} holds "
-        'train.jsonl.gz, and dev.jsonl.gz and test.jsonl.gz if there are such, with the columns "text" and "label".'
+        f"here: {source.published}. Get it from there, and {source.as_folder(name)}."
     )
 
 

@@ -43,18 +43,14 @@ def read_hub(
         hub: Where the row says it is on the hub.
         part: ``train``, ``dev`` or ``test``; one that `hub` has.
         cache_dir: Folder for what the library makes of the files. None: the library's own.
-        local_files_only: Whether to take what is in that folder, and ask no network.
+        local_files_only: Whether to take what was made last of the set, of whatever commit, and ask no network.
 
     Raises:
         ImportError: If the `datasets` library is not installed.
         FetchError: If the library cannot get the set.
         ValueError: If it is not what the row says: other columns, other labels.
     """
-    columns = '"text", "text_pair", "label"' if source.pairs else '"text", "label"'
-    instead = (
-        f"give --data-dir FOLDER, where FOLDER/{name} holds train.jsonl.gz, and dev.jsonl.gz and test.jsonl.gz if "
-        f"there are such, with the columns {columns}"
-    )
+    instead = source.as_folder(name)
     try:
         import datasets
     except ImportError as err:

