@@ -105,8 +105,8 @@ _ZERO_ONE = ("0", "1")
 _STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
 _NOT_STATED = "None stated where the files are published."
 
-# Columns and commits of the hub were looked up in its pages and in programs that load these sets, in November 2026. The
-# fetch itself was not run: no hub was in reach. What has changed since is an error, not another data set.
+# Columns and commits of the hub were looked up in stored copies of its pages and in programs that load these sets. The
+# fetch itself was not run: no hub was in reach. Columns or labels that differ are an error, not another data set.
 DATASETS: dict[str, DatasetSource] = {
     "chnsenticorp": DatasetSource(
         title="ChnSentiCorp: reviews of hotels, books and computers, by sentiment",
