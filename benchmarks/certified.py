@@ -5,8 +5,12 @@ Measured, for each cell (data set, recipe, seed), with everything else alike:
 - the recipe trains on all rows that are not held out (`geep.train`), table and settings are learned on one held-out
   part and each of `PROMISES` is certified on another (`geep.profile`, `geep.calibrate`);
 - on the test split: accuracy of the full model and of every exit, and for each promise mean layers, accuracy and
-  agreement with the cell's own full model; layers and accuracy along all speeds, for comparing at equal accuracy: a
-  recipe may spoil the full model that its promises are about.
+  agreement with the cell's own full model, and how many answers are spoilt and repaired; layers and accuracy along all
+  speeds, for comparing at equal accuracy: a recipe may spoil the full model that its promises are about;
+- as published, at the speeds that FastBERT's paper reports: FastBERT (entropy, every exit asked until one is sure) and
+  GEEP (the table of counts, texts sorted by it, the answer at the predicted layer is final), on the same exits;
+- all of it once more without the test texts that also stand in training or development rows, told by their letters and
+  digits alone, where there are such.
 
 Recipes: `RECIPES`, of which `fitted` leaves the full model that of plain fine-tuning. Not measured: time.
 
@@ -25,6 +29,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import time
 import traceback
@@ -33,14 +38,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from ablation import quality
+from numpy.typing import NDArray
 from transformers import AutoConfig
 
 import geep
-from geep.calibration import TRIAL_SPEEDS, ExitRun, Outcomes, ProfileResult, calibrate, profile
-from geep.engine import Engine
+from geep.calibration import TRIAL_SPEEDS, Calibration, ExitRun, Outcomes, ProfileResult, calibrate, profile
+from geep.data import Dataset, Split
+from geep.engine import Engine, ExitSettings
 from geep.evaluation.race import cpu_name
 from geep.promise import NothingCertifiedError, Promise
 from geep.training import TrainSettings
@@ -84,6 +92,9 @@ ONE_SEED = ("berxit", "gradient-equilibrium", "mixed")
 FIRST = ("sst2", "lcqmc", "ag_news", "thucnews", "yahoo_answers", "trec")
 FURTHER = ("book_review", "weibo", "shopping", "chnsenticorp", "dbpedia", "amazon_full", "yelp_polarity", "yelp_full")
 SEEDS = 3
+
+# At which FastBERT's paper reports (Liu et al. 2020, table 2).
+PUBLISHED_SPEEDS = (0.1, 0.5, 0.8)
 
 PROMISES: dict[str, Promise] = {
     "at most 0.5 points": Promise(max_accuracy_drop=0.005),
@@ -205,16 +216,18 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
     )
     clock["train"] = time.perf_counter()
     engine = Engine.from_pretrained(folder, exits=False, dtype="float32", compile=False)
-    found = profile(engine, parts.teaching, parts.profile)
+    teaching, tuning = (ExitRun.of(engine, part) for part in (parts.teaching, parts.profile))
+    found = profile(engine, teaching, tuning)
+    paper = profile(engine, teaching, tuning, kind="counts", criterion="entropy").engine
     clock["profile"] = time.perf_counter()
     if dataset.test is None:
         raise ValueError(f"{cell.data} has no test split, expected one to report on.")
     fresh, test = (ExitRun.of(engine, part) for part in (parts.calibration, dataset.test))
-    kept = {name: _kept(found, fresh, test, promise) for name, promise in PROMISES.items()}
-    clock["calibrate"] = time.perf_counter()
     if test.labels is None:
         raise ValueError(f"The test rows of {cell.data} have no labels, expected some to report on.")
-    answers = test.exit_logits.argmax(-1)
+    calibrated = {name: _calibrated(found, fresh, promise) for name, promise in PROMISES.items()}
+    new = torch.from_numpy(np.flatnonzero(~repeated(dataset)))
+    clock["calibrate"] = time.perf_counter()
     times = list(clock.items())
     return {
         "data": cell.data,
@@ -229,17 +242,56 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "certified_on": len(parts.calibration),
         "search": "careful and daring",
         "tested_on": len(test),
+        "repeated": len(test) - len(new),
         "epochs": settings.epochs,
         "steps": trained.steps,
         "depths": list(engine.depths),
-        "accuracy": _percent((answers == test.labels).float().mean(1).tolist()),
-        "agreement": _percent((answers == answers[-1]).float().mean(1).tolist()),
-        "table_accuracy": _table_accuracy(Outcomes(found.engine, test)),
-        "promises": kept,
+        **_outcomes(found, paper, calibrated, test),
+        "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if len(new) < len(test) else None,
         "seconds": {
             name: round(after - before, 1) for (_, before), (name, after) in zip(times, times[1:], strict=False)
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+    }
+
+
+def repeated(dataset: Dataset) -> NDArray[np.bool_]:
+    """Which test texts stand in training or development rows, too, but for case, blanks and punctuation."""
+
+    def told(part: Split) -> list[str]:
+        pairs = [""] * len(part) if part.text_pairs is None else part.text_pairs
+        both = zip(part.texts, pairs, strict=True)
+        return ["|".join(re.sub(r"[\W_]+", "", text.lower()) for text in pair) for pair in both]
+
+    known = {text for part in (dataset.train, dataset.dev) if part is not None for text in told(part)}
+    return np.array([text in known for text in told(dataset.test)]) if dataset.test else np.zeros(0, dtype=bool)
+
+
+def _outcomes(
+    found: ProfileResult, paper: Engine, calibrated: dict[str, Calibration | str], test: ExitRun
+) -> dict[str, Any]:
+    """What of a cell is seen on test rows."""
+    answers, labels = test.exit_logits.argmax(-1), test.labels
+    return {
+        "accuracy": _percent((answers == labels).float().mean(1).tolist()),
+        "agreement": _percent((answers == answers[-1]).float().mean(1).tolist()),
+        "table_accuracy": _table_accuracy(Outcomes(found.engine, test)),
+        "promises": {name: _kept(calibration, test) for name, calibration in calibrated.items()},
+        "published": _published(paper, test),
+    }
+
+
+def _published(paper: Engine, test: ExitRun) -> dict[str, Any]:
+    """FastBERT's and GEEP's own rules on the exits of a cell, with none of what was added since."""
+    # Without a table every text is asked at every exit.
+    bare = Engine(paper.model, paper.tokenizer, config=paper.config, identity=paper.identity)
+    rules = {
+        "FastBERT": (Outcomes(bare, test), ExitSettings(criterion="entropy", on_miss="continue")),
+        "GEEP": (Outcomes(paper, test), ExitSettings(criterion="entropy", on_miss="stop")),
+    }
+    return {
+        name: [{"speed": speed, **quality(outcomes, replace(rule, speed=speed))} for speed in PUBLISHED_SPEEDS]
+        for name, (outcomes, rule) in rules.items()
     }
 
 
@@ -255,21 +307,30 @@ def _table_accuracy(outcomes: Outcomes) -> float | None:
     return round(100 * float(found.correct[:, 0].mean()), 2)
 
 
-def _kept(found: ProfileResult, fresh: ExitRun, test: ExitRun, promise: Promise) -> dict[str, Any]:
-    """What a certified speed does on the test rows, and what every other speed of these settings would do."""
+def _calibrated(found: ProfileResult, fresh: ExitRun, promise: Promise) -> Calibration | str:
+    """The settings that keep a promise; why there are none."""
     try:
-        calibration = calibrate(found.engine, found.heldout, fresh, promise)
+        return calibrate(found.engine, found.heldout, fresh, promise)
     except NothingCertifiedError as refusal:
-        return {"refused": str(refusal)}
+        return str(refusal)
+
+
+def _kept(calibration: Calibration | str, test: ExitRun) -> dict[str, Any]:
+    """What a certified speed does on the test rows, and what every other speed of these settings would do."""
+    if isinstance(calibration, str):
+        return {"refused": calibration}
     engine = calibration.engine
     outcomes = Outcomes(engine, test)
 
     def outcome(speed: float) -> dict[str, Any]:
         return {"speed": speed, **quality(outcomes, replace(engine.settings, speed=speed))}
 
+    judged = outcomes.judged(engine.settings)
     curve = [outcome(speed) for speed in TRIAL_SPEEDS]
     return {
         **outcome(engine.settings.speed),
+        "spoilt": int(judged.spoilt.sum()),
+        "repaired": int(judged.repaired.sum()),
         "criterion": engine.settings.criterion,
         "quantile": engine.settings.quantile,
         "lexical_exit": engine.settings.lexical_exit,
