@@ -6,18 +6,18 @@ python benchmarks/plot.py
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from matplotlib.figure import Figure
-from tables import system_of
+from plot_races import draw_promises, draw_races
+from plot_staircase import draw_staircase
+from tables import Line, certified_races, read, system_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-Line = dict[str, Any]
-Draw = Callable[[Figure, list[Line]], None]
+Measured = TypeVar("Measured")
 
 
 def main() -> None:
@@ -39,22 +39,19 @@ def draw_all(results: Path) -> list[Path]:
             if of_kind:
                 name = path.stem if kind == "throughput" else f"{kind}-{path.stem.removeprefix('throughput-')}"
                 written.append(_save(results / f"{name}.png", draw, of_kind))
-    scaling = results / "scaling.jsonl"
-    if scaling.exists():
-        written.append(_save(results / "scaling.png", draw_scaling, read(scaling)))
+    if certified_races(results):
+        written.append(_save(results / "races.png", draw_races, results))
+    for name, draw_lines in (("scaling", draw_scaling), ("staircase", draw_staircase), ("guarantee", draw_promises)):
+        if (results / f"{name}.jsonl").exists():
+            written.append(_save(results / f"{name}.png", draw_lines, read(results / f"{name}.jsonl")))
     return written
 
 
-def read(path: Path) -> list[Line]:
-    """Read a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _save(path: Path, draw: Draw, lines: list[Line]) -> Path:
+def _save(path: Path, draw: Callable[[Figure, Measured], None], measured: Measured) -> Path:
     figure = Figure(figsize=(8, 5), layout="constrained")
-    draw(figure, lines)
+    draw(figure, measured)
     # Without the date in it, the same results give the same file.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rivals.lines import FLOAT32_GROUPS
+
 from geep.backends import BACKENDS
 
 Line = dict[str, Any]
@@ -26,6 +28,49 @@ def system_of(budget: Line) -> str:
     if budget["system"] == "fastbert":
         return "FastBERT, shrinking batch"
     return f"GEEP, {budget.get('engine', 'packed')}"
+
+
+def certified_races(results: Path) -> list[tuple[str, list[Line], dict[str, Line]]]:
+    """Data sets that were raced with a certified engine: name, lines of the race, lines of whole test splits by engine.
+
+    Left out are engines on a backend that was let go, those of which nothing is certified, and lines from before
+    that was noted, whose models an older recipe made; docs/results has them all.
+    """
+    path = results / "accuracy.jsonl"
+    kept: dict[str, dict[str, Line]] = {}
+    for line in read(path) if path.exists() else []:
+        if line.get("certified") and not let_go(line["engine"]):
+            kept.setdefault(line["data"], {})[line["engine"]] = line
+    races = []
+    for data, engines in sorted(kept.items()):
+        timed = results / f"throughput-{data}.jsonl"
+        lines = read(timed) if timed.exists() else []
+        raced = {run["engine"] for run in of_kind(lines, "throughput", group="geep") if run["over_pipeline"]}
+        if mine := {engine: line for engine, line in engines.items() if engine in raced}:
+            races.append((data, lines, mine))
+    return races
+
+
+def against_full(run: Line, lines: list[Line], kept: dict[str, Line]) -> float | None:
+    """Points of accuracy against the float32 full model, on all texts that both answered; None where that is not known.
+
+    Args:
+        run: A way of a race.
+        lines: Of that race.
+        kept: What its engines keep on the whole test split, by engine.
+    """
+    if run["group"] in FLOAT32_GROUPS:
+        return 0.0
+    mine = kept.get(run["engine"] or "")
+    if mine is not None and run["group"] in ("geep", "full", "constant"):
+        depth = str(int(run["mean_exit_layer"]))
+        accuracy: float = mine["accuracy"] if run["group"] == "geep" else mine["constant_accuracy"][depth]
+        return 100 * (accuracy - mine["full_accuracy"])
+    in_float32 = (line.get("accuracy_of_all") for line in lines if line.get("group") in FLOAT32_GROUPS)
+    full = next((accuracy for accuracy in in_float32 if accuracy is not None), None)
+    if full is None or run.get("accuracy_of_all") is None:
+        return None
+    return 100 * (float(run["accuracy_of_all"]) - full)
 
 
 def let_go(engine: str) -> bool:
