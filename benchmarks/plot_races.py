@@ -55,8 +55,8 @@ def _race(axes: Axes, data: str, lines: list[Line], kept: dict[str, Line]) -> li
         rows = [run for run in runs if run["engine"] == engine and run["group"] in ("constant", "full")]
         rows.sort(key=lambda run: run["mean_exit_layer"])
         points = [(run["throughput"], against_full(run, lines, kept)) for run in rows]
-        axes.plot(*zip(*points, strict=True), style, marker=".", color=CURVE, linewidth=1.2, markersize=5, zorder=1)
-        if engine == sorted(kept)[0]:
+        axes.plot(*np.array(points).reshape(-1, 2).T, style, marker=".", color=CURVE, linewidth=1.2, zorder=1)
+        if points and engine == sorted(kept)[0]:
             marks.append((*points[len(points) // 3], "constant depth, same engine", "#6b747d"))
         (ours,) = of_kind(runs, "throughput", group="geep", engine=engine)
         place = (ours["throughput"], against_full(ours, lines, kept))

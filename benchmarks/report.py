@@ -1,4 +1,4 @@
-"""Turn benchmarks/results/*.jsonl into docs/results.md and the table of README.md; measures nothing.
+"""Turn benchmarks/results/*.jsonl into docs/results.md, docs/results/*.md and the README's numbers; measures nothing.
 
 python benchmarks/report.py            # write
 python benchmarks/report.py --check    # say whether the documents are what the results give; exit 1 if not
@@ -7,16 +7,21 @@ python benchmarks/report.py --check    # say whether the documents are what the 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from itertools import islice
 from pathlib import Path
 
-from report_more import more_parts
-from report_summary import engine_summary
-from tables import Line, describe, let_go, of_kind, percent, read, table, times
+from sections.exits import exit_sections
+from sections.machines import machine_sections
+from sections.promises import promise_sections
+from sections.race import call_sections, race_sections, readme_table
+from sections.raw import raw_pages
+from tables import of_kind, read
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- results: written by `make bench` -->", "<!-- end of results -->"
+MARKS = "<!-- {name}: written by `make bench` -->", "<!-- end of {name} -->"
 
 
 def main() -> None:
@@ -24,220 +29,99 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    head, rest = before.split(START)
-    tail = rest.split(END)[1]
-    documents = {
-        ROOT / "docs" / "results.md": results_page(),
-        readme: f"{head}{START}\n\n{summary_table()}\n\n{END}{tail}",
-    }
-    stale = [path for path, text in documents.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wanted = documents(ROOT, RESULTS)
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    gone = sorted(set((ROOT / "docs" / "results").glob("*.md")) - set(wanted))
     if args.check:
-        for path in stale:
+        for path in [*stale, *gone]:
             print(f"{path.relative_to(ROOT)} is not what the results give; run `make bench`.")
-        sys.exit(1 if stale else 0)
-    for path, text in documents.items():
-        path.write_text(text, encoding="utf-8")
+        sys.exit(1 if stale or gone else 0)
+    for path in gone:
+        path.unlink()
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(wanted[path], encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
 
 
-def studies() -> dict[str, list[Line]]:
-    """Lines of every study, by data set."""
-    return {path.stem.removeprefix("study-"): read(path) for path in sorted(RESULTS.glob("study-*.jsonl"))}
+def documents(root: Path, results: Path) -> dict[Path, str]:
+    """Every document that holds numbers, and its text."""
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, block in (("first screen", first_screen(results)), ("results", answers(results))):
+        start, end = (mark.format(name=name) for mark in MARKS)
+        if not re.search(f"{re.escape(start)}.*{re.escape(end)}", text, flags=re.DOTALL):
+            raise SystemExit(f"{readme} lacks the marks {start} … {end}, between which numbers are written.")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n\n{block}\n\n{end}{rest.split(end)[1]}"
+    pages = {root / "docs" / "results" / f"{name}.md": f"{page}\n" for name, page in raw_pages(results)}
+    return {readme: text, root / "docs" / "results.md": results_page(results), **pages}
 
 
-def summary_table() -> str:
-    """What is lost and gained, by engine; from the studies alone where engines were not measured side by side."""
-    return engine_summary(RESULTS) or study_summary()
-
-
-def study_summary() -> str:
-    """One line a data set: what the calibrated engine gains, and int8 beside it where that was measured."""
-    rows = []
-    machine = ""
-    int8 = {name: int8_ratios(name) for name in studies()}
-    has_int8 = any(ratio is not None for ratios in int8.values() for ratio in ratios)
-    for name, lines in studies().items():
-        runs = of_kind(lines, "run")
-        # Lines from before it was noted are of engines calibrated to go on.
-        ours = next(run for run in runs if run.get("deployed", run.get("group") == "geep-continue"))
-        full = of_kind(runs, "run", group="full")[0]
-        pipeline = max(of_kind(runs, "run", group="pipeline"), key=lambda run: run["throughput"])
-        promise = of_kind(lines, "calibration")[0]["promise"]["max_accuracy_drop"]
-        machine = describe(ours["machine"])
-        rows.append(
-            [
-                name,
-                f"{100 * promise:g}" if ours["calibrated_speed"] else "none",
-                percent(full["accuracy"]),
-                percent(ours["accuracy"]),
-                times(ours["layer_speedup"]),
-                f"{ours['ratio']:.2f}x",
-                f"{ours['throughput'] / pipeline['throughput']:.2f}x",
-                best_constant(runs, ours),
-                f"{100 * ours['lexical_share']:.0f} %",
-                *([times(ratio) for ratio in int8[name]] if has_int8 else []),
-            ]
-        )
-    header = [
-        "data set",
-        "promised drop, points",
-        "accuracy, full",
-        "accuracy, GEEP",
-        "fewer layers",
-        "faster than packed full",
-        "faster than HF pipeline",
-        "against constant depth at least as good",
-        "answered by the table alone",
-        *(["GEEP int8 over HF pipeline", "ONNX Runtime int8 over HF pipeline"] if has_int8 else []),
+def results_page(results: Path) -> str:
+    """The whole of docs/results.md: questions, each with a table and its answer."""
+    sections = [
+        *race_sections(results),
+        *promise_sections(results),
+        *exit_sections(results),
+        *call_sections(results),
+        *machine_sections(results),
     ]
-    return f"{table(header, rows)}\n\nMeasured on: {machine}. All rows and rivals: [docs/results.md](docs/results.md)."
-
-
-def int8_ratios(data: str) -> tuple[float | None, float | None]:
-    """Throughput over the HF pipeline's: of our fastest calibrated int8 engine, of ONNX Runtime int8 at full depth."""
-    path = RESULTS / f"throughput-{data}.jsonl"
-    runs = of_kind(read(path), "throughput") if path.exists() else []
-    ours = [run for run in runs if run["group"] == "geep" and "int8" in run["engine"] and not let_go(run["engine"])]
-    theirs = [run for run in runs if run["group"] == "onnxruntime-int8"]
-
-    def best(some: list[Line]) -> float | None:
-        return max((run["over_pipeline"] for run in some if run["over_pipeline"] is not None), default=None)
-
-    return best(ours), best(theirs)
-
-
-def best_constant(runs: list[Line], ours: Line) -> str:
-    """Our throughput over that of the fastest constant depth which is at least as accurate."""
-    equals = [run for run in runs if run["group"] in ("constant", "full") and run["accuracy"] >= ours["accuracy"]]
-    if not equals:
-        return "none as good"
-    rival = max(equals, key=lambda run: run["throughput"])
-    depth = rival["setting"] if rival["group"] == "constant" else "all layers"
-    return f"{ours['throughput'] / rival['throughput']:.2f}x ({depth})"
-
-
-STUDY_WORDS = (
-    "All rivals and sweeps in float32, one study a data set. They were taken before the learned criterion, the exact "
-    "bound on accuracy drops and the fused CPU layers, so the summary above is the newer one."
-)
-
-
-def results_page() -> str:
-    """The whole of docs/results.md."""
     parts = [
         "# Results",
-        "Written by `make bench` from `benchmarks/results/*.jsonl`; every number was printed by the commands named at "
-        "the top of the scripts in `benchmarks/`. Absolute speeds mean nothing without the machine named "
-        "beside them; ratios were taken in one interleaved run.",
-        "## Summary",
-        summary_table(),
+        "Questions, and what was measured. Written by `make bench` from `benchmarks/results/*.jsonl`, every number "
+        "and comparison in an answer too; how each was measured, and what was not, stands at the top of its script "
+        "in `benchmarks/`. Absolute speeds mean nothing without the machine named beside them; ratios were taken in "
+        "one interleaved run.",
+        *(str(section) for section in sections),
     ]
-    if engine_summary(RESULTS) is not None and studies():
-        parts += ["## Studies", STUDY_WORDS, study_summary()]
-    for name, lines in studies().items():
-        parts += study_part(name, lines)
-    recipes = RESULTS / "recipes.jsonl"
-    if recipes.exists():
-        parts += ["## Recipes and heads", recipes_part(read(recipes))]
-    parts += more_parts(RESULTS)
     return "\n\n".join(parts) + "\n"
 
 
-def study_part(name: str, lines: list[Line]) -> list[str]:
-    """Everything measured on one data set."""
-    training, calibration = of_kind(lines, "training")[0], of_kind(lines, "calibration")[0]
-    profile, runs = of_kind(lines, "profile")[0], of_kind(lines, "run")
-    first = runs[0]
-    rows = [
-        [
-            run["name"],
-            percent(run["accuracy"]),
-            percent(run["agreement"]),
-            f"{run['mean_exit_layer']:.2f}",
-            times(run["layer_speedup"]),
-            f"{run['throughput']:.1f}",
-            f"{run['throughput_low']:.1f} – {run['throughput_high']:.1f}",
-            f"{run['ratio']:.2f}",
-            "–" if run["timed_layer_speedup"] is None else f"{run['ratio'] / run['timed_layer_speedup']:.2f}",
-        ]
-        for run in runs
-    ]
-    header = [
-        "",
-        "accuracy, %",
-        "agreement, %",
-        "mean layer",
-        "layer speed-up",
-        "texts/s",
-        "slowest – fastest round",
-        "x packed full",
-        "time kept of layers saved",
-    ]
-    promise = calibration["promise"]
-    trials = calibration["trials"]
-    predictors = [
-        [
-            row["predictor"],
-            f"{row['speed']:g}",
-            f"{row['rank_correlation']:.2f}",
-            f"{row['mean_absolute_error']:.2f}",
-            percent(row["early_share"]),
-        ]
-        for row in of_kind(lines, "predictor")
-    ]
-    held = [
-        [row["kind"], f"{row['speed']:g}", f"{row['rank_correlation']:.2f}", f"{row['mean_absolute_error']:.2f}"]
-        for row in profile["quality"]
-    ]
-    optimism = [
-        [f"{row['speed']:g}", f"{row['training_texts']:.2f}", f"{row['heldout_texts']:.2f}"]
-        for row in profile["mean_exit_layers"]
-    ]
-    return [
-        f"## {name}",
-        f"Encoder of {first['encoder_layers']} layers, {training['rows']:,} training rows, "
-        f"{training['settings']['epochs']:g} epochs, recipe `{training['settings']['recipe']}`. "
-        f"Quality on all {first['num_texts']:,} test texts; time on {first['num_timed']:,} of them, median of "
-        f"{first['rounds']} rounds. Machine: {describe(first['machine'])}.",
-        f"Promise: at most {100 * promise['max_accuracy_drop']:g} points of accuracy lost, "
-        f"{100 * promise['confidence']:g} % sure, certified on {calibration['num_texts']:,} texts: speed "
-        f"{calibration['speed']:g} of {len(trials)} tried, criterion {calibration['criterion']}, quantile "
-        f"{calibration['quantile']:g}, lexical exit {'on' if calibration['lexical_exit'] else 'off'}.",
-        table(header, rows),
-        f"![accuracy against time]({'../benchmarks/results/study-' + name + '.png'})",
-        "Exit layers predicted on the test texts, at the calibrated speed:",
-        table(["predictor", "speed", "rank correlation", "mean error, layers", "too early, %"], predictors),
-        "Predictors on the held-out texts that the levels were fitted on:",
-        table(["predictor", "speed", "rank correlation", "mean error, layers"], held),
-        "Mean exit layer of training and of held-out texts (exits are over-confident on what they were trained on):",
-        table(["speed", "training texts", "held-out texts"], optimism),
-    ]
+def answers(results: Path) -> str:
+    """What the README says of results: questions and answers, without their tables."""
+    told = [*race_sections(results)]
+    for sections in (promise_sections, exit_sections, call_sections, machine_sections):
+        told += [*islice(sections(results), 1)]
+    page = "docs/results.md"
+    return "\n".join(f"- [{each.question}]({page}#{anchor(each.question)}) {each.answer}" for each in told)
 
 
-def recipes_part(lines: list[Line]) -> str:
-    """Accuracy at every exit, a table for each data set."""
+def anchor(heading: str) -> str:
+    """What GitHub calls a heading in an address."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def first_screen(results: Path) -> str:
+    """Figures and table that stand at the top of the README."""
     parts = []
-    for data in dict.fromkeys(line["data"] for line in lines):
-        of_data = [line for line in lines if line["data"] == data]
-        depths = max((line["depths"] for line in of_data), key=len)
-        rows = [
-            [
-                f"{line['settings']['recipe']}, {line['head']} head"
-                + ("" if line["settings"]["standardise"] else ", heads not standardised"),
-                *(percent(dict(zip(line["depths"], line["accuracy"], strict=True)).get(depth)) for depth in depths),
-                f"{line['steps']:,}",
-                f"{line['seconds']:.0f}",
-            ]
-            for line in of_data
-        ]
-        first = of_data[0]
-        header = ["recipe and head", *(f"layer {depth}" for depth in depths), "steps", "seconds"]
-        parts.append(
-            f"{data}, encoder {first['encoder']}, {first['rows']:,} training rows, {first['settings']['epochs']:g} "
-            f"epochs, accuracy in % on {first['dev_rows']:,} held-out rows, one seed:\n\n{table(header, rows)}"
+    drawn = read(results / "staircase.jsonl")
+    if drawn:
+        (about,), texts = of_kind(drawn, "window"), of_kind(drawn, "text")
+        depth = about["layers"]
+        ran, known = sum(text["exit"] for text in texts), sum(text["predicted"] == 0 for text in texts)
+        hits = sum(0 < text["predicted"] == text["exit"] for text in texts)
+        promise = about["promise"]
+        promised = (
+            f"to lose at most {100 * promise['max_accuracy_drop']:g} points"
+            if promise["max_accuracy_drop"] is not None
+            else f"to agree on {100 * promise['min_agreement']:g} %"
         )
+        parts += [
+            "![texts as columns, layers as rows: a staircase](benchmarks/results/staircase.png)",
+            f"*{len(texts)} test texts of {about['data']} (columns) in a {depth}-layer encoder (rows), certified "
+            f"{promised}: {known} are answered by the table, {hits} where it said they would be, "
+            f"{len(texts) - known - hits} go on. Run are {ran:,} of {depth * len(texts):,} layers; "
+            f"{sum(text['agrees'] for text in texts)} of {len(texts)} answers are the full model's.*",
+        ]
+    if (results / "races.png").exists():
+        parts += [
+            "![accuracy against time, four data sets](benchmarks/results/races.png)",
+            "*Accuracy against texts a second on two CPU threads, everything at its best batch size; up and to the "
+            "right is better. Hollow: runs all layers, its accuracy was not taken on all texts.*",
+        ]
+    if table := readme_table(results):
+        parts.append(table)
     return "\n\n".join(parts)
 
 

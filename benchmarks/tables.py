@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,30 @@ from geep.backends import BACKENDS
 Line = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A question that results answer.
+
+    Attributes:
+        question: The heading.
+        parts: Tables, figures, and in a sentence what was done.
+        answer: In one to three sentences; every number and comparison in it is computed.
+        source: Scripts that measured, and where all rows are.
+    """
+
+    question: str
+    parts: tuple[str, ...]
+    answer: str
+    source: str
+
+    def __str__(self) -> str:
+        """Markdown."""
+        return "\n\n".join([f"## {self.question}", *self.parts, f"{self.answer} *{self.source}*"])
+
+
 def read(path: Path) -> list[Line]:
-    """Read a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read a JSON-lines file; nothing where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def of_kind(lines: list[Line], kind: str, **fields: object) -> list[Line]:
@@ -38,13 +61,13 @@ def certified_races(results: Path) -> list[tuple[str, list[Line], dict[str, Line
     """
     path = results / "accuracy.jsonl"
     kept: dict[str, dict[str, Line]] = {}
-    for line in read(path) if path.exists() else []:
+    for line in read(path):
         if line.get("certified") and not let_go(line["engine"]):
             kept.setdefault(line["data"], {})[line["engine"]] = line
     races = []
     for data, engines in sorted(kept.items()):
         timed = results / f"throughput-{data}.jsonl"
-        lines = read(timed) if timed.exists() else []
+        lines = read(timed)
         raced = {run["engine"] for run in of_kind(lines, "throughput", group="geep") if run["over_pipeline"]}
         if mine := {engine: line for engine, line in engines.items() if engine in raced}:
             races.append((data, lines, mine))
@@ -97,3 +120,27 @@ def times(value: float | None) -> str:
 def describe(machine: Line) -> str:
     """A machine in words."""
     return f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}"
+
+
+def plain(value: float) -> str:
+    """Two digits behind the point."""
+    return f"{value:.2f}"
+
+
+def points(value: float) -> str:
+    """A difference in points, with its sign."""
+    return f"{value:+.2f}"
+
+
+def span(values: Iterable[float | None], said: Callable[[float], str] = plain) -> str:
+    """Least to most of what is known, in words; once where they read the same, a dash where nothing is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = said(min(known)), said(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def figure(results: Path, name: str, words: str) -> list[str]:
+    """A figure that was drawn, for a page in docs; nothing where it was not."""
+    return [f"![{words}](../benchmarks/results/{name}.png)"] if (results / f"{name}.png").exists() else []

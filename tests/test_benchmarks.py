@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny
 
 from geep.calibration import ExitRun
 from geep.data import Split
-from geep.engine import ExitSettings
+from geep.engine import EngineConfig, ExitSettings
 from geep.promise import RISKS, Promise
 from geep.training import TrainSettings
 
@@ -62,6 +63,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "guarantee",
         "searches",
         "families",
+        "staircase",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
@@ -161,8 +163,12 @@ def test_a_cell_is_measured_and_reported_and_not_measured_again(
     args = SimpleNamespace(data_dir=tmp_path / "data", only=None, recipes=None, seeds=1)
     assert cell not in certified._wanted(args, output)
     assert certified.Cell("toy", "geep", 0) in certified._wanted(args, output)
-    accuracies, promises = load("report_exits")._certified([line, {**line, "recipe": "geep"}])[1::2]
-    assert len(accuracies.splitlines()) == len(promises.splitlines()) == 4
+    from sections.exits import _certified
+
+    section = _certified([line, {**line, "recipe": "geep"}])
+    assert [row.split(" | ")[1] for row in section.parts[1].splitlines()[2:]] == ["fitted", "geep"]
+    # Two recipes that made the same model: neither is better.
+    assert "Against `geep` its full model is the better in 0 of 1 sets" in section.answer
 
 
 def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies(rivals: None) -> None:
@@ -185,8 +191,15 @@ def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies
     assert guarantee.checked([blind], promise, 1500, splits=20)["broken"] == 1.0
     line = {"data": "toy", "promise": "99 % agreement", **found}
     refused = {**line, "certified": 0, "lost": None, "layers": None}
-    rows = load("report_exits")._guarantee([line, refused])[1].splitlines()
-    assert rows[3].endswith("| – | – | – | – |")
+    from sections.promises import _guarantee
+    from sections.raw import plain_tables
+
+    assert "Yes: 2 of 2 promises" in _guarantee(Path(), [line, refused]).answer
+    broken = _guarantee(Path(), [line, {**line, "broken": 0.5}]).answer
+    assert "Not always: 1 of 2 promises" in broken
+    assert "the worst in 50.0 %" in broken
+    *_, rows = plain_tables([line, refused])
+    assert rows.splitlines()[3].endswith("| 0 | – | – |")
 
 
 def test_a_guarantee_is_looked_at_on_texts_that_nothing_was_learned_on(
@@ -462,7 +475,8 @@ def test_the_strongest_rival_is_about_as_accurate_and_none_of_ours(rivals: None)
     def run(name: str, group: str, accuracy: float | None, rate: float) -> dict[str, Any]:
         return {"kind": "throughput", "name": name, "group": group, "accuracy": accuracy, "throughput": rate}
 
-    strongest = load("report_summary").strongest
+    from sections.race import strongest
+
     slow, fast = run("HF pipeline", "pipeline", 0.9, 10.0), run("fast", "openvino-int8", 0.895, 30.0)
     others = [run("wrong", "onnxruntime-int8", 0.85, 40.0), run("not told", "infinity", None, 50.0)]
     ours = [run(group, group, 0.9, 60.0) for group in ("static", "geep", "shallow", "table-first", "lexical")]
@@ -649,7 +663,9 @@ def test_families_measures_what_is_missing_and_the_report_tells_it(
     capsys.readouterr()
     families.main(arguments)
     assert not capsys.readouterr().out
-    parts = "\n".join(load("report_more").families_part(lines))
+    from sections.machines import _families
+
+    parts = str(_families(lines))
     assert all(f"| {line['model']}, {line['dtype']} |" in parts for line in lines)
 
 
@@ -743,6 +759,12 @@ def test_every_result_is_drawn(rivals: None, tmp_path: Path) -> None:
     fake_results(tmp_path)
     names = [path.name for path in load("plot").draw_all(tmp_path)]
     assert names == ["throughput-toy.png", "budget-toy.png", "utilisation-toy.png", "scaling.png"]
+    certify(tmp_path)
+    kept = {"data": "toy", "promise": "99 % agreement", "allowed": 0.01, "confidence": 0.95, "broken": 0.0}
+    promises = [kept | {"lost": lost} for lost in ([0.1, 0.2, 0.3], None)]
+    (tmp_path / "guarantee.jsonl").write_text("".join(json.dumps(line) + "\n" for line in promises), "utf-8")
+    names = [path.name for path in load("plot").draw_all(tmp_path)]
+    assert names[3:] == ["races.png", "scaling.png", "guarantee.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
@@ -754,66 +776,102 @@ def test_a_table_is_learned_from_made_up_texts_and_reported(rivals: None, tmp_pa
     assert measured["agreement_on_texts_learned_from"] > 0.8
     line = {"kind": "table_scale", **case, **measured, "machine": bench.machine()}
     (tmp_path / "table_scale.jsonl").write_text(json.dumps(line) + "\n")
-    page = "\n".join(load("report_more").more_parts(tmp_path))
-    assert "| 400 texts, 3 labels, n-grams up to 2: exit 0 | " in page
+    from sections.raw import raw_pages
+
+    page = dict(raw_pages(tmp_path))["growth"]
+    assert "texts 400" in page
+    assert "| exit 0 | " in page
 
 
 def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_path: Path) -> None:
-    more = load("report_more")
-    assert more.more_parts(tmp_path) == ["## On a GPU", more.NO_GPU]
+    from sections.machines import NO_GPU
+    from sections.raw import raw_pages
+
+    report = load("report")
+    empty = report.results_page(tmp_path)
+    assert re.findall("^## (.*)$", empty, flags=re.MULTILINE) == ["And on a GPU?"]
+    assert NO_GPU in empty
     fake_results(tmp_path)
-    page = "\n\n".join(more.more_parts(tmp_path))
+    page, raw = report.results_page(tmp_path), dict(raw_pages(tmp_path))
+    assert list(raw) == ["throughput-toy", "prediction", "growth"]
     for piece in (
-        "| packed int8: GEEP, batch 8 | 50.00 | 75.00 | 4.00x | 64 | 77.0 |",
+        "| packed int8: GEEP, batch 8 | – | 50.00 | 75.00 | 4.00x | 64 | 77.0 |",
         "other: no accuracy, since the head is another.",
         "infinity was left out: it could not be installed.",
-        "int8 321",
-        "| 4 | 8 | 1.50 | 9 | 1234 |",
-        "## Prediction of exit layers",
-        more.NO_GPU,
+        "| int8 | 321 |",
     ):
-        assert piece in page
+        assert piece in raw["throughput-toy"]
+    assert "| 4 | 8 | 1.50 | 9 | 1234 |" in page
+    assert "2 times the texts take 1.00 times the memory, at 1.00 times the speed." in page
+    assert "# Prediction of exit layers" in raw["prediction"]
     looked_up = {"kind": "hash_table", "operation": "find", "absent_share": 0.5, "capacity": 4096, "load_factor": 0.5}
-    rates = {"triton": 2.5e9, "dict": 4e6}
+    rates = {"triton": 2.5e9, "searchsorted": 1e9, "dict": 4e6}
     lines = [
         {**looked_up, "device": "NVIDIA", "threads": 2, "method": name, "per_second": rate}
         for name, rate in rates.items()
     ]
     (tmp_path / "hash_table-nvidia.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = "\n".join(more.more_parts(tmp_path))
-    assert more.NO_GPU not in page
-    assert "| find, 50 % absent | 4,096 | 0.5 | 2500 | 4 |" in page
+    assert "Our table finds 2.50x (NVIDIA) as many keys a second" in report.results_page(tmp_path)
+    assert "| find, 50 % absent | 4,096 | 0.5 | 2,500 | 1,000 | 4 |" in dict(raw_pages(tmp_path))["hash-table"]
 
 
-def test_a_backend_that_was_let_go_is_in_the_results_and_not_in_the_summary(rivals: None, tmp_path: Path) -> None:
+def certify(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Let the engine of the tiny results be certified; returns the lines of its race."""
+    kept = {"kind": "accuracy", "data": "toy", "engine": "packed int8", "full_accuracy": 0.5, "accuracy": 0.5}
+    kept |= {"layer_speedup": 2.0, "agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {"3": 0.5}}
+    kept |= {"certified": True, "quantile": 0.05}
+    with (folder / "accuracy.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(kept | changes) + "\n")
+    return [json.loads(line) for line in (folder / "throughput-toy.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_what_was_let_go_or_is_not_certified_is_in_the_results_and_not_in_the_summary(
+    rivals: None, tmp_path: Path
+) -> None:
+    from sections.race import race_sections, readme_table
+    from sections.raw import raw_pages
+
     fake_results(tmp_path)
-    path = tmp_path / "throughput-toy.jsonl"
-    ours = next(line for line in map(json.loads, path.read_text("utf-8").splitlines()) if line.get("group") == "geep")
-    old = ours | {"engine": "gone int8", "name": "gone int8: GEEP"}
-    path.write_text(path.read_text("utf-8") + json.dumps(old) + "\n", encoding="utf-8")
-    kept = {"kind": "accuracy", "data": "toy", "full_accuracy": 0.5, "accuracy": 0.5, "layer_speedup": 2.0}
-    kept |= {"agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {}}
-    lines = [json.dumps(kept | {"engine": engine}) for engine in ("packed int8", "gone int8")]
-    (tmp_path / "accuracy.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    summary = load("report_summary").engine_summary(tmp_path)
-    assert "| toy | packed int8 |" in summary
-    assert "| ONNX Runtime int8, 50.00 % | 2.33x |" in summary
-    assert "gone" not in summary
-    page = "\n\n".join(load("report_more").more_parts(tmp_path))
+    lines = certify(tmp_path)
+    certify(tmp_path, engine="gone int8")
+    certify(tmp_path, engine="packed float32", certified=False)
+    ours = next(line for line in lines if line.get("group") == "geep")
+    with (tmp_path / "throughput-toy.jsonl").open("a", encoding="utf-8") as file:
+        for engine in ("gone int8", "packed float32"):
+            file.write(json.dumps(ours | {"engine": engine, "name": f"{engine}: GEEP"}) + "\n")
+    (section,) = race_sections(tmp_path)
+    for page in (str(section), readme_table(tmp_path)):
+        assert "| toy | int8 |" in page
+        assert "ONNX Runtime int8 |" in page
+        assert "2.33x" in page
+        assert "gone" not in page
+        assert "| toy | float32 |" not in page
+    assert section.answer.startswith("Yes: 7.70x Hugging Face's pipeline, 2.33x the strongest rival")
+    assert "Nothing could be certified, and the full model answers: toy in float32." in section.answer
+    page = dict(raw_pages(tmp_path))["throughput-toy"]
     assert "| gone int8: GEEP, batch 8 |" in page
     assert "\n\ngone int8: a backend that was let go.\n\n" in page
     assert "packed int8: a backend" not in page
 
 
-def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_path: Path) -> None:
+def test_an_answer_says_no_where_the_numbers_do(rivals: None, tmp_path: Path) -> None:
+    from sections.race import race_sections
+
     fake_results(tmp_path)
-    kept = {"kind": "accuracy", "data": "toy", "engine": "packed int8", "full_accuracy": 0.5, "accuracy": 0.5}
-    kept |= {"layer_speedup": 2.0, "agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {}}
-    (tmp_path / "accuracy.jsonl").write_text(json.dumps(kept), encoding="utf-8")
-    summary = load("report_summary").engine_summary
-    assert "TF-IDF" not in summary(tmp_path)
-    path = tmp_path / "throughput-toy.jsonl"
-    ours = next(line for line in map(json.loads, path.read_text("utf-8").splitlines()) if line.get("group") == "geep")
+    lines = certify(tmp_path, accuracy=0.49)
+    slower = [line | ({"throughput": 20.0} if line.get("group") == "geep" else {}) for line in lines]
+    (tmp_path / "throughput-toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slower), "utf-8")
+    (section,) = race_sections(tmp_path)
+    assert section.answer.startswith("Not always: ")
+    assert "the test split lost more on: toy in int8 1.00." in section.answer
+
+
+def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_path: Path) -> None:
+    from sections.race import race_sections
+
+    fake_results(tmp_path)
+    ours = next(line for line in certify(tmp_path) if line.get("group") == "geep")
+    assert len(list(race_sections(tmp_path))) == 1
     others = [
         ours | {"name": "TF-IDF, logistic regression", "group": "lexical", "throughput": 770.0, "accuracy": 0.4},
         ours | {"name": "3 layers, packed int8", "group": "shallow", "throughput": 38.5, "accuracy_of_all": 0.45},
@@ -823,17 +881,41 @@ def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_p
             for name, rate in (("a", 7.7), ("b", 11.0))
         ),
     ]
+    path = tmp_path / "throughput-toy.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in others)
-    row = next(line for line in summary(tmp_path).splitlines() if "3 layers" in line)
-    assert row == "| toy | packed int8 | 50.00 % | 3 layers: 45.00 %, 2.00x | – | 50.00 %, 7.00x | – | 40.00 %, 0.10x |"
+    _, section = race_sections(tmp_path)
+    row = section.parts[1].splitlines()[-1]
+    assert row == "| toy | int8 | 50.00 % | 3 layers: 45.00 %, 2.00x | 50.00 %, 7.00x | 40.00 %, 0.10x |"
+    assert section.answer.startswith("Yes: none of them is both faster and as accurate.")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(ours | {"group": "fastbert", "throughput": 80.0, "accuracy": 0.6}) + "\n")
+    *_, section = race_sections(tmp_path)
+    assert section.answer.startswith("Not always: 1 of them is both faster and as accurate.")
 
 
-def test_the_summary_gains_int8_where_it_was_measured(
-    rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report = load("report")
-    assert report.int8_ratios("no such data") == (None, None)
-    fake_results(tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.int8_ratios("toy") == (7.7, 3.3)
+# --- the drawing of a window
+
+
+def test_a_window_is_recorded_as_it_runs(rivals: None, tmp_path: Path) -> None:
+    staircase = load("staircase")
+    settings = ExitSettings(speed=0.2, on_miss="continue", quantile=0.3, lexical_exit=True)
+    engine = make_engine(settings=settings, config=EngineConfig(device="cpu", max_batch_tokens=64))
+    texts, labels = toy_task(60, seed=1)
+    about, *lines = staircase.window(engine, Split(texts, labels=labels))
+    assert about["texts"] == len(lines) == 60
+    assert all(line["exit"] >= line["predicted"] for line in lines)
+    assert sum(line["exit"] for line in lines) == engine.predict_columns(texts).exit_layers.sum()
+    places = [line["staircase"] for line in lines]
+    assert len(set(places)) > 2
+    for place in set(places):
+        members = [line for line in lines if line["staircase"] == place]
+        predicted = [line["predicted"] for line in members]
+        assert predicted == sorted(predicted, reverse=True)
+        if place is None:
+            assert set(predicted) == {0}
+        else:
+            assert min(predicted) > 0
+            assert sum(line["tokens"] for line in members) <= 64
+    (tmp_path / "staircase.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *lines]))
+    assert [path.name for path in load("plot").draw_all(tmp_path)] == ["staircase.png"]

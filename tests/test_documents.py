@@ -28,6 +28,7 @@ from geep.training import RECIPES
 ROOT = Path(__file__).parent.parent
 CLI, API = ((ROOT / "docs" / name).read_text("utf-8") for name in ("cli.md", "api.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs" / "results").glob("*.md"))
 COMMANDS: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -147,6 +148,21 @@ def test_files_named_in_documents_exist() -> None:
     for path in DOCUMENTS:
         for name in named.findall(path.read_text("utf-8")):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8")):
+        address, _, anchor = link.partition("#")
+        if address.startswith("http"):
+            continue
+        target = (path.parent / address).resolve() if address else path
+        assert target.exists(), f"{path.name} links to {link}"
+        if anchor:
+            text = re.sub(r"^```.*?^```", "", target.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{path.name} links to {link}"
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda words: " ".join(words) or "geep")
