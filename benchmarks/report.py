@@ -17,7 +17,7 @@ from sections.machines import machine_sections
 from sections.promises import promise_sections
 from sections.race import call_sections, race_sections, readme_table
 from sections.raw import raw_pages
-from tables import of_kind, read
+from tables import certified_races, of_kind, read
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,19 +109,22 @@ def first_screen(results: Path) -> str:
         )
         parts += [
             "![texts as columns, layers as rows: a staircase](benchmarks/results/staircase.png)",
-            f"*{len(texts)} test texts of {about['data']} (columns) in a {depth}-layer encoder (rows), certified "
-            f"{promised}: {known} are answered by the table, {hits} where it said they would be, "
-            f"{len(texts) - known - hits} go on. Run are {ran:,} of {depth * len(texts):,} layers; "
-            f"{sum(text['agrees'] for text in texts)} of {len(texts)} answers are the full model's.*",
+            f"*{len(texts)} test texts of {about['data']} (columns) in a {depth}-layer encoder (rows), in batches of "
+            f"at most {about['batch_tokens']} tokens, certified {promised}, {100 * promise['confidence']:g} % sure: "
+            f"{known} are answered by the table, {hits} where it said they would be, {len(texts) - known - hits} go "
+            f"on. Run are {ran:,} of {depth * len(texts):,} layers; {sum(text['agrees'] for text in texts)} of "
+            f"{len(texts)} answers are the full model's.*",
         ]
-    if (results / "races.png").exists():
+    races = certified_races(results)
+    if races:
+        machine = of_kind(races[0][1], "about")[0]["machine"]
         parts += [
-            "![accuracy against time, four data sets](benchmarks/results/races.png)",
-            "*Accuracy against texts a second on two CPU threads, everything at its best batch size; up and to the "
-            "right is better. Hollow: runs all layers, its accuracy was not taken on all texts.*",
+            "![accuracy against time](benchmarks/results/races.png)",
+            f"*Accuracy against time on {len(races)} data sets, {machine['threads']} threads of {machine['device']}, "
+            "everything at its best batch size; up and to the right is better. Hollow: runs all layers, its accuracy "
+            "was not taken on all texts.*",
+            readme_table(results),
         ]
-    if table := readme_table(results):
-        parts.append(table)
     return "\n\n".join(parts)
 
 

@@ -811,7 +811,7 @@ def test_the_report_tells_what_was_measured_and_what_was_not(rivals: None, tmp_p
         for name, rate in rates.items()
     ]
     (tmp_path / "hash_table-nvidia.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "Our table finds 2.50x (NVIDIA) as many keys a second" in report.results_page(tmp_path)
+    assert "our table finds 2.50x (NVIDIA) as many keys a second" in report.results_page(tmp_path)
     assert "| find, 50 % absent | 4,096 | 0.5 | 2,500 | 1,000 | 4 |" in dict(raw_pages(tmp_path))["hash-table"]
 
 

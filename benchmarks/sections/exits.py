@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from tables import Line, Section, of_kind, percent, plain, points, read, span, table
+from tables import Line, Section, figure, of_kind, percent, plain, points, read, span, table
 
 # What all parts of the method are held against.
 ALONE, PREDICTED, ALL = "exits alone", "exit prediction alone", "all"
@@ -28,7 +28,7 @@ def exit_sections(results: Path) -> Iterator[Section]:
         yield _ablation(ablation)
     studies = {path.stem.removeprefix("study-"): read(path) for path in sorted(results.glob("study-*.jsonl"))}
     if studies:
-        yield _prediction(studies, read(results / "accuracy.jsonl"), read(results / "staircase.jsonl"))
+        yield _prediction(results, studies)
     if certified := read(results / "certified.jsonl"):
         yield _certified(certified)
     if heads := read(results / "heads.jsonl"):
@@ -86,7 +86,7 @@ def _ablation(lines: list[Line]) -> Section:
     )
 
 
-def _prediction(studies: dict[str, list[Line]], kept: list[Line], drawn: list[Line]) -> Section:
+def _prediction(results: Path, studies: dict[str, list[Line]]) -> Section:
     tables = {data: of_kind(lines, "profile")[0]["predictor"] for data, lines in studies.items()}
 
     def run(data: str, group: str) -> Line | None:
@@ -113,7 +113,8 @@ def _prediction(studies: dict[str, list[Line]], kept: list[Line], drawn: list[Li
         for row in of_kind(lines, "profile")[0]["quality"]:
             if row["speed"] <= 0.1:  # beyond, hardly a text runs to where ranks could tell
                 ranks.setdefault(row["kind"], []).append(row["rank_correlation"])
-    quantiles = [line["quantile"] for line in kept if line.get("certified")]
+    quantiles = [line["quantile"] for line in read(results / "accuracy.jsonl") if line.get("certified")]
+    drawn = read(results / "staircase.jsonl")
     early = min(quantiles, default=0.0)
     chosen = (
         f" Calibrated for fewest layers, {quantiles.count(early)} of the {len(quantiles)} engines of the first table "
@@ -122,7 +123,7 @@ def _prediction(studies: dict[str, list[Line]], kept: list[Line], drawn: list[Li
         else ""
     )
     if chosen and drawn:
-        chosen += f"; the one that the README draws, calibrated by time, where {100 * drawn[0]['quantile']:g} % are"
+        chosen += f"; the one that is drawn, calibrated by time, where {100 * drawn[0]['quantile']:g} % are"
     return Section(
         "What does predicting exit layers bring?",
         (
@@ -130,6 +131,7 @@ def _prediction(studies: dict[str, list[Line]], kept: list[Line], drawn: list[Li
             "certified speed; in brackets the table: `counts` is the paper's, `fitted` a regression. From before the "
             "learned criterion and the kernels: compare within a column.",
             table(["", *(f"{data} ({kind})" for data, kind in tables.items())], rows),
+            *figure(results, "staircase", "a window of texts as it ran: predicted layers, layers run, layers saved"),
         ),
         f"The paper's own algorithm, counts and stop ({', '.join(papers)}), changes accuracy by "
         f"{span((gaps(data, 'geep-stop', 'full') for data in papers), points)} points against the full model; going "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from tables import Line, Section, figure, percent, points, read, span, table
+from tables import Line, Section, figure, percent, plain, points, read, span, table
 
 DIVIDED = "a third"  # of held-out rows, to choose settings on: what `geep calibrate` does
 CRITERIA_AT = "0.01"  # share of answers that differ from the full model's
@@ -48,10 +48,14 @@ def _guarantee(results: Path, lines: list[Line]) -> Section:
 def _criteria(lines: list[Line]) -> Section:
     found = {(line["data"], line["method"]): line["layers_at_differing"][CRITERIA_AT] for line in lines}
     sets, methods = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
-    rows = [[method, *(f"{found[data, method]:.2f}" for data in sets)] for method in methods]
+    rows = [
+        [method, *(plain(found[data, method]) if (data, method) in found else "–" for data in sets)]
+        for method in methods
+    ]
     best, learned = methods[0], "agreement"
     saved = [1 - found[data, learned] / found[data, best] for data in sets if (data, learned) in found]
-    other = [found[data, f"{learned}, without the table"] / found[data, learned] - 1 for data in sets]
+    blind = f"{learned}, without the table"
+    other = [found[data, blind] / found[data, learned] - 1 for data in sets if (data, blind) in found]
     return Section(
         "What tells best whether an exit is certain enough?",
         (

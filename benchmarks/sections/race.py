@@ -88,7 +88,7 @@ def readme_table(results: Path) -> str:
         for row in _engines(results)
     ]
     header = ["data set", "dtype", "test accuracy, full → GEEP, %", "fewer layers", "over HF pipeline"]
-    return table([*header, "over the strongest rival", "which is, at full depth"], rows) if rows else ""
+    return table([*header, "over the strongest rival", "which is, at full depth"], rows)
 
 
 def _faster(results: Path, rows: list[Row]) -> Section:
@@ -189,7 +189,7 @@ def _other_ways(results: Path, rows: list[Row]) -> Section:
         rates = [ours["throughput"] / way["throughput"] for ours, way in pairs]
         gaps = [100 * ((accuracy_of(ours) or 0.0) - (accuracy_of(way) or 0.0)) for ours, way in pairs]
         better += sum(rate < 1 and gap <= 0 for rate, gap in zip(rates, gaps, strict=True))
-        told.append(f"{name}: {span(rates, times)}, {span(gaps, points)} points")
+        told.append(f"{span(rates, times)} *{name}* ({span(gaps, points)} points)")
     return Section(
         "Does it beat other ways to be cheap?",
         (
@@ -201,7 +201,7 @@ def _other_ways(results: Path, rows: list[Row]) -> Section:
             table(["data set", "dtype", "GEEP", *names], cells),
         ),
         f"{f'Not always: {better}' if better else 'Yes: none'} of them {'are' if better > 1 else 'is'} both faster "
-        f"and as accurate. GEEP's speed over theirs, and its accuracy against theirs: {'; '.join(told)}.",
+        f"and as accurate. GEEP's speed, and its accuracy against theirs: {'; '.join(told)}.",
         _SOURCE.format(more="", pages=_pages(results)),
     )
 
