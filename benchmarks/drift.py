@@ -1,6 +1,7 @@
 """What a promise is worth on texts of another source, and whether the drift figure tells.
 
-Measured, on model folders that `geep train` made, for their own test split and for the test splits of other data sets
+Measured, on model folders that `geep train` made, for labelled rows like those that certified (training rows that
+nothing was learned from, where some were left out), for their own test split and for the test splits of other data sets
 with the same labels:
 
 - accuracy of the float32 full model and of the certified engine, agreement, mean layers: whether the promise held;
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from guarantee import left_out
 
 import geep
 from geep.engine import Engine, ExitSettings, Predictions
@@ -32,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "drift.jsonl"
 WINDOWS = 200
 SIZES = (100, 500, 2000)
 MOST_TEXTS = 4000
+LEFT_OUT = "training rows left out"
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     done = {(line["data"], line["source"]) for line in map(json.loads, known)}
     for pair in args.pairs.split(","):
         name, _, other = pair.partition(":")
-        sources = [source for source in dict.fromkeys([name, other or name]) if (name, source) not in done]
+        sources = [each for each in dict.fromkeys([LEFT_OUT, name, other or name]) if (name, each) not in done]
         for line in measured(args.runs_dir / name, sources, args.data_dir):
             done.add((name, line["source"]))
             with RESULTS.open("a", encoding="utf-8") as file:
@@ -63,16 +66,23 @@ def measured(folder: Path, sources: list[str], data_dir: Path) -> Iterator[dict[
     if engine.certificate is None:
         raise SystemExit(f"Nothing is certified of {folder}, expected a promise that texts may break.")
     full = engine.in_float32()
-    _, parts = geep.parts_of(folder)
+    plan, parts = geep.parts_of(folder)
     # What the certificate holds (`Certificate.traffic`), for folders of older versions, too.
     reference = engine.predict_columns(parts.calibration.inputs).traffic
     for source in sources:
-        dataset = geep.load_dataset(source, data_dir=data_dir)
-        if dataset.test is None or dataset.test.labels is None or dataset.label_names != engine.label_names:
-            raise SystemExit(f"{source} has no labelled test rows with the labels {engine.label_names}.")
-        rows = np.random.default_rng(0).permutation(len(dataset.test))[:MOST_TEXTS]
-        test = dataset.test.select(np.sort(rows))
-        assert test.labels is not None, "the rows of a labelled split have labels"
+        if source == LEFT_OUT:
+            test = left_out(parts, plan.load())
+        else:
+            dataset = geep.load_dataset(source, data_dir=data_dir)
+            if dataset.test is None or dataset.label_names != engine.label_names:
+                raise SystemExit(f"{source} has no test rows with the labels {engine.label_names}.")
+            test = dataset.test
+        if test.labels is None:
+            raise SystemExit(f"The rows of {source} have no labels, which say whether the promise held.")
+        if len(test) < SIZES[0]:
+            continue
+        test = test.select(np.sort(np.random.default_rng(0).permutation(len(test))[:MOST_TEXTS]))
+        labels = test.labels
         batch = engine.tokenize(test.inputs).batch
         answers = full.run_tokens(batch, settings=ExitSettings(speed=0.0)).logits.argmax(-1).numpy()
         found = engine.predict_columns(test.inputs)
@@ -81,8 +91,8 @@ def measured(folder: Path, sources: list[str], data_dir: Path) -> Iterator[dict[
             "texts": len(test),
             "promise": str(engine.certificate.promise),
             "deployed_as": engine.deployment.deployed_as,
-            "full_accuracy": _percent(answers == test.labels),
-            "accuracy": _percent(found.label_ids == test.labels),
+            "full_accuracy": _percent(answers == labels),
+            "accuracy": _percent(found.label_ids == labels),
             "agreement": _percent(found.label_ids == answers),
             "layers": round(float(found.exit_layers.mean()), 3),
             "unknown": _percent(found.unknown_shares),

@@ -23,6 +23,7 @@ NAMES = {
     "table-first": "table, then OpenVINO int8",
     "shallow": "shallow model, {depth:.0f} layers",
     "lexical": "TF-IDF",
+    "embeddings": "static embeddings",
 }
 
 

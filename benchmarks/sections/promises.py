@@ -8,6 +8,7 @@ from statistics import fmean
 
 from tables import Line, Section, figure, percent, plain, points, read, span, table
 
+LEFT_OUT = "training rows left out"
 DIVIDED = "a third"  # of held-out rows, to choose settings on: what `geep calibrate` does
 CRITERIA_AT = "0.01"  # share of answers that differ from the full model's
 
@@ -16,6 +17,8 @@ def promise_sections(results: Path) -> Iterator[Section]:
     """All sections that there are results for."""
     if guarantees := read(results / "guarantee.jsonl"):
         yield _guarantee(results, guarantees)
+    if drifts := read(results / "drift.jsonl"):
+        yield _drift(drifts)
     predictions = read(results / "prediction.jsonl")
     if criteria := [line for line in predictions if line.get("step") == "criteria"]:
         yield _criteria(criteria)
@@ -43,6 +46,59 @@ def _guarantee(results: Path, lines: list[Line]) -> Section:
         f"{worst['num_texts'] - worst['num_certifying']:,} are left).",
         "From `benchmarks/guarantee.py`. All rows: [promises](results/promises.md).",
     )
+
+
+def _drift(lines: list[Line]) -> Section:
+    size = max(window["size"] for line in lines for window in line["windows"] if _has_window(lines, window["size"]))
+
+    def window(line: Line) -> Line:
+        return next(each for each in line["windows"] if each["size"] == size)
+
+    rows = [
+        [
+            line["data"],
+            "its test split" if line["source"] == line["data"] else line["source"],
+            f"{line['full_accuracy']:.2f} → {line['accuracy']:.2f}",
+            f"{line['agreement']:.2f}",
+            f"{line['reference_layers']:.2f} → {line['layers']:.2f}",
+            f"{line['reference_unknown']:.1f} → {line['unknown']:.1f}",
+            f"{window(line)['figure'][1]:.2f} ({window(line)['figure'][0]:.2f} – {window(line)['figure'][2]:.2f})",
+            f"{100 * window(line)['noted']:.0f}",
+        ]
+        for line in lines
+    ]
+    header = ["certified on", "texts of", "accuracy, full → GEEP, %", "agreement, %", "layers", "unknown tokens, %"]
+    tests = [line for line in lines if line["source"] == line["data"]]
+    own = [line for line in lines if line["source"] == LEFT_OUT]
+    other = [line for line in lines if line not in tests and line not in own]
+    lost = [line["full_accuracy"] - line["accuracy"] for line in other]
+    at_home = {line["data"]: line["full_accuracy"] for line in tests}
+    gaps = [at_home[line["data"]] - line["full_accuracy"] for line in other if line["data"] in at_home]
+    return Section(
+        "Does one see when other texts come?",
+        (
+            "Rows like those that certified, the test split of the same data set, and that of another with the same "
+            "labels: whether the promise held, what is seen without labels (from the certifying texts → these), and "
+            f"the drift figure of random windows of {size:,} texts, median (5 – 95 %), with the share of windows that "
+            "`geep predict` warns of. "
+            f"Promised: {lines[0]['promise']}.",
+            table([*header, "drift", "warned of, %"], rows),
+        ),
+        f"Of other sources {span((100 * window(line)['noted'] for line in other), _whole)} % of windows are warned of, "
+        f"of rows like those that certified {span((100 * window(line)['noted'] for line in own), _whole)} %, of test "
+        f"splits {span((100 * window(line)['noted'] for line in tests), _whole)} % (that of sst2 are sentences, what "
+        "certifies are phrases: they are other texts, too). On other sources the full model itself loses "
+        f"{span(gaps, plain)} points, and GEEP against it {span(lost, points)} more.",
+        "From `benchmarks/drift.py`.",
+    )
+
+
+def _has_window(lines: list[Line], size: int) -> bool:
+    return all(any(window["size"] == size for window in line["windows"]) for line in lines)
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
 
 
 def _criteria(lines: list[Line]) -> Section:

@@ -28,7 +28,7 @@ from tables import (
 PROMISED = 0.5
 # Others at full depth: what somebody would run instead. What does not run all layers of the full model, and what rests
 # on our engine or table, is compared apart.
-_OURS = ("geep", "full", "constant", "cascade", "static", "table-first", "shallow", "lexical", "fastbert")
+_OURS = ("geep", "full", "constant", "cascade", "static", "table-first", "shallow", "lexical", "embeddings", "fastbert")
 _SOURCE = "From `benchmarks/throughput.py`{more}. All rows: {pages}."
 
 
@@ -158,6 +158,7 @@ def _ways(runs: list[Line], engine: str) -> dict[str, Line]:
         ("table, then OpenVINO int8", "table-first"),
         ("FastBERT", "fastbert"),
         ("TF-IDF", "lexical"),
+        ("static embeddings", "embeddings"),
     ):
         some = of_kind(runs, "throughput", group=group)
         if group == "cascade":
@@ -197,7 +198,8 @@ def _other_ways(results: Path, rows: list[Row]) -> Section:
             "the encoder's first layers, as many as GEEP runs on average, rounded up, fine-tuned at that depth, on "
             "the same engine. *Table, then …*: what geep's table is certain of it answers, for all others all layers "
             "run; certified for the same promise. *FastBERT*: its shrinking batch, texts sorted by length, at GEEP's "
-            "speed. *TF-IDF*: with logistic regression, taught all rows that the model was made of.",
+            "speed. *TF-IDF*: with logistic regression, and *static embeddings* (model2vec), distilled from the model: "
+            "taught all rows that it was made of.",
             table(["data set", "dtype", "GEEP", *names], cells),
         ),
         f"{f'Not always: {better}' if better else 'Yes: none'} of them {'are' if better > 1 else 'is'} both faster "
