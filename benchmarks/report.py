@@ -12,6 +12,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from sections.choices import cheap_sections, choice_sections
 from sections.exits import exit_sections
 from sections.machines import machine_sections
 from sections.promises import promise_sections
@@ -62,8 +63,10 @@ def results_page(results: Path) -> str:
     """The whole of docs/results.md: questions, each with a table and its answer."""
     sections = [
         *race_sections(results),
+        *cheap_sections(results),
         *promise_sections(results),
         *exit_sections(results),
+        *choice_sections(results),
         *call_sections(results),
         *machine_sections(results),
     ]

@@ -24,11 +24,12 @@ PAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "`depths`. The exits study is a trial from before the heads of convolutions: heads fitted on cached features "
         "to the full model's answers (refit), and fused with a table of hashed n-grams.",
     ),
-    "parts": ("Parts of the method", ("ablation",), "`benchmarks/ablation.py`."),
+    "parts": ("Parts of the method", ("ablation", "choices"), "`benchmarks/ablation.py`, `benchmarks/choices.py`."),
     "promises": (
         "Promises",
-        ("guarantee",),
-        "`benchmarks/guarantee.py`; *lost*, in points: lowest 5 %, median, highest 5 %.",
+        ("guarantee", "drift"),
+        "`benchmarks/guarantee.py`, `benchmarks/drift.py`; *lost*, in points, and *figure*: lowest 5 %, median, "
+        "highest 5 %.",
     ),
     "searches": ("Searches for a speed", ("searches",), "`benchmarks/searches.py`: every division."),
     "prediction": (
@@ -57,7 +58,7 @@ NOTES = {
 # Lines of a study that are tables; the others are about it.
 _OF_A_STUDY = ("run", "predictor")
 # Fields that say how a line was made, or are curves: left to the file.
-_NAMING = ("data", "recipe", "seed", "division", "to_choose_on", "texts")
+_NAMING = ("data", "choice", "recipe", "seed", "division", "to_choose_on", "texts")
 _LEFT_OUT = frozenset({"kind", "step", "costs", "cost", "versions", "rounds", "made_of", "curve", "arguments", "case"})
 
 
