@@ -70,8 +70,8 @@ def _choices(lines: list[Line]) -> Section:
     return Section(
         "What is each choice worth?",
         (
-            "One choice at a time is made otherwise than by `geep train`, everything else learned, chosen and certified "
-            f"as ever: mean layers of {full} on the test split for {PROMISE} and for 99 % agreement, accuracy against "
+            "One choice at a time is made otherwise than by `geep train`, all else learned, chosen and certified as "
+            f"ever: mean layers of {full} on the test split for {PROMISE} and for 99 % agreement, accuracy against "
             "the full model in points, and how well the table ranks texts by their exit layer.",
             table(header, rows),
         ),
