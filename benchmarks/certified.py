@@ -87,6 +87,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Rivals that are compared at one seed.
 ONE_SEED = ("berxit", "gradient-equilibrium", "mixed")
+# The encoder's first layers, fine-tuned at that depth: they have no exits, so that their accuracy alone is taken.
+SHALLOW = {f"{layers} layers": {"recipe": "vanilla", "encoder_layers": layers} for layers in (1, 2, 4, 6)}
 
 # A topic set, English and Chinese sentiment, questions, titles, pairs: where recipes are compared and seeds repeated.
 FIRST = ("sst2", "lcqmc", "ag_news", "thucnews", "yahoo_answers", "trec")
@@ -112,7 +114,8 @@ def cells() -> Iterator[Cell]:
     yield from (Cell(data, "fitted", 0) for data in FURTHER)
     yield from (Cell(data, "geep", seed) for seed in range(1, SEEDS) for data in FIRST)
     yield from (Cell(data, "fastbert", 0) for data in FIRST)
-    yield from (Cell(data, recipe, 0) for recipe in ("geep", "geep-paper") for data in FURTHER)
+    yield from (Cell(data, recipe, 0) for recipe in ("geep-paper", "fastbert", "geep") for data in FURTHER)
+    yield from (Cell(data, recipe, 0) for recipe in SHALLOW for data in (*FIRST, *FURTHER))
     repeated = [recipe for recipe in RECIPES if recipe not in ONE_SEED]
     yield from (Cell(data, recipe, seed) for seed in range(1, SEEDS) for recipe in repeated for data in FIRST)
     yield from (Cell(data, recipe, 0) for recipe in ONE_SEED for data in FIRST)
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the encoder")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is computed on the way")
     parser.add_argument("--only", help="data sets, by commas; default: all that are there")
-    parser.add_argument("--recipes", help=f"recipes, by semicolons; default: {';'.join(RECIPES)}")
+    parser.add_argument("--recipes", help=f"by semicolons; default: {';'.join([*RECIPES, *SHALLOW])}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--max-train", type=int, help="limit on the training rows; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
@@ -160,7 +163,7 @@ def _done(output: Path) -> set[Cell]:
 def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
     done = _done(output)
     names = args.only.split(",") if args.only else [path.name for path in args.data_dir.iterdir()]
-    recipes = args.recipes.split(";") if args.recipes else list(RECIPES)
+    recipes = args.recipes.split(";") if args.recipes else [*RECIPES, *SHALLOW]
     for cell in cells():
         is_wanted = cell.data in names and cell.recipe in recipes and cell.seed < args.seeds
         if is_wanted and cell not in done:
@@ -200,7 +203,7 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
     parts = plan.divide(dataset)
     is_small = len(parts.train) < _FEW_ROWS
     settings = TrainSettings(
-        **RECIPES[cell.recipe],
+        **(RECIPES | SHALLOW)[cell.recipe],
         epochs=4 if is_small else 2,
         batch_size=64 if is_small else 128,
         learning_rate=1.5e-4 if is_small else 2e-4,
@@ -209,27 +212,19 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         seed=cell.seed,
     )
     fitting = geep.FitSettings(max_gigabytes=_GIGABYTES, seed=cell.seed)
-    # All but the last two, for every recipe.
-    exit_layers = range(1, AutoConfig.from_pretrained(encoder).num_hidden_layers - 1)
+    # All but the last two, for every recipe with exits.
+    has_exits = cell.recipe not in SHALLOW
+    exit_layers = range(1, AutoConfig.from_pretrained(encoder).num_hidden_layers - 1) if has_exits else None
     trained = geep.train(
         parts, folder, encoder=encoder, settings=settings, fitting=fitting, exit_layers=exit_layers, plan=plan
     )
     clock["train"] = time.perf_counter()
     engine = Engine.from_pretrained(folder, exits=False, dtype="float32", compile=False)
-    teaching, tuning = (ExitRun.of(engine, part) for part in (parts.teaching, parts.profile))
-    found = profile(engine, teaching, tuning)
-    paper = profile(engine, teaching, tuning, kind="counts", criterion="entropy").engine
-    clock["profile"] = time.perf_counter()
-    if dataset.test is None:
-        raise ValueError(f"{cell.data} has no test split, expected one to report on.")
-    fresh, test = (ExitRun.of(engine, part) for part in (parts.calibration, dataset.test))
-    if test.labels is None:
-        raise ValueError(f"The test rows of {cell.data} have no labels, expected some to report on.")
-    calibrated = {name: _calibrated(found, fresh, promise) for name, promise in PROMISES.items()}
-    new = torch.from_numpy(np.flatnonzero(~repeated(dataset)))
-    clock["calibrate"] = time.perf_counter()
-    times = list(clock.items())
-    return {
+    if dataset.test is None or dataset.test.labels is None:
+        raise ValueError(f"{cell.data} has no labelled test split, expected one to report on.")
+    test = ExitRun.of(engine, dataset.test)
+    clock["test"] = time.perf_counter()
+    about = {
         "data": cell.data,
         "recipe": cell.recipe,
         "seed": cell.seed,
@@ -237,22 +232,40 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "layers": int(engine.depths[-1]),
         "labels": len(engine.label_names),
         "rows": len(parts.train),
+        "tested_on": len(test),
+        "epochs": settings.epochs,
+        "steps": trained.steps,
+        "depths": list(engine.depths),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+    }
+    if not has_exits:
+        right = test.exit_logits.argmax(-1) == test.labels
+        return {**about, "accuracy": _percent(right.float().mean(1).tolist()), "seconds": _seconds(clock)}
+    teaching, tuning = (ExitRun.of(engine, part) for part in (parts.teaching, parts.profile))
+    found = profile(engine, teaching, tuning)
+    paper = profile(engine, teaching, tuning, kind="counts", criterion="entropy").engine
+    clock["profile"] = time.perf_counter()
+    fresh = ExitRun.of(engine, parts.calibration)
+    calibrated = {name: _calibrated(found, fresh, promise) for name, promise in PROMISES.items()}
+    new = torch.from_numpy(np.flatnonzero(~repeated(dataset)))
+    clock["calibrate"] = time.perf_counter()
+    return {
+        **about,
         "fitted_on": trained.num_fitted,
         "profiled_on": len(parts.profile),
         "certified_on": len(parts.calibration),
         "search": "careful and daring",
-        "tested_on": len(test),
         "repeated": len(test) - len(new),
-        "epochs": settings.epochs,
-        "steps": trained.steps,
-        "depths": list(engine.depths),
         **_outcomes(found, paper, calibrated, test),
         "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if len(new) < len(test) else None,
-        "seconds": {
-            name: round(after - before, 1) for (_, before), (name, after) in zip(times, times[1:], strict=False)
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "seconds": _seconds(clock),
     }
+
+
+def _seconds(clock: dict[str, float]) -> dict[str, float]:
+    """Seconds of each step, of the moments at which they ended."""
+    times = list(clock.items())
+    return {name: round(after - before, 1) for (_, before), (name, after) in zip(times, times[1:], strict=False)}
 
 
 def repeated(dataset: Dataset) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from sections.baselines import baseline_sections
 from sections.choices import cheap_sections, choice_sections
 from sections.exits import exit_sections
 from sections.machines import machine_sections
@@ -67,6 +68,7 @@ def results_page(results: Path) -> str:
         *promise_sections(results),
         *exit_sections(results),
         *choice_sections(results),
+        *baseline_sections(results),
         *call_sections(results),
         *machine_sections(results),
     ]

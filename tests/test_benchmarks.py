@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny_encoder, toy_task
 
 from geep.calibration import ExitRun
-from geep.data import Split
+from geep.data import Dataset, Split
 from geep.engine import EngineConfig, ExitSettings
 from geep.promise import RISKS, Promise
 from geep.training import TrainSettings
@@ -169,6 +170,34 @@ def test_a_cell_is_measured_and_reported_and_not_measured_again(
     assert [row.split(" | ")[1] for row in section.parts[1].splitlines()[2:]] == ["fitted", "geep"]
     # Two recipes that made the same model: neither is better.
     assert "Against `geep` its full model is the better in 0 of 1 sets" in section.answer
+    # FastBERT's and GEEP's own rules, and a model of fewer layers.
+    for rule in line["published"].values():
+        assert [at["speed"] for at in rule] == list(certified.PUBLISHED_SPEEDS)
+        assert [at["layers"] for at in rule] == sorted((at["layers"] for at in rule), reverse=True)
+        assert {at["by_table"] for at in rule} == {0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certified, "TrainSettings", partial(TrainSettings, bf16=False))
+        shallow = certified.Cell("toy", "2 layers", 0)
+        certified._run(shallow, str(tmp_path / "data"), str(tmp_path / "encoder"), str(tmp_path / "work"), None, output)
+    shorter = json.loads(output.read_text("utf-8").splitlines()[-1])
+    assert (shorter["layers"], shorter["depths"], len(shorter["accuracy"])) == (2, [2], 1)
+    from sections.baselines import baseline_sections
+
+    shutil.move(output, tmp_path / "certified.jsonl")
+    published, fewer = baseline_sections(tmp_path)
+    assert "recipe `fastbert`" not in published.parts[1]  # no such cell was run
+    assert f"{shorter['accuracy'][0]:.2f}" in fewer.parts[1]
+
+
+def test_test_texts_that_stand_in_training_rows_are_known(certified: ModuleType) -> None:
+    train, test = Split(["Oil rose, again.", "Wheat"]), Split(["oil rose again", "Wheat!", "wheat exports"])
+    dataset = Dataset("toy", ("a", "b"), train, Split(["Corn?"]), test, multi_label=False)
+    assert certified.repeated(dataset).tolist() == [True, True, False]
+    pairs = [Split(["a", "b"], text_pairs=["c", "d"]), Split(["A", "a"], text_pairs=["C.", "d"])]
+    assert certified.repeated(Dataset("toy", ("a", "b"), pairs[0], None, pairs[1], multi_label=False)).tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies(rivals: None) -> None:

@@ -29,7 +29,7 @@ def exit_sections(results: Path) -> Iterator[Section]:
     studies = {path.stem.removeprefix("study-"): read(path) for path in sorted(results.glob("study-*.jsonl"))}
     if studies:
         yield _prediction(results, studies)
-    if certified := read(results / "certified.jsonl"):
+    if certified := [line for line in read(results / "certified.jsonl") if line.get("promises")]:
         yield _certified(certified)
     if heads := read(results / "heads.jsonl"):
         yield _heads(heads)
