@@ -9,6 +9,7 @@ Measured, for each cell (data set, recipe, seed), with everything else alike:
   speeds, for comparing at equal accuracy: a recipe may spoil the full model that its promises are about;
 - as published, at the speeds that FastBERT's paper reports: FastBERT (entropy, every exit asked until one is sure) and
   GEEP (the table of counts, texts sorted by it, the answer at the predicted layer is final), on the same exits;
+- of recipes that train a shared exit, its accuracy on the output of each exit's layer, one layer more than the exit;
 - all of it once more without the test texts that also stand in training or development rows, told by their letters and
   digits alone, where there are such.
 
@@ -94,6 +95,10 @@ SHALLOW = {f"{layers} layers": {"recipe": "vanilla", "encoder_layers": layers} f
 FIRST = ("sst2", "lcqmc", "ag_news", "thucnews", "yahoo_answers", "trec")
 FURTHER = ("book_review", "weibo", "shopping", "chnsenticorp", "dbpedia", "amazon_full", "yelp_polarity", "yelp_full")
 SEEDS = 3
+
+# Recipes that train last layer and teacher to answer on the output of every exit's layer.
+SHARED = ("geep", "geep-paper")
+_SHARED_BATCH = 64
 
 # At which FastBERT's paper reports (Liu et al. 2020, table 2).
 PUBLISHED_SPEEDS = (0.1, 0.5, 0.8)
@@ -255,11 +260,36 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "profiled_on": len(parts.profile),
         "certified_on": len(parts.calibration),
         "search": "careful and daring",
+        "shared_accuracy": _shared_accuracy(engine, test) if RECIPES[cell.recipe]["recipe"] in SHARED else None,
         "repeated": len(test) - len(new),
         **_outcomes(found, paper, calibrated, test),
         "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if len(new) < len(test) else None,
         "seconds": _seconds(clock),
     }
+
+
+def _shared_accuracy(engine: Engine, test: ExitRun) -> list[float]:
+    """Accuracy, %, where last layer and teacher answer on the output of each exit's layer, a layer more than the exit.
+
+    The paper trains them to (the shared exit), so that they may answer in the exit's place.
+    """
+    model, order = engine.model, np.argsort(test.batch.lengths, kind="stable")
+    logits = torch.empty(len(engine.depths), len(test), len(engine.label_names))
+    with torch.inference_mode():
+        for start in range(0, len(order), _SHARED_BATCH):
+            rows = order[start : start + _SHARED_BATCH]
+            batch = test.batch.select(rows)
+            mask = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+            columns = {"attention_mask": mask.astype(np.int64)}
+            for name in ("input_ids", "token_type_ids"):
+                ids = getattr(batch, name)
+                if ids is not None:
+                    columns[name] = np.zeros(mask.shape, dtype=np.int64)
+                    columns[name][mask] = ids
+            inputs = {name: torch.from_numpy(column).to(model.device) for name, column in columns.items()}
+            found = model(**inputs, output_shared_exits=True).shared_exit_logits
+            logits[:, torch.from_numpy(rows)] = found.float().cpu()
+    return _percent((logits.argmax(-1) == test.labels).float().mean(1).tolist())
 
 
 def _seconds(clock: dict[str, float]) -> dict[str, float]:

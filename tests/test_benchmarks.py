@@ -177,9 +177,15 @@ def test_a_cell_is_measured_and_reported_and_not_measured_again(
         assert {at["by_table"] for at in rule} == {0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified, "TrainSettings", partial(TrainSettings, bf16=False))
-        shallow = certified.Cell("toy", "2 layers", 0)
-        certified._run(shallow, str(tmp_path / "data"), str(tmp_path / "encoder"), str(tmp_path / "work"), None, output)
-    shorter = json.loads(output.read_text("utf-8").splitlines()[-1])
+        for recipe in ("geep", "2 layers"):
+            other = certified.Cell("toy", recipe, 0)
+            certified._run(
+                other, str(tmp_path / "data"), str(tmp_path / "encoder"), str(tmp_path / "work"), None, output
+            )
+    one_step, shorter = map(json.loads, output.read_text("utf-8").splitlines()[1:])
+    # On the full model's own depth the shared exit is the full model.
+    assert len(one_step["shared_accuracy"]) == len(one_step["depths"])
+    assert one_step["shared_accuracy"][-1] == one_step["accuracy"][-1]
     assert (shorter["layers"], shorter["depths"], len(shorter["accuracy"])) == (2, [2], 1)
     from sections.baselines import baseline_sections
 
