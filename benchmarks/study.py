@@ -54,6 +54,7 @@ STUDY: dict[str, Study] = {
     "trec": Study(epochs=3, max_length=64, max_train=None, holdout=0.4),
     "ag_news": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
     "thucnews": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
+    "book_review": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
     "lcqmc": Study(epochs=2, max_length=64, max_train=8000, batch_size=64, learning_rate=1.5e-4),
 }
 
@@ -105,6 +106,17 @@ def calibrate(name: str, study: Study, folder: Path, args: argparse.Namespace) -
     _geep("calibrate", str(folder), "--max-drop", str(MAX_DROP))
 
 
+def int8(name: str, study: Study, folder: Path, args: argparse.Namespace) -> None:
+    """Certify the same promise in 8 bits, in a copy of the folder beside the others; refused, it stays uncertified."""
+    copy = folder.parent.with_name(f"{folder.parent.name}-int8") / name
+    if copy.exists():
+        return
+    shutil.copytree(folder, partial := copy.with_name(f"{name}.partial"), dirs_exist_ok=True)
+    _geep("profile", str(partial), "--dtype", "int8")
+    _geep("calibrate", str(partial), "--max-drop", str(MAX_DROP))
+    partial.rename(copy)
+
+
 def evaluate(name: str, study: Study, folder: Path, args: argparse.Namespace) -> None:
     """Race the rivals and keep the measurements with what they were made of."""
     _geep("evaluate", str(folder), "--max-texts", str(args.max_texts), "--rounds", str(args.rounds))
@@ -128,7 +140,7 @@ def evaluate(name: str, study: Study, folder: Path, args: argparse.Namespace) ->
     shutil.copy(folder / "evaluation.png", RESULTS / f"study-{name}.png")
 
 
-STEPS = {"train": train, "profile": profile, "calibrate": calibrate, "evaluate": evaluate}
+STEPS = {"train": train, "profile": profile, "calibrate": calibrate, "int8": int8, "evaluate": evaluate}
 
 
 def _geep(*arguments: str) -> dict[str, Any]:

@@ -954,3 +954,19 @@ def test_a_window_is_recorded_as_it_runs(rivals: None, tmp_path: Path) -> None:
             assert sum(line["tokens"] for line in members) <= 64
     (tmp_path / "staircase.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [about, *lines]))
     assert [path.name for path in load("plot").draw_all(tmp_path)] == ["staircase.png"]
+
+
+def test_every_step_of_the_reproduction_is_a_script_that_takes_these_arguments(rivals: None) -> None:
+    reproduce = load("reproduce")
+    values = {"data": "a b/data", "model": "m", "work": "a b/work", "runs": "a b/work/runs", "jobs": "2"}
+    seen = set()
+    for step in reproduce.STEPS.values():
+        for command in step.commands:
+            script, *arguments = reproduce.filled(command, values)
+            seen.add(script)
+            source = (reproduce.HERE / script).read_text("utf-8")
+            for flag in (word for word in arguments if word.startswith("--")):
+                assert f'"{flag}"' in source, f"{script} {flag}"
+            assert not any("{data}" in word and "int8" not in word for word in arguments)
+    assert {"certified.py", "throughput.py", "report.py"} <= seen
+    assert set(reproduce.RACED) <= set(load("study").STUDY)
