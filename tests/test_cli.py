@@ -168,6 +168,7 @@ def test_predict_tells_other_texts_from_those_that_certified(model: Path, tmp_pa
     report = run("predict", model, strange, *options, "--json")
     assert report["drift"]["unknown"] == 1
     assert report["drift"]["p_value"] < 0.001
+    assert report["drift"]["is_large"] is True
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

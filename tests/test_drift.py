@@ -85,6 +85,30 @@ def test_chance_is_taken_for_drift_no_more_often_than_said_and_drift_is_found() 
     assert np.mean(odd) > 0.95
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 20])
+def test_a_handful_of_texts_is_not_taken_for_others(count: int) -> None:
+    generator = np.random.default_rng(count)
+    mix = [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+
+    def texts(number: int) -> Traffic:
+        # Most texts have no unknown token, so that a handful of them often has no spread at all.
+        shares = np.where(generator.random(number) < 0.15, generator.beta(1, 8, number), 0.0)
+        return Traffic.of(generator.choice(len(mix), number, p=mix), shares)
+
+    reference = texts(3000)
+    assert sum(Drift.between(reference, texts(count)).is_certain for _ in range(500)) <= 3
+
+
+def test_what_is_large_is_what_is_certain() -> None:
+    by_chance = Drift(layers=0.25, unknown=0.02, p_layers=0.2, p_unknown=0.0001, num_texts=20)
+    assert by_chance.is_certain
+    assert not by_chance.is_large
+    assert Drift(layers=0.05, unknown=-0.2, p_layers=0.2, p_unknown=0.0001, num_texts=20).is_large
+    assert Drift(layers=0.25, unknown=None, p_layers=0.0001, p_unknown=None, num_texts=90).is_large
+    assert by_chance.to_dict()["p_value"] == 0.0001
+    assert by_chance.to_dict()["is_large"] is False
+
+
 @pytest.mark.parametrize("pair", [(Traffic(), Traffic({1: 1})), (Traffic({1: 1}), Traffic())])
 def test_nothing_is_no_drift(pair: tuple[Traffic, Traffic]) -> None:
     with pytest.raises(ValueError, match="expected some of each"):

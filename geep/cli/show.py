@@ -418,7 +418,8 @@ def drifted(console: Console, drift: geep.Drift) -> None:
             soft_wrap=True,
         )
     else:
-        console.print(f"{said}.", soft_wrap=True)
+        by_chance = "" if drift.is_certain else ", no more than by chance"
+        console.print(f"{said}{by_chance}.", soft_wrap=True)
 
 
 def predictions(console: Console, answers: Sequence[Mapping[str, Any]], *, multi_label: bool) -> None:

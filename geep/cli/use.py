@@ -281,7 +281,7 @@ def predict_command(
         drift = _drift(engine, result.traffic)
         if drift is not None:
             show.drifted(console, drift)
-        more = {"exit_layer_counts": result.exit_layer_counts, "drift": None if drift is None else asdict(drift)}
+        more = {"exit_layer_counts": result.exit_layer_counts, "drift": None if drift is None else drift.to_dict()}
         show.document({**asdict(result), **more, "output": str(goal)}, as_json)
         if (not result.rows and result.num_bad) or show.hides_rows(result):
             raise typer.Exit(2)  # scripts that look at nothing else should not go on with what is left

@@ -6,15 +6,15 @@ nothing to watch: texts are answered at other layers, and hold tokens that the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import asdict, dataclass
+from math import exp, sqrt
+from typing import Any
 
 import numpy as np
-from scipy.stats import kstwobign, ttest_ind_from_stats
+from scipy.stats import kstwobign
 
 from geep.promise.traffic import Traffic
 
-# Two figures are tested, each at half of this.
 _RARE = 0.001
 _LARGE = 0.1
 
@@ -28,14 +28,22 @@ class Drift:
             of Kolmogorov and Smirnov, in [0, 1].
         unknown: Mean share of a live text's tokens that the table has never seen, less that of the certifying texts;
             None where it is not known.
-        p_value: How probable it is that texts of the same kind differ as much by chance, in one figure or the other.
+        p_layers: At most how probable it is that the layers of texts of the same kind differ as much by chance; doubled
+            where unknown tokens are compared, too (Bonferroni).
+        p_unknown: The same of unknown tokens; None where they are not known.
         num_texts: Live texts.
     """
 
     layers: float
     unknown: float | None
-    p_value: float
+    p_layers: float
+    p_unknown: float | None
     num_texts: int
+
+    @property
+    def p_value(self) -> float:
+        """At most how probable it is that texts of the same kind differ as much by chance, in one figure or the other."""
+        return self.p_layers if self.p_unknown is None else min(self.p_layers, self.p_unknown)
 
     @property
     def figure(self) -> float:
@@ -49,19 +57,25 @@ class Drift:
 
     @property
     def is_large(self) -> bool:
-        """Whether chance is ruled out and the figure at least 0.1: then promises should be certified anew.
+        """Whether a difference is at least 0.1 and this very one not by chance: then promises should be certified anew.
 
         What is seen of texts of the same and of another source is measured (docs/results.md).
         """
-        return self.is_certain and self.figure >= _LARGE
+        tested = ((self.layers, self.p_layers), (self.unknown, self.p_unknown))
+        return any(p is not None and p < _RARE and abs(found or 0.0) >= _LARGE for found, p in tested)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain words and numbers, what they come to among them."""
+        came_to = {"p_value": self.p_value, "figure": self.figure, "is_large": self.is_large}
+        return {**asdict(self), **came_to}
 
     @classmethod
     def between(cls, reference: Traffic, live: Traffic) -> Drift:
         """Compare live traffic with that of the texts that certified, of the same engine at the same speed.
 
         The exit layers are compared by the test of Kolmogorov and Smirnov, which errs on the safe side where, as here,
-        many texts have the same layer; unknown tokens by Welch's t-test. Of both the smaller p-value counts, doubled
-        (Bonferroni).
+        many texts have the same layer; unknown tokens by Bernstein's inequality, which holds of few texts, too: most
+        texts have no unknown token, so that the spread within a handful of them says nothing.
 
         Raises:
             ValueError: If one of them has no texts.
@@ -78,27 +92,22 @@ class Drift:
         )
         distance = float(np.abs(then - now).max())
         size = reference.num_texts * live.num_texts / (reference.num_texts + live.num_texts)
-        p_values = [float(kstwobign.sf(distance * sqrt(size)))]
-        before, after, unknown = reference.unknown_share, live.unknown_share, None
-        if before is not None and after is not None:
-            unknown = after - before
-            p_values.append(_chance_of(reference, live))
-        return cls(distance, unknown, min(1.0, len(p_values) * min(p_values)), live.num_texts)
+        p_layers = float(kstwobign.sf(distance * sqrt(size)))
+        before, after = reference.unknown_share, live.unknown_share
+        if before is None or after is None:
+            return cls(distance, None, p_layers, None, live.num_texts)
+        p_unknown = _chance_of(reference, live, after - before)
+        return cls(distance, after - before, min(1.0, 2 * p_layers), min(1.0, 2 * p_unknown), live.num_texts)
 
 
-def _chance_of(reference: Traffic, live: Traffic) -> float:
-    """The p-value of the means' difference; of texts that are all alike, whether the means are the same."""
-    means, deviations, counts = zip(*map(_moments, (reference, live)), strict=True)
-    if min(counts) < 2:
+def _chance_of(reference: Traffic, live: Traffic, difference: float) -> float:
+    """Bernstein's bound on the probability of such a difference of two means of shares, of texts of one kind.
+
+    If they are of one kind, their variance is that of all of them together.
+    """
+    if not difference:
         return 1.0
-    if not any(deviations):
-        return float(means[0] == means[1])
-    both = (number for moments in zip(means, deviations, counts, strict=True) for number in moments)
-    return float(ttest_ind_from_stats(*both, equal_var=False).pvalue)
-
-
-def _moments(traffic: Traffic) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of the shares of unknown tokens."""
-    count, total = traffic.num_texts, traffic.unknown or 0.0
-    variance = max(traffic.unknown_squares - total * total / count, 0.0) / max(count - 1, 1)
-    return total / count, sqrt(variance), count
+    both, fewest = reference + live, min(reference.num_texts, live.num_texts)
+    variance = both.unknown_squares / both.num_texts - (both.unknown_share or 0.0) ** 2
+    of_difference = max(variance, 0.0) * (1 / reference.num_texts + 1 / live.num_texts)
+    return min(1.0, 2 * exp(-(difference**2) / (2 * (of_difference + abs(difference) / (3 * fewest)))))
