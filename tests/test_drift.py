@@ -8,12 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLS, FRESH, HELDOUT, MAX_LENGTH, SEP, TRAIN, UNK, fit_predictor, random_batch, split
+import torch
+from conftest import (
+    CLS,
+    FRESH,
+    HELDOUT,
+    MAX_LENGTH,
+    SEP,
+    SPECIAL_TOKENS,
+    TRAIN,
+    UNK,
+    VOCAB,
+    fit_predictor,
+    random_batch,
+    split,
+)
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 import geep
 from geep.calibration import Calibration, ProfileResult, calibrate
 from geep.engine import Engine, Predictions
+from geep.predictor import TextExits, fit_predictor as fit_table
 from geep.promise import Drift, Promise, Traffic
 
 TEXTS = st.lists(st.tuples(st.integers(0, 6), st.floats(0, 1, width=32)), min_size=1, max_size=40)
@@ -133,6 +148,28 @@ def test_shares_of_unknown_tokens_are_those_counted_by_hand(tiny_engine: Engine)
         assert found.tolist() == pytest.approx(expected)
         assert expected[-3:] == [0, 0, 1 if unk else 0]
         assert len(set(expected)) > 3
+
+
+def test_what_both_texts_of_pairs_had_is_not_unknown() -> None:
+    both, first, never = 20, 21, 22
+    pair = torch.tensor([CLS, both, first, SEP, both, SEP])
+    texts = TextExits(pair.repeat(3), torch.full((3,), len(pair)), torch.zeros(3, 1, dtype=torch.int64))
+    predictor = fit_table(
+        "counts",
+        texts,
+        None,
+        texts,
+        depths=(1, 2),
+        speeds=(0.5,),
+        num_labels=2,
+        vocab_size=len(VOCAB),
+        special_ids=range(len(SPECIAL_TOKENS)),
+        separator_id=SEP,
+    )
+    found = predictor.unknown_shares(
+        np.array([CLS, both, first, never, SEP, both, SEP]), np.array([7]), unk_token_id=UNK
+    )
+    assert found.tolist() == [0.25]
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,11 @@ class Keys:
         rows[keys.places] = torch.where(found >= 0, found + self.vocab_size, self.neutral_row)
         return rows, keys.offsets
 
+    def shared_values(self) -> Tensor:
+        """Value in the hash table of each token as what both texts of a pair have, int64, (vocab_size,); -1: none."""
+        tokens = torch.arange(self.vocab_size, device=self.ngrams.device)
+        return self.ngrams.find(tokens | (1 << ORDER_SHIFT) | (1 << SHARED_SHIFT))
+
     def pack(self, input_ids: Tensor, lengths: Tensor) -> PackedKeys:
         """Return the texts' keys as they are before any is looked up; arguments and errors are those of `rows_of`."""
         check_texts(input_ids, lengths, self.vocab_size)

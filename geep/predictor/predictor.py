@@ -150,7 +150,8 @@ class ExitPredictor:
         """Return the share of each text's tokens that stood in no text the table was made from, (num_texts,).
 
         Special tokens are not counted, but for the one that stands for what the tokenizer does not know; a text
-        without others has 0. Computed on the host, whatever the table's device.
+        without others has 0. Computed on the host, whatever the table's device. In pairs a token that only ever stood
+        in both texts of one counts as seen where that has a row: where it stood so often enough.
 
         Args:
             input_ids: Token ids of the texts one after another, (num_tokens,).
@@ -173,6 +174,8 @@ class ExitPredictor:
         size = self.table.vocab_size
         usable = is_usable(torch.arange(size), self.table.keys.special_ids)
         seen = self.table.counts[:size].cpu().any(2).any(1)
+        if self.table.keys.separator_id is not None:
+            seen |= self.table.keys.shared_values().cpu() >= 0
         return usable.numpy(), (usable & ~seen).numpy()
 
     def speed_index(self, speed: float) -> int:

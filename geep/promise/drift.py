@@ -42,7 +42,7 @@ class Drift:
 
     @property
     def p_value(self) -> float:
-        """At most how probable it is that texts of the same kind differ as much by chance, in one figure or the other."""
+        """At most how probable it is that texts of the same kind differ as much by chance, in one or the other."""
         return self.p_layers if self.p_unknown is None else min(self.p_layers, self.p_unknown)
 
     @property
