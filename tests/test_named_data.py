@@ -371,3 +371,13 @@ def test_a_set_that_cannot_be_had_ends_with_code_2(monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(app, ["train", "sst2", "-o", "model", "--text-column", "body"])
     assert "would change nothing with sst2" in " ".join(result.output.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_dir_without_the_set_is_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere \(--data-dir, data_dir\) to look for thucnews"):
+        data.load_dataset("thucnews", data_dir=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="It was published"):
+        data.load_dataset("thucnews", data_dir=tmp_path)
+    assert f"There is no thucnews in {tmp_path}: the published set" in caplog.text

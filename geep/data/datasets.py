@@ -125,6 +125,8 @@ def _find_tables(
     name = os.fspath(name_or_path)
     path = local_path(name, data_dir)
     if path is None and name in DATASETS:
+        if data_dir is not None:
+            _check_meant(name, Path(data_dir))
         return name, _find_parts(name, cache_dir, local_files_only)
     if path is not None and path.is_dir():
         tables = {part: _part_file(path, part) for part in _PART_NAMES}
@@ -166,6 +168,16 @@ def local_path(name: str, data_dir: str | os.PathLike[str] | None = None) -> Pat
             return path
     is_there = last.is_file() or (last.is_dir() and (name not in DATASETS or _part_file(last, "train") is not None))
     return last if is_there else None
+
+
+def _check_meant(name: str, data_dir: Path) -> None:
+    """Say that a folder lacks the named set, whose published rows may be others; refuse a folder that is not there."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {data_dir} (--data-dir, data_dir) to look for {name} in; mend its path, or leave it "
+            "out for the published set of this name."
+        )
+    logger.warning("There is no %s in %s: the published set of this name is taken.", name, data_dir)
 
 
 def _find_parts(
