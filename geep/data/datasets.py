@@ -72,8 +72,8 @@ def load_dataset(
         The data set.
 
     Raises:
-        FileNotFoundError: If a file, or the ``train`` file of a folder, does not exist; or of a named set that is had
-            as a folder only, the folder.
+        FileNotFoundError: If a file, or the ``train`` file of a folder, does not exist; or, where a named set is in no
+            folder, `data_dir`, or the folder of one that is had as such only.
         ImportError: If a set of the hub is asked for, and the `datasets` library is not installed.
         ValueError: If the name is unknown, a file has bad rows or unknown labels, or the training data has no rows,
             no labels or a single label.
