@@ -263,7 +263,7 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "shared_accuracy": _shared_accuracy(engine, test) if RECIPES[cell.recipe]["recipe"] in SHARED else None,
         "repeated": len(test) - len(new),
         **_outcomes(found, paper, calibrated, test),
-        "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if len(new) < len(test) else None,
+        "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if 0 < len(new) < len(test) else None,
         "seconds": _seconds(clock),
     }
 
@@ -304,7 +304,8 @@ def repeated(dataset: Dataset) -> NDArray[np.bool_]:
     def told(part: Split) -> list[str]:
         pairs = [""] * len(part) if part.text_pairs is None else part.text_pairs
         both = zip(part.texts, pairs, strict=True)
-        return ["|".join(re.sub(r"[\W_]+", "", text.lower()) for text in pair) for pair in both]
+        # A text of signs alone is told by these.
+        return ["|".join(re.sub(r"[\W_]+", "", text.lower()) or text for text in pair) for pair in both]
 
     known = {text for part in (dataset.train, dataset.dev) if part is not None for text in told(part)}
     return np.array([text in known for text in told(dataset.test)]) if dataset.test else np.zeros(0, dtype=bool)

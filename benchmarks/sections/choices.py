@@ -30,6 +30,8 @@ def _choices(lines: list[Line]) -> Section:
     found = {(line["data"], line["choice"]): line for line in lines}
     sets, choices = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
     full = lines[0]["full_layers"]
+    # Of the others exits are others, too, and with them the layers that are to be ranked.
+    ranked = {line["choice"] for line in lines if line["about"] in ("", "keys", "table")}
 
     def layers(data: str, choice: str, promise: str = PROMISE) -> float:
         return float(found[data, choice]["promises"][promise].get("layers", full))
@@ -43,7 +45,7 @@ def _choices(lines: list[Line]) -> Section:
         return [
             f"{layers(data, choice):.2f} ({drop})",
             f"{layers(data, choice, '99 % agreement'):.2f}",
-            f"{found[data, choice]['rank_correlation']:.2f}",
+            f"{found[data, choice]['rank_correlation']:.2f}" if choice in ranked else "–",
         ]
 
     rows = [
@@ -72,7 +74,8 @@ def _choices(lines: list[Line]) -> Section:
         (
             "One choice at a time is made otherwise than by `geep train`, all else learned, chosen and certified as "
             f"ever: mean layers of {full} on the test split for {PROMISE} and for 99 % agreement, accuracy against "
-            "the full model in points, and how well the table ranks texts by their exit layer.",
+            "the full model in points, and, where the exits are the same, how well the table ranks texts by their exit "
+            "layer.",
             table(header, rows),
         ),
         f"Over {len(sets)} data sets the layers grow most by "

@@ -282,7 +282,8 @@ def predict_command(
         if drift is not None:
             show.drifted(console, drift)
         more = {"exit_layer_counts": result.exit_layer_counts, "drift": None if drift is None else drift.to_dict()}
-        show.document({**asdict(result), **more, "output": str(goal)}, as_json)
+        told = {name: value for name, value in asdict(result).items() if name != "traffic"}  # of which both are made
+        show.document({**told, **more, "output": str(goal)}, as_json)
         if (not result.rows and result.num_bad) or show.hides_rows(result):
             raise typer.Exit(2)  # scripts that look at nothing else should not go on with what is left
 

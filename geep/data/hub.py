@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from geep.data.wheels import FetchError
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 1024
+_SWITCH = threading.Lock()
 
 
 def read_hub(
@@ -69,7 +71,9 @@ def read_hub(
                 cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             )
     except Exception as err:  # the client's library, and with it the kind of its errors, is not the same everywhere
-        first = "load it once with a network" if local_files_only else "check the network"
+        first = (
+            "load it once with a network" if local_files_only else "see to what the message says, or check the network"
+        )
         raise FetchError(
             f"The data set {name} could not be had from the Hugging Face hub ({where}: {err}). Do one of: {first}; or "
             f"{instead}."
@@ -84,12 +88,13 @@ def read_hub(
 @contextmanager
 def _offline(datasets: Any, offline: bool) -> Iterator[None]:
     """Let the library take its cache alone, as HF_HUB_OFFLINE does: `local_files_only` of its own is not looked at."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
+    with _SWITCH:  # the library has one for the whole process
+        before = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = before or offline
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
 
 
 def _table(where: Path, rows: Any, source: DatasetSource, hub: HubSet, changed: str) -> Table:
