@@ -69,11 +69,11 @@ def _race(axes: Axes, data: str, lines: list[Line], kept: dict[str, Line]) -> li
             continue
         best = max(some, key=lambda run: float(run["throughput"]))
         points = against_full(best, lines, kept)
-        # Who runs all layers, and was not measured on all texts, is drawn as the full model.
-        place = (best["throughput"], max(0.0 if points is None else points, LEAST + 0.2))
-        is_below = points is not None and points < place[1]
-        filled = "white" if points is None else OTHERS
-        axes.plot(*place, "v" if is_below else "o", color=OTHERS, markerfacecolor=filled, zorder=2)
+        if points is None:  # its accuracy was not taken on all texts
+            continue
+        place = (best["throughput"], max(points, LEAST + 0.2))
+        is_below = points < place[1]
+        axes.plot(*place, "v" if is_below else "o", color=OTHERS, zorder=2)
         told = f" ({points:+.1f})" if is_below else ""
         marks.append((*place, name.format(depth=best["mean_exit_layer"]) + told, DARK))
     accuracy = next(iter(kept.values()))["full_accuracy"]

@@ -126,8 +126,7 @@ def first_screen(results: Path) -> str:
         parts += [
             "![accuracy against time](benchmarks/results/races.png)",
             f"*Accuracy against time on {len(races)} data sets, {machine['threads']} threads of {machine['device']}, "
-            "everything at its best batch size; up and to the right is better. Hollow: runs all layers, its accuracy "
-            "was not taken on all texts.*",
+            "everything at its best batch size; up and to the right is better.*",
             readme_table(results),
         ]
     return "\n\n".join(parts)

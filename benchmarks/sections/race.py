@@ -59,7 +59,7 @@ class Row:
         (self.ours,) = of_kind(runs, "throughput", group="geep", engine=engine)
         self.rival = strongest(runs)
         self.over_rival = None if self.rival is None else self.ours["throughput"] / self.rival["throughput"]
-        known = None if self.rival is None else against_full(self.rival, lines, {})
+        known = None if self.rival is None else against_full(self.rival, lines, {engine: kept})
         self.rival_points = "" if known is None else f" ({points(known)})"
         self.depth, self.over_depth = best_constant(kept, self.ours, runs) or (None, None)
         self.lost = 100 * (kept["full_accuracy"] - kept["accuracy"])
