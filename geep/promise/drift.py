@@ -16,7 +16,7 @@ from scipy.stats import kstwobign
 from geep.promise.traffic import Traffic
 
 _RARE = 0.001
-_LARGE = 0.1
+_LARGE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Drift:
 
     @property
     def is_large(self) -> bool:
-        """Whether a difference is at least 0.1 and this very one not by chance: then promises should be certified anew.
+        """Whether a difference is at least 0.05 and this very one not by chance: then promises should be certified anew.
 
         What is seen of texts of the same and of another source is measured (docs/results.md).
         """
