@@ -44,12 +44,13 @@ import torch
 import transformers
 from ablation import quality
 from numpy.typing import NDArray
+from published import RULE, as_published
 from transformers import AutoConfig
 
 import geep
 from geep.calibration import TRIAL_SPEEDS, Calibration, ExitRun, Outcomes, ProfileResult, calibrate, profile
 from geep.data import Dataset, Split
-from geep.engine import Engine, ExitSettings
+from geep.engine import Engine
 from geep.evaluation.race import cpu_name
 from geep.promise import NothingCertifiedError, Promise
 from geep.training import TrainSettings
@@ -248,7 +249,7 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         return {**about, "accuracy": _percent(right.float().mean(1).tolist()), "seconds": _seconds(clock)}
     teaching, tuning = (ExitRun.of(engine, part) for part in (parts.teaching, parts.profile))
     found = profile(engine, teaching, tuning)
-    paper = profile(engine, teaching, tuning, kind="counts", criterion="entropy").engine
+    paper = as_published(engine, teaching, tuning)
     clock["profile"] = time.perf_counter()
     fresh = ExitRun.of(engine, parts.calibration)
     calibrated = {name: _calibrated(found, fresh, promise) for name, promise in PROMISES.items()}
@@ -330,8 +331,8 @@ def _published(paper: Engine, test: ExitRun) -> dict[str, Any]:
     # Without a table every text is asked at every exit.
     bare = Engine(paper.model, paper.tokenizer, config=paper.config, identity=paper.identity)
     rules = {
-        "FastBERT": (Outcomes(bare, test), ExitSettings(criterion="entropy", on_miss="continue")),
-        "GEEP": (Outcomes(paper, test), ExitSettings(criterion="entropy", on_miss="stop")),
+        "FastBERT": (Outcomes(bare, test), replace(RULE, on_miss="continue")),
+        "GEEP": (Outcomes(paper, test), RULE),
     }
     return {
         name: [{"speed": speed, **quality(outcomes, replace(rule, speed=speed))} for speed in PUBLISHED_SPEEDS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_engine, make_model, make_tokenizer, random_texts, tiny_encoder, toy_task
+from conftest import VOCAB, make_engine, make_model, make_tokenizer, random_texts, split, tiny_encoder, toy_task
 
-from geep.calibration import ExitRun
+from geep.calibration import TABLE_SPEEDS, ExitRun
 from geep.data import Dataset, Split
-from geep.engine import EngineConfig, ExitSettings
+from geep.engine import Engine, EngineConfig, ExitSettings
 from geep.promise import RISKS, Promise
 from geep.training import TrainSettings
 
@@ -204,6 +205,22 @@ def test_test_texts_that_stand_in_training_rows_are_known(certified: ModuleType)
         True,
         False,
     ]
+
+
+def test_the_published_table_counts_exits_that_answer_by_themselves(rivals: None, tiny_engine: Engine) -> None:
+    published = load("published")
+    runs = [ExitRun.of(tiny_engine, split(300, seed=seed)) for seed in (1, 2)]
+    engine = published.as_published(tiny_engine, *runs)
+    assert (engine.settings.fusing, engine.settings.temperatures, engine.predictor.num_labels) == ({}, {}, None)
+    chances = runs[0].exit_logits.softmax(-1)
+    unsure = -(chances * chances.log()).sum(-1) / math.log(chances.shape[-1])
+    tokens = torch.from_numpy(runs[0].batch.lengths) - 2  # but for [CLS] and [SEP]
+    for place, speed in enumerate(TABLE_SPEEDS):
+        sure = unsure < speed
+        sure[-1] = True
+        expected = torch.bincount(sure.int().argmax(0), weights=tokens, minlength=len(unsure))
+        vocabulary = engine.predictor.table.counts[: len(VOCAB), place].sum(0)
+        assert vocabulary.tolist() == expected.tolist()
 
 
 def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies(rivals: None) -> None:

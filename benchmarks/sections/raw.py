@@ -164,7 +164,7 @@ def plain_tables(lines: Sequence[Line]) -> Iterator[str]:
         names = list(dict.fromkeys(name for row in rows for name in row))
         same = [name for name in names if len(rows) > 1 and len({str(row.get(name)) for row in rows}) == 1]
         varied = [name for name in names if name not in same]
-        shared = ", ".join(f"{_words(name)} {_cell(rows[0][name])}" for name in same)
+        shared = ", ".join(f"{_words(name)} {_cell(rows[0].get(name))}" for name in same)
         if kind or shared:
             yield f"{_words(kind).capitalize() or 'All'}{f' ({shared})' if shared else ''}:"
         yield table([_words(name) for name in varied], [[_cell(row.get(name)) for name in varied] for row in rows])
