@@ -105,6 +105,8 @@ def _shallow(lines: list[Line], fitted: list[Line]) -> Section:
             table(["data set", *(f"{depth} layers" for depth in depths), "GEEP", "full model"], rows),
         ),
         f"GEEP is more accurate than the shallow model of the next whole depth measured in {sum(better)} of "
-        f"{len(better)} sets.",
+        f"{len(better)} sets."
+        if better
+        else "None of them is as deep as GEEP runs here.",
         "From `benchmarks/certified.py`.",
     )
