@@ -19,7 +19,6 @@ appends to benchmarks/results/ablation.jsonl what is not there yet; logits are k
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from prediction import without_table
+from tables import append, read
 
 import geep
 from geep.calibration import (
@@ -85,16 +85,13 @@ def main() -> None:
     parser.add_argument("--only", required=True, help="names of these folders, by commas")
     parser.add_argument("--cache", type=Path, required=True, help="where logits of all exits are kept")
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["promise"], line["part"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["promise"], line["part"]) for line in read(RESULTS)}
     for name in args.only.split(","):
         if all((name, promise, part) in done for promise in PROMISES for part in PARTS):
             continue
         for line in measured(args.runs_dir / name, args.cache / f"{name}.pt"):
             if (name, line["promise"], line["part"]) not in done:
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"data": name, **line}) + "\n")
+                append(RESULTS, {"data": name, **line})
                 print(name, line["promise"], line["part"], line["layers"], line["exits_asked"], flush=True)
 
 
@@ -112,9 +109,9 @@ def measured(folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
 def runs_of(
     folder: Path, cache: Path, *, more: Callable[[geep.Parts, geep.Dataset], geep.Split] | None = None
 ) -> tuple[Engine, dict[str, ExitRun]]:
-    """The engine of a folder, and all exits of all its rows by part, from the cache where they are there.
+    """The engine of a folder, and all exits of all its rows by part, from the cache as far as they are there.
 
-    `more` names further rows, which become the part "more".
+    `more` names further rows, which become the part "more"; who needs none reads the same cache.
     """
     plan, parts = geep.parts_of(folder)
     engine, dataset = Engine.from_pretrained(folder, exits=False, dtype="float32"), plan.load()
@@ -122,14 +119,15 @@ def runs_of(
         raise SystemExit(f"{folder} was made of data without a test split, expected one to report on.")
     splits = {"teaching": parts.teaching, "profile": parts.profile, "calibration": parts.calibration}
     splits |= {"test": dataset.test, **({} if more is None else {"more": more(parts, dataset)})}
-    cache.parent.mkdir(parents=True, exist_ok=True)
     made_of = {**engine.identity, **{name: split.digest() for name, split in splits.items()}}
-    if not cache.exists():
-        logits = {name: ExitRun.of(engine, split, what=name).exit_logits for name, split in splits.items()}
-        torch.save({"made_of": made_of, "logits": logits}, cache)
-    kept = torch.load(cache)
-    if kept["made_of"] != made_of:
+    kept = torch.load(cache) if cache.exists() else {"made_of": {}, "logits": {}}
+    if any(kept["made_of"].get(name, digest) != digest for name, digest in made_of.items()):
         raise SystemExit(f"{cache} holds logits of another model or of other texts; delete it.")
+    if missing := [name for name in splits if name not in kept["logits"]]:
+        kept["logits"] |= {name: ExitRun.of(engine, splits[name], what=name).exit_logits for name in missing}
+        kept["made_of"] |= made_of
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, cache)
     return engine, {
         name: ExitRun(
             engine.tokenize(split.inputs).batch,

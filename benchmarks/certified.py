@@ -26,7 +26,6 @@ appends to benchmarks/results/certified.jsonl; each line names its device.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
@@ -42,9 +41,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from ablation import quality
+from ablation import PROMISES, quality
 from numpy.typing import NDArray
 from published import RULE, as_published
+from tables import append, read
 from transformers import AutoConfig
 
 import geep
@@ -104,12 +104,6 @@ _SHARED_BATCH = 64
 # At which FastBERT's paper reports (Liu et al. 2020, table 2).
 PUBLISHED_SPEEDS = (0.1, 0.5, 0.8)
 
-PROMISES: dict[str, Promise] = {
-    "at most 0.5 points": Promise(max_accuracy_drop=0.005),
-    "at most 1 point": Promise(max_accuracy_drop=0.01),
-    "99 % agreement": Promise(min_agreement=0.99),
-}
-
 
 def cells() -> Iterator[Cell]:
     """All cells, the most important first."""
@@ -162,8 +156,7 @@ def main() -> None:
 
 
 def _done(output: Path) -> set[Cell]:
-    known = output.read_text("utf-8").splitlines() if output.exists() else []
-    return {Cell(line["data"], line["recipe"], line["seed"]) for line in map(json.loads, known)}
+    return {Cell(line["data"], line["recipe"], line["seed"]) for line in read(output)}
 
 
 def _wanted(args: argparse.Namespace, output: Path) -> Iterator[Cell]:
@@ -187,11 +180,10 @@ def _run(cell: Cell, data_dir: str, model: str, work: str, max_train: int | None
     begin = time.perf_counter()
     folder = Path(work) / f"{cell.data}-{cell.recipe.replace(', ', '-')}-{cell.seed}"
     try:
-        line = json.dumps(measured(cell, data_dir, model, folder, max_train), ensure_ascii=False)
+        line = measured(cell, data_dir, model, folder, max_train)
         # A process whose parent was killed ends its cell, which another may have begun again meanwhile.
         if cell not in _done(Path(output)):
-            with Path(output).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append(Path(output), line)
         print(f"{cell} done in {time.perf_counter() - begin:.0f} s", flush=True)
     except Exception:
         print(f"{cell} failed:\n{traceback.format_exc()}", flush=True)
@@ -261,36 +253,39 @@ def measured(cell: Cell, data_dir: str, encoder: str, folder: Path, max_train: i
         "profiled_on": len(parts.profile),
         "certified_on": len(parts.calibration),
         "search": "careful and daring",
-        "shared_accuracy": _shared_accuracy(engine, test) if RECIPES[cell.recipe]["recipe"] in SHARED else None,
+        "shared_accuracy": _shared_accuracy(engine, dataset.test, test.batch.lengths)
+        if RECIPES[cell.recipe]["recipe"] in SHARED
+        else None,
         "repeated": len(test) - len(new),
-        **_outcomes(found, paper, calibrated, test),
-        "without_repeated": _outcomes(found, paper, calibrated, test.select(new)) if 0 < len(new) < len(test) else None,
+        **_outcomes(engine, found, paper, calibrated, test),
+        "without_repeated": _outcomes(engine, found, paper, calibrated, test.select(new))
+        if 0 < len(new) < len(test)
+        else None,
         "seconds": _seconds(clock),
     }
 
 
-def _shared_accuracy(engine: Engine, test: ExitRun) -> list[float]:
+def _shared_accuracy(engine: Engine, test: Split, lengths: NDArray[np.int64]) -> list[float]:
     """Accuracy, %, where last layer and teacher answer on the output of each exit's layer, a layer more than the exit.
 
     The paper trains them to (the shared exit), so that they may answer in the exit's place.
     """
-    model, order = engine.model, np.argsort(test.batch.lengths, kind="stable")
-    logits = torch.empty(len(engine.depths), len(test), len(engine.label_names))
+    model, order = engine.model, np.argsort(lengths, kind="stable")
+    right = torch.zeros(len(engine.depths))
     with torch.inference_mode():
         for start in range(0, len(order), _SHARED_BATCH):
-            rows = order[start : start + _SHARED_BATCH]
-            batch = test.batch.select(rows)
-            mask = np.arange(batch.lengths.max()) < batch.lengths[:, None]
-            columns = {"attention_mask": mask.astype(np.int64)}
-            for name in ("input_ids", "token_type_ids"):
-                ids = getattr(batch, name)
-                if ids is not None:
-                    columns[name] = np.zeros(mask.shape, dtype=np.int64)
-                    columns[name][mask] = ids
-            inputs = {name: torch.from_numpy(column).to(model.device) for name, column in columns.items()}
-            found = model(**inputs, output_shared_exits=True).shared_exit_logits
-            logits[:, torch.from_numpy(rows)] = found.float().cpu()
-    return _percent((logits.argmax(-1) == test.labels).float().mean(1).tolist())
+            some = test.select(order[start : start + _SHARED_BATCH])
+            inputs = engine.tokenizer(
+                some.texts,
+                some.text_pairs,
+                padding=True,
+                truncation=True,
+                max_length=engine.deployment.max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            answers = model(**inputs, output_shared_exits=True).shared_exit_logits.argmax(-1).cpu()
+            right += (answers == torch.from_numpy(some.labels)).float().sum(1)
+    return _percent((right / len(test)).tolist())
 
 
 def _seconds(clock: dict[str, float]) -> dict[str, float]:
@@ -313,7 +308,7 @@ def repeated(dataset: Dataset) -> NDArray[np.bool_]:
 
 
 def _outcomes(
-    found: ProfileResult, paper: Engine, calibrated: dict[str, Calibration | str], test: ExitRun
+    bare: Engine, found: ProfileResult, paper: Engine, calibrated: dict[str, Calibration | str], test: ExitRun
 ) -> dict[str, Any]:
     """What of a cell is seen on test rows."""
     answers, labels = test.exit_logits.argmax(-1), test.labels
@@ -322,14 +317,15 @@ def _outcomes(
         "agreement": _percent((answers == answers[-1]).float().mean(1).tolist()),
         "table_accuracy": _table_accuracy(Outcomes(found.engine, test)),
         "promises": {name: _kept(calibration, test) for name, calibration in calibrated.items()},
-        "published": _published(paper, test),
+        "published": _published(bare, paper, test),
     }
 
 
-def _published(paper: Engine, test: ExitRun) -> dict[str, Any]:
-    """FastBERT's and GEEP's own rules on the exits of a cell, with none of what was added since."""
-    # Without a table every text is asked at every exit.
-    bare = Engine(paper.model, paper.tokenizer, config=paper.config, identity=paper.identity)
+def _published(bare: Engine, paper: Engine, test: ExitRun) -> dict[str, Any]:
+    """FastBERT's and GEEP's own rules on the exits of a cell, with none of what was added since.
+
+    FastBERT has no table: every text is asked at every exit.
+    """
     rules = {
         "FastBERT": (Outcomes(bare, test), replace(RULE, on_miss="continue")),
         "GEEP": (Outcomes(paper, test), RULE),

@@ -22,6 +22,7 @@ from certified import FIRST, FURTHER
 from rivals.environments import ensure
 from rivals.runner import Worker, worker_env
 from rivals.worker import Job
+from tables import append, read
 
 from geep.data import Split, load_dataset
 
@@ -40,14 +41,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--envs-dir", type=Path, default=ROOT.parent / ".bench-envs", help="environments")
     args = parser.parse_args()
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["system"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["system"]) for line in read(RESULTS)}
     for data in args.only.split(",") if args.only else (*FIRST, *FURTHER):
         for system in SYSTEMS:
             if (data, system) not in done:
                 line = measured(data, system, args)
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(RESULTS, line)
                 print(data, system, line["accuracy"], flush=True)
 
 

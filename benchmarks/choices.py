@@ -15,7 +15,6 @@ appends to benchmarks/results/choices.jsonl what is not there yet; logits are ke
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from ablation import PROMISES, quality, runs_of
 from published import as_published
+from tables import append, read
 
 from geep.calibration import TABLE_SPEEDS, ExitRun, Outcomes, calibrate, predictor_quality, profile
 from geep.engine import Engine
@@ -80,8 +80,7 @@ def main() -> None:
     parser.add_argument("--only", required=True, help="names of these folders, by commas")
     parser.add_argument("--cache", type=Path, required=True, help="where logits of all exits are kept")
     args = parser.parse_args()
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["choice"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["choice"]) for line in read(RESULTS)}
     for name in args.only.split(","):
         todo = [choice for choice in CHOICES if (name, choice) not in done]
         if not todo:
@@ -89,8 +88,7 @@ def main() -> None:
         engine, runs = runs_of(args.runs_dir / name, args.cache / f"{name}.pt")
         for choice in todo:
             line = {"data": name, "choice": choice, **measured(engine, runs, CHOICES[choice])}
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(RESULTS, line)
             print(name, choice, line["promises"], flush=True)
 
 

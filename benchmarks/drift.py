@@ -19,7 +19,6 @@ appends to benchmarks/results/drift.jsonl what is not there yet.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from guarantee import left_out
+from tables import append, read
 
 import geep
 from geep.engine import Engine, ExitSettings, Predictions
@@ -47,15 +47,13 @@ def main() -> None:
         "--pairs", required=True, help="folder:other data set, by commas; a folder alone: its own texts"
     )
     args = parser.parse_args()
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["source"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["source"]) for line in read(RESULTS)}
     for pair in args.pairs.split(","):
         name, _, other = pair.partition(":")
         sources = [each for each in dict.fromkeys([LEFT_OUT, name, other or name]) if (name, each) not in done]
         for line in measured(args.runs_dir / name, sources, args.data_dir):
             done.add((name, line["source"]))
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"data": name, **line}) + "\n")
+            append(RESULTS, {"data": name, **line})
             print(name, line["source"], line["full_accuracy"], line["accuracy"], line["windows"], flush=True)
 
 

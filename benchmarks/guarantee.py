@@ -19,7 +19,6 @@ appends to benchmarks/results/guarantee.jsonl what is not there yet; logits are 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from ablation import PROMISES, runs_of
 from numpy.typing import NDArray
+from tables import append, read
 
 import geep
 from geep.calibration import ExitRun, Outcomes, Route, choose, profile
@@ -48,16 +48,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="where logits of all exits are kept")
     parser.add_argument("--splits", type=int, default=SPLITS)
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["promise"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["promise"]) for line in read(RESULTS)}
     for name in args.only.split(","):
         if all((name, promise) in done for promise in PROMISES):
             continue
         for line in measured(args.runs_dir / name, args.cache / f"{name}.pt", splits=args.splits):
             if (name, line["promise"]) not in done:
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"data": name, **line}) + "\n")
+                append(RESULTS, {"data": name, **line})
                 print(name, line["promise"], line["broken"], line["broken_on_the_rest"], line["layers"], flush=True)
 
 

@@ -25,8 +25,9 @@ def as_published(engine: Engine, teaching: ExitRun, tuning: ExitRun) -> Engine:
         teaching: Texts that fill the table.
         tuning: Texts that its levels come from.
     """
-    bare = Engine(engine.model, engine.tokenizer, config=engine.config, identity=engine.identity)
-    seen, heldout = (TextExits(*run.flat, _exits(bare, run)) for run in (teaching, tuning))
+    if engine.predictor is not None:
+        engine = Engine(engine.model, engine.tokenizer, config=engine.config, identity=engine.identity)
+    seen, heldout = (TextExits(*run.flat, _exits(engine, run)) for run in (teaching, tuning))
     table = fit_predictor(
         "counts",
         seen,
@@ -39,11 +40,11 @@ def as_published(engine: Engine, teaching: ExitRun, tuning: ExitRun) -> Engine:
         special_ids=sorted(set(engine.tokenizer.all_special_ids)),
         multi_label=engine.multi_label,
     )
-    return bare.replace(predictor=table, settings=RULE)
+    return engine.replace(predictor=table, settings=RULE)
 
 
-def _exits(bare: Engine, run: ExitRun) -> torch.Tensor:
+def _exits(engine: Engine, run: ExitRun) -> torch.Tensor:
     """Place in the depths of each text's exit at each of `TABLE_SPEEDS`, (num_texts, num_speeds)."""
     # Which exits are asked does not depend on the speed, but at speed 0 none is.
-    profile = Outcomes(bare, run).profile(replace(RULE, speed=1.0))
+    profile = Outcomes(engine, run).profile(replace(RULE, speed=1.0))
     return torch.stack([torch.from_numpy(profile.exit_indices(speed)) for speed in TABLE_SPEEDS], dim=1)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from ablation import fewest_layers, runs_of
 from prediction import joined
+from tables import append, read
 
 from geep.calibration import Outcomes, Route, choose, profile
 from geep.engine import ExitSettings
@@ -66,15 +67,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="where logits of all exits are kept")
     parser.add_argument("--divisions", type=int, default=4)
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = RESULTS.read_text("utf-8").splitlines() if RESULTS.exists() else []
-    done = {(line["data"], line["division"], line["to_choose_on"]) for line in map(json.loads, known)}
+    done = {(line["data"], line["division"], line["to_choose_on"]) for line in read(RESULTS)}
     for name in args.only.split(","):
         wanted = [(seed, share) for seed in range(args.divisions) for share in SHARES]
         if missing := [each for each in wanted if (name, *each) not in done]:
             for line in measured(args.runs_dir / name, args.cache / f"{name}.pt", missing):
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"data": name, **line}) + "\n")
+                append(RESULTS, {"data": name, **line})
                 print(json.dumps({"data": name, **line}), flush=True)
 
 

@@ -14,6 +14,9 @@ from geep.backends import BACKENDS
 
 Line = dict[str, Any]
 
+HALF_A_POINT = "at most 0.5 points"
+"""The promise that most tables compare at, as the scripts call it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -39,6 +42,13 @@ class Section:
 def read(path: Path) -> list[Line]:
     """Read a JSON-lines file; nothing where it is not there."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append(path: Path, line: Line) -> None:
+    """Add a line to a JSON-lines file."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def of_kind(lines: list[Line], kind: str, **fields: object) -> list[Line]:

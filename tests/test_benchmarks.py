@@ -223,6 +223,35 @@ def test_the_published_table_counts_exits_that_answer_by_themselves(rivals: None
         assert vocabulary.tolist() == expected.tolist()
 
 
+def test_logits_are_kept_by_part_and_those_of_other_texts_refused(
+    rivals: None, tiny_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation, asked = load("ablation"), []
+    parts = SimpleNamespace(teaching=split(20, seed=1), profile=split(10, seed=2), calibration=split(12, seed=3))
+    dataset = SimpleNamespace(test=split(8, seed=4))
+    monkeypatch.setattr(ablation.geep, "parts_of", lambda folder: (SimpleNamespace(load=lambda: dataset), parts))
+    monkeypatch.setattr(ablation.Engine, "from_pretrained", lambda *_, **__: tiny_engine)
+    run = ExitRun.of
+
+    def noted(engine: Engine, part: Split, *, what: str) -> ExitRun:
+        asked.append(what)
+        return run(engine, part, what=what)
+
+    monkeypatch.setattr(ablation.ExitRun, "of", noted)
+    cache = tmp_path / "logits" / "toy.pt"
+    _, first = ablation.runs_of(tmp_path, cache)
+    assert asked == ["teaching", "profile", "calibration", "test"]
+    _, again = ablation.runs_of(tmp_path, cache, more=lambda *_: split(5, seed=5))
+    assert asked[4:] == ["more"]
+    ablation.runs_of(tmp_path, cache)
+    assert len(asked) == 5
+    for name, part in first.items():
+        assert torch.equal(part.exit_logits, again[name].exit_logits)
+    parts.profile = split(10, seed=6)
+    with pytest.raises(SystemExit, match="of other texts; delete it"):
+        ablation.runs_of(tmp_path, cache)
+
+
 def test_promises_are_kept_in_a_made_up_world_and_broken_where_nothing_certifies(rivals: None) -> None:
     guarantee = load("guarantee")
     random, num_texts = np.random.default_rng(0), 4000

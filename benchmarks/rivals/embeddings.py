@@ -13,7 +13,7 @@ import numpy as np
 from model2vec.distill import distill_from_model
 from model2vec.train import StaticModelForClassification
 from transformers import AutoModel, AutoTokenizer
-from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
+from worker import Job, Loaded, encoderless_way, serve, versions
 
 DIMENSIONS = 256
 
@@ -29,17 +29,12 @@ def load(job: Job) -> Loaded:
     learner.fit(job.labelled_texts, [str(label) for label in job.labelled], device="cpu")
     classifier = learner.to_pipeline()
 
-    def run(count: int) -> Outcome:
-        answers = np.asarray(classifier.predict(job.texts[:count])).astype(np.int64)
-        return Outcome(answers.tolist(), [0] * count)
-
-    run(len(job.texts))
-    way = Way(
-        "static embeddings, model2vec",
-        "embeddings",
-        f"distilled, {static.dim} dimensions, trained",
-        run,
-        seconds_per_text=seconds_of(lambda: run(len(job.texts))) / len(job.texts),
+    way = encoderless_way(
+        job,
+        lambda texts: np.asarray(classifier.predict(texts)).astype(np.int64).tolist(),
+        name="static embeddings, model2vec",
+        group="embeddings",
+        setting=f"distilled, {static.dim} dimensions, trained",
     )
     return [way], versions("model2vec", "torch"), {"encoder": Path(encoder).name}
 

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
-from worker import Job, Loaded, Outcome, Way, seconds_of, serve, versions
+from worker import Job, Loaded, encoderless_way, serve, versions
 
 NGRAMS = {"words, 1-2": ("word", (1, 2)), "characters, 1-4": ("char_wb", (1, 4))}
 STRENGTHS = (1.0, 4.0, 16.0)
@@ -30,16 +30,12 @@ def load(job: Job) -> Loaded:
     best = max(scores, key=lambda choice: scores[choice])
     model = classifier(*best).fit(job.labelled_texts, job.labelled)
 
-    def run(count: int) -> Outcome:
-        return Outcome(model.predict(job.texts[:count]).tolist(), [0] * count)
-
-    run(len(job.texts))
-    way = Way(
-        "TF-IDF, logistic regression",
-        "lexical",
-        f"{best[0]}, C {best[1]:g}",
-        run,
-        seconds_per_text=seconds_of(lambda: run(len(job.texts))) / len(job.texts),
+    way = encoderless_way(
+        job,
+        lambda texts: model.predict(texts).tolist(),
+        name="TF-IDF, logistic regression",
+        group="lexical",
+        setting=f"{best[0]}, C {best[1]:g}",
     )
     return [way], versions("scikit-learn"), {"cross_validated": {f"{k}, C {c:g}": v for (k, c), v in scores.items()}}
 

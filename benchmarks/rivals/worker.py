@@ -224,6 +224,17 @@ def sorted_way(job: Job, tokenizer: Any, forward: Forward, *, warm_all: bool = F
     )
 
 
+def encoderless_way(job: Job, predict: Callable[[list[str]], list[int]], *, name: str, group: str, setting: str) -> Way:
+    """A way that runs no encoder layer; `predict` gives label ids of texts. Run once before it is timed."""
+
+    def run(count: int) -> Outcome:
+        return Outcome(predict(job.texts[:count]), [0] * count)
+
+    run(len(job.texts))
+    seconds = seconds_of(lambda: run(len(job.texts)))
+    return Way(name, group, setting, run, seconds_per_text=seconds / len(job.texts))
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of packages."""
     return {name: importlib.metadata.version(name) for name in packages}

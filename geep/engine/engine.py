@@ -438,8 +438,13 @@ class Engine:
         return self.course.exit_logits(batch, what=what, progress=progress)
 
     def _plan_with(self, predictor: ExitPredictor | None) -> Planner:
-        known = {"depths": self.depths, "multi_label": self.multi_label, "unk_token_id": self.tokenizer.unk_token_id}
-        return Planner.of(predictor, device=self.model.device, **known)
+        return Planner.of(
+            predictor,
+            device=self.model.device,
+            depths=self.depths,
+            multi_label=self.multi_label,
+            unk_token_id=self.tokenizer.unk_token_id,
+        )
 
     def _check(self, settings: ExitSettings) -> None:
         settings.check(self.depths, None if self.predictor is None else tuple(self.predictor.depths))

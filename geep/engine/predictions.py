@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from geep.promise import Traffic
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +97,9 @@ class Predictions(Sequence[Prediction]):
             first.label_names,
             np.concatenate([part.probabilities for part in parts]),
             np.concatenate([part.exit_layers for part in parts]),
-            # A run predicts for all of its parts or for none.
-            np.concatenate([part.predicted_layers for part in parts if part.predicted_layers is not None])
-            if first.predicted_layers is not None
-            else None,
+            _joined([part.predicted_layers for part in parts]),
             np.concatenate([part.truncated for part in parts]),
-            np.concatenate([part.unknown_shares for part in parts if part.unknown_shares is not None])
-            if first.unknown_shares is not None
-            else None,
+            _joined([part.unknown_shares for part in parts]),
             first.multi_label,
             first.threshold,
             first.top_k,
@@ -190,3 +186,9 @@ class Predictions(Sequence[Prediction]):
                 predicted_layer=predicted[number],
                 truncated=truncated[number],
             )
+
+
+def _joined(columns: Sequence[NDArray[Number] | None]) -> NDArray[Number] | None:
+    """A column of all parts of a run, which has it for all of them or for none."""
+    known = [column for column in columns if column is not None]
+    return np.concatenate(known) if known else None

@@ -57,7 +57,7 @@ class Drift:
 
     @property
     def is_large(self) -> bool:
-        """Whether a difference is at least 0.05 and this very one not by chance: then promises should be certified anew.
+        """Whether a difference is at least 0.05, and this very one not by chance: then promises should be renewed.
 
         What is seen of texts of the same and of another source is measured (docs/results.md).
         """

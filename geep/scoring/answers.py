@@ -148,9 +148,10 @@ class Answers:
             values = list(chain.from_iterable(columns))
             return [values[index] for index in order]
 
-        flags = [part.flags for part in parts if part.flags is not None]
-        probabilities = [part.probabilities for part in parts if part.probabilities is not None]
-        unknown = [part.unknown_shares for part in parts if part.unknown_shares is not None]
+        def joined(columns: Iterable[NDArray[Any] | None]) -> NDArray[Any] | None:
+            known = [column for column in columns if column is not None]
+            return np.concatenate(known)[list(order)] if known else None
+
         return replace(
             parts[0],
             label_ids=taken(part.label_ids for part in parts),
@@ -159,9 +160,9 @@ class Answers:
             predicted_layers=taken(part.predicted_layers for part in parts),
             truncated=taken(part.truncated for part in parts),
             is_finite=taken(part.is_finite for part in parts),
-            unknown_shares=np.concatenate(unknown)[list(order)] if unknown else None,
-            flags=np.concatenate(flags)[list(order)] if flags else None,
-            probabilities=np.concatenate(probabilities)[list(order)] if probabilities else None,
+            unknown_shares=joined(part.unknown_shares for part in parts),
+            flags=joined(part.flags for part in parts),
+            probabilities=joined(part.probabilities for part in parts),
         )
 
     def __len__(self) -> int:
