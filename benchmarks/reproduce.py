@@ -84,7 +84,13 @@ STEPS: dict[str, Step] = {
         "how far does one come without an encoder?",
         ("cheap.py --data-dir {data} --model {model}",),
     ),
-    "staircase": Step("the drawing", ("staircase.py --data-dir {data} --model-dir {runs}/trec",)),
+    "staircase": Step(
+        "the drawing",
+        (
+            "study.py --data-dir {data} --model {model} --runs-dir {runs} --only trec --steps by-time",
+            "staircase.py --data-dir {data} --model-dir {runs}-by-time/trec",
+        ),
+    ),
     "machine": Step(
         "other encoders, growth, the hash table",
         (

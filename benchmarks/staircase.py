@@ -5,8 +5,8 @@ set, in the order in which the scheduler runs them, the staircase, tokens, predi
 whether the answer is the float32 full model's. Batches are smaller than the engine's own, so that a window small enough
 to be drawn takes several. Not measured: time.
 
-    geep calibrate runs/trec --by-time
-    python benchmarks/staircase.py --data-dir DATA --model-dir runs/trec
+    python benchmarks/study.py --data-dir DATA --model ENCODER --only trec --steps by-time
+    python benchmarks/staircase.py --data-dir DATA --model-dir runs-by-time/trec
 
 writes benchmarks/results/staircase.jsonl; `benchmarks/plot.py` draws it.
 """
