@@ -219,7 +219,7 @@ def predict_case(device: torch.device, num_texts: int, *, pairs: bool = False) -
     )
     predictor = ExitPredictor(fitted)
     ids, lengths = (tensor.to(device) for tensor in draw(num_texts))
-    kinds = {"embedding_bag": predictor.to(device, fused=False)}
+    kinds = {"embedding_bag": predictor.to(device, kernel="none")}
     if device.type == "cuda":
         kinds["fused"] = predictor.to(device)
     methods: dict[str, Method] = {

@@ -58,7 +58,7 @@ def test_packed_texts_in_bfloat16_are_near_the_float32_model(head: str) -> None:
         live = backend.advance(live, layer, 20)
     found = backend.exit_logits(live, NUM_LAYERS, 0, 20)
     expected = alone(model, batch)[-1]
-    assert live.hidden.dtype == found.dtype == torch.bfloat16
+    assert live.hidden.dtype == torch.bfloat16  # logits of the exits may be finer
     assert 0 < (found - expected).abs().mean() < 0.15 * expected.abs().mean()  # the weights are loud
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

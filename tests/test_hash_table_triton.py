@@ -261,7 +261,7 @@ def test_fused_prediction_equals_the_predictor(options: dict[str, Any], speed: f
     predictor = fit(**options)
     ids, lengths = pack([*CORNERS, *draw(12, 5)])
     expected = predictor.predict(ids.cpu(), lengths.cpu(), speed=speed, quantile=quantile)
-    found = predictor.to(DEVICE, fused=True).predict(ids, lengths, speed=speed, quantile=quantile)
+    found = predictor.to(DEVICE, kernel="triton").predict(ids, lengths, speed=speed, quantile=quantile)
     assert_equal_predictions(predictor, found, expected)
     if 0 < speed < 1:
         assert expected.exit_layers.unique().numel() > 1
@@ -274,13 +274,13 @@ def test_a_score_on_an_edge_is_above_it_in_both() -> None:
     fitted = replace(base, levels=replace(base.levels, edges=on_the_prior))
     ids, lengths = pack([[]])
     expected = ExitPredictor(fitted).predict(ids.cpu(), lengths.cpu(), speed=0.5).exit_layers
-    found = ExitPredictor(fitted).to(DEVICE, fused=True).predict(ids, lengths, speed=0.5).exit_layers
+    found = ExitPredictor(fitted).to(DEVICE, kernel="triton").predict(ids, lengths, speed=0.5).exit_layers
     assert found.tolist() == expected.tolist() == [DEPTHS[-1]]
 
 
 @pytest.mark.parametrize("separator_id", [None, 2], ids=["single texts", "pairs"])
 def test_fused_prediction_does_not_depend_on_neighbours(separator_id: int | None) -> None:
-    predictor = fit(ngram_order=3, separator_id=separator_id).to(DEVICE, fused=True)
+    predictor = fit(ngram_order=3, separator_id=separator_id).to(DEVICE, kernel="triton")
     texts = draw(5, 6, longest=50)
     together = predictor.predict(*pack(texts), speed=0.5)
     for place, text in enumerate(texts):
@@ -290,7 +290,7 @@ def test_fused_prediction_does_not_depend_on_neighbours(separator_id: int | None
 
 
 def test_fused_prediction_of_no_texts_is_empty_and_bad_ids_are_refused() -> None:
-    predictor = fit().to(DEVICE, fused=True)
+    predictor = fit().to(DEVICE, kernel="triton")
     found = predictor.predict(*pack([]), speed=0.5)
     assert (found.exit_layers.shape, found.scores.shape) == ((0,), (0,))
     with pytest.raises(ValueError, match=r"input_ids must be within 0..49, found 3..50"):
@@ -301,7 +301,7 @@ def test_fused_prediction_of_no_texts_is_empty_and_bad_ids_are_refused() -> None
 
 def test_a_fused_predictor_moves_saves_and_loads_as_any(tmp_path: Path) -> None:
     predictor, fingerprint = fit(), {"model": "m"}
-    fused = predictor.to(DEVICE, fused=True)
+    fused = predictor.to(DEVICE, kernel="triton")
     one = predictor.save(tmp_path / "one.safetensors", fingerprint=fingerprint).read_bytes()
     assert fused.save(tmp_path / "two.safetensors", fingerprint=fingerprint).read_bytes() == one
     ids, lengths = (tensor.cpu() for tensor in pack(draw(5, 3)))
@@ -325,10 +325,10 @@ def test_without_triton_the_reference_serves_cuda_and_says_so_once(
     assert kernels_run_on("cuda")
 
 
-@pytest.mark.parametrize("module", ["triton", "bags"])
+@pytest.mark.parametrize("module", ["triton", "triton_bags"])
 def test_without_triton_the_kernels_say_what_to_install(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("triton", "bags"):
+    for name in ("triton", "triton_bags"):
         monkeypatch.delitem(sys.modules, f"geep.hash_table.{name}", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'geep\[gpu\]'"):
         __import__(f"geep.hash_table.{module}")
@@ -344,7 +344,7 @@ assert "geep.hash_table.triton" not in sys.modules, "kernels are for those who a
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from geep.hash_table import bags, triton as table
+from geep.hash_table import triton_bags, triton as table
 
 try:
     table.TritonHashTable(8, device="cpu")
@@ -367,9 +367,9 @@ inserted = ptx(table._insert_kernel, {"TILE": table._TILE})
 assert "bar.sync" not in inserted and "relaxed.max.s64" in inserted
 constants = {"SYMBOL_BITS": 18, "SIZE_SHIFT": 54, "PLACES": 32, "COLUMNS": 8, "EDGES": 16}
 constants |= {"SHARED_SHIFT": 56, "BUCKETS": 16}
-separator = f"[_reduce_kernel_param_{bags._reduce_kernel.arg_names.index('separator')}"
+separator = f"[_reduce_kernel_param_{triton_bags._reduce_kernel.arg_names.index('separator')}"
 for runs, order in ((1, 3), (2, 1), (2, 3)):
-    found = ptx(bags._reduce_kernel, constants | {"RUNS": runs, "ORDER": order}, is_key="*i1", rows="*fp32")
+    found = ptx(triton_bags._reduce_kernel, constants | {"RUNS": runs, "ORDER": order}, is_key="*i1", rows="*fp32")
     assert "atom." not in found
     # Where texts are one run nobody looks for a separator.
     assert (separator in found) == (runs == 2)
@@ -412,7 +412,7 @@ def test_thousands_of_texts_are_predicted_on_the_gpu_as_on_the_cpu(separator_id:
     assert type(moved.table.keys.ngrams) is TritonHashTable
     expected = predictor.predict(ids.cpu(), lengths.cpu(), speed=0.5)
     assert_equal_predictions(predictor, moved.predict(ids, lengths, speed=0.5), expected)
-    unfused = predictor.to("cuda", fused=False).predict(ids, lengths, speed=0.5)
+    unfused = predictor.to("cuda", kernel="none").predict(ids, lengths, speed=0.5)
     assert_equal_predictions(predictor, unfused, expected)
 
 

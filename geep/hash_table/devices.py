@@ -1,16 +1,21 @@
-"""Which of the two tables a device gets; the only file that knows both."""
+"""Which table and which kernel a device gets; the only file that knows them all."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
+from geep.hash_table import cpp_bags
 from geep.hash_table.cpu import HashTable
 
 logger = logging.getLogger(__name__)
+
+BagKernel = Literal["none", "cpp", "triton"]
+"""What sums the rows of texts: torch operations, `cpp_bags.py` or `triton_bags.py`."""
 
 
 @cache
@@ -40,3 +45,10 @@ def on_device(table: HashTable, device: torch.device | str) -> HashTable:
     from geep.hash_table.triton import TritonHashTable
 
     return TritonHashTable.copy_of(table, device)
+
+
+def bag_kernel(device_type: str) -> BagKernel:
+    """The kernel for texts on a device of this type, where there is one."""
+    if kernels_run_on(device_type):
+        return "triton"
+    return "cpp" if device_type == "cpu" and cpp_bags.is_available() else "none"

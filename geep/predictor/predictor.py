@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geep.folder import TABLE_NAME, named_by
-from geep.hash_table import kernels_run_on, on_device
+from geep.hash_table import BagKernel, bag_kernel, on_device
+from geep.hash_table.bags import Bags, BagSums
+from geep.hash_table.cpp_bags import reduce_bags as reduce_on_cpu
 from geep.predictor.file import digest_table, read_table, write_table
 from geep.predictor.keys import (
     NUM_BUCKETS,
@@ -38,9 +39,6 @@ from geep.predictor.keys import (
     with_key_weight,
 )
 from geep.predictor.table import FittedTable, Levels, Lexical, ScoreRows
-
-if TYPE_CHECKING:
-    from geep.hash_table.bags import Bags, BagSums
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +59,23 @@ class ExitPrediction:
 class ExitPredictor:
     """Predict the exit layer of each text, and its label where the keys suffice, with one `embedding_bag` a batch.
 
-    On a CUDA device with Triton a batch is one kernel instead (`geep.hash_table.bags`); see `to`.
+    Where a kernel is (`geep.hash_table.bags`), it is one call instead.
 
     Invariant: a text's prediction does not depend on its neighbours in the batch, and nothing changes after
-    construction; the rows of a speed are laid out when it is first asked for and kept. The kernel sums in another
-    order: its scores and logits differ by rounding, its layers only where a score lies that close to a level's edge.
+    construction; the rows of a speed are laid out when it is first asked for and kept. The kernel for CPUs says the
+    same to the last bit. That for GPUs sums in another order: its scores and logits differ by rounding, its layers only
+    where a score lies that close to a level's edge.
 
     Args:
         fitted: The table and what was learned from it.
-        fused: Whether to predict with the Triton kernel.
+        kernel: What sums rows, "none" for torch operations; None: what there is for the table's device. "triton" needs
+            Triton, on a CPU its interpreter.
     """
 
-    def __init__(self, fitted: FittedTable, *, fused: bool = False) -> None:
+    def __init__(self, fitted: FittedTable, *, kernel: BagKernel | None = None) -> None:
         self.fitted = fitted
         self.table = fitted.table
-        self._fused = fused
+        self._kernel = bag_kernel(fitted.score_rows.rows.device.type) if kernel is None else kernel
         self._depths = torch.tensor(fitted.table.depths, device=fitted.score_rows.rows.device)
         self._matrices: dict[int, Tensor] = {}
         self._bags: dict[int, Bags] = {}
@@ -128,8 +128,8 @@ class ExitPredictor:
         if not 0.0 < quantile <= 1.0:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}; 0.5 is the median.")
         index = self.speed_index(speed)
-        if self._fused:
-            found = self._reduce_fused(input_ids, lengths, index, quantile)
+        if self._kernel != "none":
+            found = self._reduce(input_ids, lengths, index, quantile)
             layers, scores, logits = found.layers, found.scores, found.outputs
         else:
             rows, offsets = self.table.rows_of(input_ids, lengths)
@@ -192,13 +192,12 @@ class ExitPredictor:
         """Where token ids are expected."""
         return self._depths.device
 
-    def to(self, device: torch.device | str, *, fused: bool | None = None) -> ExitPredictor:
+    def to(self, device: torch.device | str, *, kernel: BagKernel | None = None) -> ExitPredictor:
         """Return a copy that predicts on `device`; the counts, which no prediction reads, stay where they are.
 
         Args:
             device: Where token ids will be.
-            fused: Whether to predict with the Triton kernel. `None` does so on CUDA devices where Triton is
-                installed; `True` elsewhere needs Triton's interpreter.
+            kernel: As in the constructor.
         """
         fitted = self.fitted
         keys = replace(fitted.table.keys, ngrams=on_device(fitted.table.keys.ngrams, device))
@@ -209,7 +208,7 @@ class ExitPredictor:
             levels=Levels(*_moved(fitted.levels, device)),
             lexical=None if fitted.lexical is None else Lexical(*_moved(fitted.lexical, device)),
         )
-        return ExitPredictor(moved, fused=kernels_run_on(torch.device(device).type) if fused is None else fused)
+        return ExitPredictor(moved, kernel=kernel)
 
     def save(self, path: str | Path, *, fingerprint: dict[str, str]) -> Path:
         """Write everything to one safetensors file, whole or not at all; the same predictor gives the same bytes.
@@ -252,13 +251,26 @@ class ExitPredictor:
             self._matrices[speed_index] = with_key_weight(self.table.keys, torch.cat(parts, 1))
         return self._matrices[speed_index]
 
-    def _reduce_fused(self, input_ids: Tensor, lengths: Tensor, speed_index: int, quantile: float) -> BagSums:
-        # Triton is no dependency of geep: only who predicts with the kernel needs it.
-        from geep.hash_table.bags import Bags, reduce_bags
+    def _reduce(self, input_ids: Tensor, lengths: Tensor, speed_index: int, quantile: float) -> BagSums:
+        bags = self._bags_at(speed_index)
+        layers = self._depths[self.fitted.levels.exit_indices_of_bins(speed_index, quantile)]
+        if self._kernel == "cpp":
+            # It looks at its input itself, in passing; what is wrong is found out where something is.
+            found = reduce_on_cpu(input_ids, lengths, bags, layers)
+            if found is not None:
+                return found
+            if others := {each.device.type for each in (input_ids, lengths)} - {"cpu"}:
+                raise ValueError(f"Found texts on {sorted(others)}, the table on a CPU; move one of them.")
+        check_texts(input_ids, lengths, self.table.keys.vocab_size)
+        # Triton is no dependency of geep: only who predicts with its kernel needs it.
+        from geep.hash_table.triton_bags import reduce_bags
 
-        keys = self.table.keys
-        check_texts(input_ids, lengths, keys.vocab_size)
+        return reduce_bags(input_ids, lengths, bags, layers)
+
+    def _bags_at(self, speed_index: int) -> Bags:
+        """What a kernel reads at a speed; made when it is first asked for, and kept."""
         if speed_index not in self._bags:
+            keys = self.table.keys
             base = [self.fitted.score_rows.prior[speed_index : speed_index + 1]]
             if self.fitted.lexical is not None:
                 base.append(self.fitted.lexical.bias)
@@ -267,8 +279,8 @@ class ExitPredictor:
                 order=keys.ngram_order,
                 symbol_bits=TOKEN_BITS,
                 size_shift=ORDER_SHIFT,
-                is_key=is_usable(torch.arange(keys.vocab_size, device=input_ids.device), keys.special_ids),
-                # The kernel counts keys itself, so the key weight in the first column stays out.
+                is_key=is_usable(torch.arange(keys.vocab_size, device=self.device), keys.special_ids),
+                # Kernels count keys themselves, so the key weight in the first column stays out.
                 rows=self._matrix(speed_index)[:, 1:],
                 base=torch.cat(base),
                 edges=self.fitted.levels.edges[speed_index].contiguous(),
@@ -276,8 +288,7 @@ class ExitPredictor:
                 shared_shift=SHARED_SHIFT,
                 num_buckets=NUM_BUCKETS,
             )
-        layers = self._depths[self.fitted.levels.exit_indices_of_bins(speed_index, quantile)]
-        return reduce_bags(input_ids, lengths, self._bags[speed_index], layers)
+        return self._bags[speed_index]
 
 
 def _moved(record: ScoreRows | Levels | Lexical, device: torch.device | str) -> list[Tensor]:

@@ -1,0 +1,123 @@
+// Sixteen numbers at once, and functions for several kinds of CPU: what the kernels are made of.
+//
+// Plain C++ with the vector extensions of GCC and Clang.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+// Defines NAME##_512 and NAME##_256, or NAME##_any, the same function for several kinds of CPU; `BEST_OF` takes one. (Of
+// the compilers' own ways `target_clones` knows kinds by makers' names or needs a newer compiler.)
+#if defined(__x86_64__)
+#define FOR_EACH_CPU(NAME, PARAMETERS, ...)                                                                     \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))) void NAME##_512 PARAMETERS __VA_ARGS__ \
+  __attribute__((target("avx2,fma"))) void NAME##_256 PARAMETERS __VA_ARGS__
+#define BEST_OF(NAME) (has_512() ? NAME##_512 : NAME##_256)
+inline bool has_512() {
+  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return found;
+}
+inline bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+#define FOR_EACH_CPU(NAME, PARAMETERS, ...) void NAME##_any PARAMETERS __VA_ARGS__
+#define BEST_OF(NAME) NAME##_any
+inline bool runs_here() { return true; }
+#endif
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+// ---- Sixteen numbers at once ----
+
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+INLINE Lanes all(float x) { return x - Lanes{}; }
+INLINE Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }
+INLINE Lanes lesser(Lanes a, Lanes b) { return a < b ? a : b; }
+
+INLINE Lanes load(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE Lanes load(const BFloat16* from) {
+  Halves upper;
+  std::memcpy(&upper, from, sizeof upper);
+  return (Lanes)(__builtin_convertvector(upper, Words) << 16);
+}
+
+INLINE void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+INLINE void store(BFloat16* to, Lanes x) {  // to the nearest, ties to even
+  const Words bits = (Words)x;
+  const Halves upper = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  std::memcpy(to, &upper, sizeof upper);
+}
+
+INLINE void store(uint8_t* to, Lanes x) {  // cuts the fraction off; x is 0 … 255
+  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(x, Ints), Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+// Every number from the lane `distance` away, in blocks of twice as many.
+template <int distance>
+INLINE Lanes crossed(Lanes x) {
+  if constexpr (distance == 1) return SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  if constexpr (distance == 2) return SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  if constexpr (distance == 4) return SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  if constexpr (distance == 8) return SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+INLINE float greatest(Lanes x) {
+  x = greater(x, crossed<8>(x));
+  x = greater(x, crossed<4>(x));
+  x = greater(x, crossed<2>(x));
+  return greater(x, crossed<1>(x))[0];
+}
+
+INLINE float total(Lanes x) {
+  x += crossed<8>(x);
+  x += crossed<4>(x);
+  x += crossed<2>(x);
+  return (x + crossed<1>(x))[0];
+}
+
+// exp(x) for x <= 0, to the last digit or two of a float; below the least normal number 0.
+INLINE Lanes exponential(Lanes x) {
+  const Lanes least = all(-87.0f), y = greater(x, least);
+  const Ints halvings = __builtin_convertvector(y * 1.44269504f - 0.5f, Ints);  // cut towards 0: the nearest
+  const Lanes n = __builtin_convertvector(halvings, Lanes);
+  const Lanes r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact; |r| <= ln 2 / 2
+  Lanes sum = r * (1.0f / 5040) + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  const Lanes power = (Lanes)((halvings + 127) << 23);
+  return x > least ? sum * power : Lanes{};
+}
+
+}  // namespace
