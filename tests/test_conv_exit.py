@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from geep.backends import kernels
+from geep.backends.conv_exit import ConvExit
 from geep.backends.fused_heads import FusedConvHead
-from geep.backends.kernels import ConvExit
 from geep.modeling import ConvHead, Spans
 
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="the kernels were not compiled")

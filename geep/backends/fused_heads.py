@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geep.backends import kernels
-from geep.backends.kernels import ConvExit
+from geep.backends.conv_exit import ConvExit
 from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLinear, pad_rows
 from geep.modeling import ConvHead, Spans, compared
 

@@ -27,6 +27,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from geep.backends.attention import PackedAttention
+from geep.backends.between import Between
 from geep.backends.kernels import Rounding
 from geep.backends.layout import Layout
 from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLinear, pad_rows
@@ -234,6 +235,7 @@ class Int8Layer:
     wide_zero: int
     float_up: FusedLinear  # to the channels that stay in float32
     float_down: FusedLinear  # back from them
+    between: Between | None  # from behind attention to the second wide product; None: our kernel does not run this
     layer: PackedLayer
 
     @classmethod
@@ -271,16 +273,24 @@ class Int8Layer:
         step, zero = _steps(down_range)
         down_weight = layer.down[0].clone()
         down_weight[:, in_float] = 0
+        up = Int8Linear.of(*layer.up, observed["up"])
+        float_up = layer.up[0][in_float], None if layer.up[1] is None else layer.up[1][in_float]
+        float_down, norm = layer.down[0][:, in_float], layer.attention_norm
+        fused = FUSED_ACTIVATIONS[layer.activation_name]
+        between = None
+        if norm is not None and Between.runs(len(float_down), len(in_float), fused):
+            between = Between((norm.weight, norm.bias, norm.eps), float_up, float_down, fused, up.quantise)
         return cls(
             qkv=Int8Linear.of(*layer.qkv, observed["qkv"]),
             attention=PackedAttention.of(layer.qkv, layer.num_heads, layer.mixer),
             out=Int8Linear.of(*layer.out, observed["out"]),
-            up=Int8Linear.of(*layer.up, observed["up"]),
+            up=up,
             down=Int8Linear.of(down_weight, layer.down[1], down_range),
             wide_step=float(step[0]),
             wide_zero=int(zero[0]),
-            float_up=FusedLinear.of(layer.up[0][in_float], None if layer.up[1] is None else layer.up[1][in_float]),
-            float_down=FusedLinear.of(layer.down[0][:, in_float], None),
+            float_up=FusedLinear.of(*float_up),
+            float_down=FusedLinear.of(float_down, None),
+            between=between,
             layer=layer,
         )
 
@@ -288,10 +298,14 @@ class Int8Layer:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
         num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
         mixed = self.attention(self.qkv(self.qkv.quantise(hidden)), layout, self.out.quantise)
-        hidden, _ = layer.between(self.out.plus(mixed, hidden))
-        fused = FUSED_ACTIVATIONS[layer.activation_name]
-        wide = self.up.activated(self.up.quantise(hidden), fused, self.wide_step, self.wide_zero)
-        in_float = self.float_down.plus(self.float_up(hidden, fused), hidden)
+        sums, fused = self.out.plus(mixed, hidden), FUSED_ACTIVATIONS[layer.activation_name]
+        if self.between is not None:
+            in_float, rounded = self.between(sums)
+        else:
+            hidden, _ = layer.between(sums)
+            rounded = self.up.quantise(hidden)
+            in_float = self.float_down.plus(self.float_up(hidden, fused), hidden)
+        wide = self.up.activated(rounded, fused, self.wide_step, self.wide_zero)
         return layer.after(self.down.plus(wide, in_float))[:num_tokens]
 
     def first_tokens(self, hidden: Tensor, layout: Layout) -> Tensor:

@@ -230,15 +230,6 @@ FOR_EACH_CPU(attend_8_bit, (const Attention& call, int64_t text, int64_t number,
 
 // ---- Rounding ----
 
-INLINE void round_row(const float* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const Lanes x = load(from + i) * load(inverse_step + i) + load(zero + i);
-    store(to + i, lesser(greater(x, Lanes{}), all(255.0f)));
-  }
-  for (; i < width; i++) to[i] = (uint8_t)std::min(std::max(from[i] * inverse_step[i] + zero[i], 0.0f), 255.0f);
-}
-
 FOR_EACH_CPU(round_one, (const float* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero),
              { round_row(from, to, width, inverse_step, zero); })
 

@@ -1,4 +1,4 @@
-"""CPU kernels of our own (`kernels.cpp`, `exits.cpp`): attention of packed texts, exits, and rounding to 8 bits.
+"""CPU kernels of our own (`*.cpp`): attention of packed texts, exits, and what stands between 8-bit products.
 
 They are compiled when the package is installed, where a C++ compiler is at hand. Where none was, backends use torch's
 kernels, which give the same up to rounding and take several times as long on short texts; `why_not_available` says what
@@ -26,10 +26,7 @@ LANES = 16
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes that `attend` takes."""
 
-COLUMNS = 64
-"""Columns of a product of `ConvExit`: its channels, and what its wider part is a multiple of."""
-
-_KINDS = {(torch.float32, False): 0, (torch.bfloat16, False): 1, (torch.float32, True): 2}
+KINDS = {(torch.float32, False): 0, (torch.bfloat16, False): 1, (torch.float32, True): 2}
 
 
 class _Attention(ctypes.Structure):
@@ -51,26 +48,6 @@ class _Attention(ctypes.Structure):
     )
 
 
-class _Exit(ctypes.Structure):
-    """`Exit` of exits.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("narrow", "convolution", "dense", "out")),
-        *((name, ctypes.c_void_p) for name in ("narrow_bias", "convolution_bias", "dense_bias", "out_bias")),
-        *((name, ctypes.c_int64) for name in ("hidden", "reach", "dense_width", "num_labels", "parts")),
-    )
-
-
-class _Texts(ctypes.Structure):
-    """`Texts` of exits.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("hidden", "texts", "halves")),
-        ("num_texts", ctypes.c_int64),
-        ("logits", ctypes.c_void_p),
-    )
-
-
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they were not compiled, or not for this machine."""
@@ -88,7 +65,9 @@ def _library() -> ctypes.CDLL | None:
     library.geep_round.argtypes = (*pointers, *sizes, *pointers, ctypes.c_int)
     library.geep_neighbours.argtypes = (*pointers, ctypes.c_void_p, *sizes, ctypes.c_int64, ctypes.c_int)
     library.geep_pool.argtypes = (*pointers, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, *sizes, ctypes.c_int)
-    library.geep_conv_exit.argtypes = (ctypes.POINTER(_Exit), ctypes.POINTER(_Texts), ctypes.c_int, ctypes.c_int)
+    library.geep_conv_exit.argtypes = (*pointers, ctypes.c_int, ctypes.c_int)
+    library.geep_between.argtypes = (ctypes.c_void_p, *pointers, ctypes.c_int64, ctypes.c_int)
+    library.geep_between.restype = None
     library.geep_round.restype = library.geep_neighbours.restype = library.geep_pool.restype = None
     return library
 
@@ -154,87 +133,6 @@ class Rounding:
         return out
 
 
-class ConvExit:
-    """A convolutional exit in one call, computed in float32; see `geep.modeling.ConvHead`.
-
-    Args:
-        narrow: Weight (64, hidden) and bias (64,) that narrow the tokens.
-        convolution: The same of the convolution, (64, (2 reach + 1) * 64) for neighbours side by side.
-        dense: The same of what reads the pooled features, (width, features), the width a multiple of 64.
-        out: The same of the labels, (num_labels, width).
-        dtype: Of hidden states, and in which the matrices but the last are kept: one of `DTYPES`.
-        tells_texts_apart: Whether the two texts of a pair are pooled apart and compared.
-
-    Raises:
-        ValueError: If widths or dtype are others.
-    """
-
-    def __init__(
-        self,
-        *,
-        narrow: tuple[Tensor, Tensor],
-        convolution: tuple[Tensor, Tensor],
-        dense: tuple[Tensor, Tensor],
-        out: tuple[Tensor, Tensor],
-        dtype: torch.dtype,
-        tells_texts_apart: bool,
-    ) -> None:
-        channels, hidden = narrow[0].shape
-        reach, features = convolution[0].shape[1] // COLUMNS // 2, (8 if tells_texts_apart else 2) * COLUMNS
-        widths = ((COLUMNS, (2 * reach + 1) * COLUMNS), (len(dense[0]) // COLUMNS * COLUMNS, features))
-        found = tuple(convolution[0].shape), tuple(dense[0].shape)
-        if channels != COLUMNS or found != widths or hidden % LANES or dtype not in DTYPES:
-            raise ValueError(
-                f"The exit's kernel is made for {COLUMNS} channels and hidden states of {DTYPES}, a multiple of "
-                f"{LANES} wide; found {channels} channels, {hidden} wide in {dtype}. Use `ConvHead`."
-            )
-        self.dtype, self.hidden, self.num_labels = dtype, hidden, len(out[0])
-        self.tells_texts_apart = tells_texts_apart
-        inputs = [weight.detach().t().to(dtype).contiguous() for weight, _ in (narrow, convolution, dense)]
-        floats = [out[0], *(bias for _, bias in (narrow, convolution, dense, out))]
-        # Kept, for the kernel knows where they lie.
-        self._weights = (*inputs, *(each.detach().float().contiguous() for each in floats))
-        self._exit = _Exit(
-            *(weight.data_ptr() for weight in self._weights),
-            hidden=hidden,
-            reach=reach,
-            dense_width=len(dense[0]),
-            num_labels=self.num_labels,
-            parts=2 if tells_texts_apart else 1,
-        )
-
-    def __call__(self, hidden: Tensor, offsets: Tensor, halves: Tensor) -> Tensor:
-        """Answer texts.
-
-        Args:
-            hidden: Their tokens, (num_tokens or more, hidden), in the exit's dtype, on a CPU.
-            offsets: Where each text begins, and the end of the last, int64, (num_texts + 1,).
-            halves: Where pairs are told apart, the same of the two texts of each pair, (2 num_texts + 1,); else
-                `offsets`.
-
-        Returns:
-            Logits, float32, (num_texts, num_labels).
-
-        Raises:
-            ValueError: If shapes or dtype do not fit.
-            MemoryError: If there is no memory for what lies between.
-        """
-        library, num_texts = _needed(), len(offsets) - 1
-        _check_rows(len(hidden), int(offsets[-1]))
-        parts = 2 if self.tells_texts_apart else 1
-        if hidden.dtype != self.dtype or hidden.shape[1] != self.hidden or len(halves) != parts * num_texts + 1:
-            raise ValueError(
-                f"The exit reads hidden states {self.hidden} wide in {self.dtype} of {parts} texts each, found "
-                f"{hidden.shape[1]} wide in {hidden.dtype} and {len(halves) - 1} texts for {num_texts}."
-            )
-        hidden, out = hidden.contiguous(), torch.empty(num_texts, self.num_labels)
-        texts = _Texts(hidden.data_ptr(), offsets.data_ptr(), halves.data_ptr(), num_texts, out.data_ptr())
-        kind = _KINDS[self.dtype, False]
-        if library.geep_conv_exit(ctypes.byref(self._exit), ctypes.byref(texts), kind, torch.get_num_threads()):
-            raise MemoryError(f"An exit of {num_texts} texts found no memory for what it reads of them.")
-        return out
-
-
 def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, rounding: Rounding | None = None) -> Tensor:
     """Let every token look at its text.
 
@@ -253,13 +151,13 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
             no such kernel is compiled.
         MemoryError: If there is no memory for the scores.
     """
-    library = _needed()
+    library = needed()
     num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
     head = width // num_heads
-    _check_rows(num_tokens, layout.num_tokens)
+    check_rows(num_tokens, layout.num_tokens)
     if mixing.reach is not None:
         check_reach(layout.longest, mixing.reach)
-    if head not in HEADS or (qkv.dtype, rounding is not None) not in _KINDS:
+    if head not in HEADS or (qkv.dtype, rounding is not None) not in KINDS:
         raise ValueError(
             f"Attention runs heads of {HEADS} in float32 or bfloat16, found {head} in {qkv.dtype}; use `attend_runs`."
         )
@@ -287,7 +185,7 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
         call.turns = mixing.turns.data_ptr()
     if rounding is not None:
         call.inverse_step, call.zero = rounding.inverse_step.data_ptr(), rounding.zero.data_ptr()
-    kind = _KINDS[qkv.dtype, rounding is not None]
+    kind = KINDS[qkv.dtype, rounding is not None]
     if library.geep_attend(ctypes.byref(call), kind, torch.get_num_threads()):
         raise MemoryError(f"Attention of a text of {layout.longest} tokens found no memory for its scores.")
     return out
@@ -304,8 +202,8 @@ def neighbours(rows: Tensor, offsets: Tensor, reach: int) -> Tensor:
     Returns:
         (len(rows), (2 reach + 1) * width); zeros in rows of no text.
     """
-    library, width, num_tokens = _needed(), rows.shape[1], int(offsets[-1])
-    _check_rows(len(rows), num_tokens)
+    library, width, num_tokens = needed(), rows.shape[1], int(offsets[-1])
+    check_rows(len(rows), num_tokens)
     out = rows.new_empty(len(rows), (2 * reach + 1) * width)
     out[num_tokens:].zero_()
     places = rows.data_ptr(), out.data_ptr(), offsets.data_ptr(), len(offsets) - 1
@@ -324,21 +222,26 @@ def mean_and_max(one: Tensor, other: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (num_texts, 2 width).
     """
-    library, (num_texts, width) = _needed(), (len(offsets) - 1, one.shape[1])
-    _check_rows(min(len(one), len(other)), int(offsets[-1]))
+    library, (num_texts, width) = needed(), (len(offsets) - 1, one.shape[1])
+    check_rows(min(len(one), len(other)), int(offsets[-1]))
     out = one.new_empty(num_texts, 2 * width)
-    places = one.data_ptr(), other.data_ptr(), out.data_ptr(), _KINDS[one.dtype, False], offsets.data_ptr()
+    places = one.data_ptr(), other.data_ptr(), out.data_ptr(), KINDS[one.dtype, False], offsets.data_ptr()
     library.geep_pool(*places, num_texts, width, torch.get_num_threads())
     return out
 
 
-def _check_rows(there: int, needed: int) -> None:
+def check_rows(there: int, needed: int) -> None:
     """The kernels read memory, so they must not be told of more than there is."""
     if needed > there:
         raise ValueError(f"The texts have {needed} tokens, found rows for {there}.")
 
 
-def _needed() -> ctypes.CDLL:
+def needed() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: If they were not compiled for this machine.
+    """
     library = _library()
     if library is None:
         raise RuntimeError(why_not_available())

@@ -120,4 +120,55 @@ INLINE Lanes exponential(Lanes x) {
   return x > least ? sum * power : Lanes{};
 }
 
+// tanh(x), from exp(-2|x|). What is no number stays none, for the engine tells by it that a text is broken.
+INLINE Lanes tangent(Lanes x) {
+  const Lanes size = greater(x, -x), rest = exponential(-2.0f * size), found = (1.0f - rest) / (1.0f + rest);
+  return x == x ? (x < 0.0f ? -found : found) : x;
+}
+
+// x / 2 (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, to 2e-7.
+INLINE Lanes gelu(Lanes x) {
+  const Lanes z = greater(x, -x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+  Lanes sum = t * 1.061405429f - 1.453152027f;
+  sum = sum * t + 1.421413741f;
+  sum = sum * t - 0.284496736f;
+  sum = sum * t + 0.254829592f;
+  const Lanes rest = sum * t * exponential(-z * z);  // 1 - erf(z)
+  return 0.5f * x * (x < 0.0f ? rest : 2.0f - rest);
+}
+
+// Rows of a product at once, so that its sums stay in registers.
+constexpr int kRows = 6;
+
+// Adds to sums: rows (stride apart) times some columns, of as many lanes as sums have, of a matrix (depth, width).
+template <int rows, int chunks, class T>
+INLINE void add_product(const float* from, int64_t stride, const T* weight, int64_t depth, int64_t width,
+                        Lanes (&sums)[rows][chunks]) {
+  for (int64_t d = 0; d < depth; d++) {
+    Lanes those[chunks];
+    for (int c = 0; c < chunks; c++) those[c] = load(weight + d * width + c * kLanes);
+    for (int r = 0; r < rows; r++)
+      for (int c = 0; c < chunks; c++) sums[r][c] += from[r * stride + d] * those[c];
+  }
+}
+
+// The same product, plus a bias.
+template <int rows, int chunks, class T>
+INLINE void product(const float* from, int64_t stride, const T* weight, int64_t depth, int64_t width,
+                    const float* bias, Lanes (&sums)[rows][chunks]) {
+  for (int c = 0; c < chunks; c++)
+    for (int r = 0; r < rows; r++) sums[r][c] = load(bias + c * kLanes);
+  add_product(from, stride, weight, depth, width, sums);
+}
+
+// Rounds numbers to unsigned 8 bits: each over its step, plus its zero point, the fraction cut off.
+INLINE void round_row(const float* from, uint8_t* to, int64_t width, const float* inverse_step, const float* zero) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const Lanes x = load(from + i) * load(inverse_step + i) + load(zero + i);
+    store(to + i, lesser(greater(x, Lanes{}), all(255.0f)));
+  }
+  for (; i < width; i++) to[i] = (uint8_t)std::min(std::max(from[i] * inverse_step[i] + zero[i], 0.0f), 255.0f);
+}
+
 }  // namespace

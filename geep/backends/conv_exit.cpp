@@ -10,11 +10,10 @@
 
 namespace {
 
-constexpr int64_t kChunks = 4, kColumns = kChunks * kLanes;  // of a product at once
-constexpr int kRows = 6;                                     // so that the sums stay in registers
+constexpr int64_t kChunks = 4, kColumns = kChunks * kLanes;  // channels
 constexpr int kTexts = 4;                                    // answered together, as many rows of a product
 
-// Weights; the fields are those of `_Exit` in kernels.py. Matrices lie as (in, out), only the last as (out, in), which
+// Weights; the fields are those of `_Exit` in conv_exit.py. Matrices lie as (in, out), only the last as (out, in), which
 // is float32 as all biases are.
 struct Exit {
   const void *narrow, *convolution, *dense;
@@ -23,7 +22,7 @@ struct Exit {
   int64_t parts;  // of a text: 1, or 2 that are compared
 };
 
-// What a call reads and writes; the fields are those of `_Texts` in kernels.py.
+// What a call reads and writes; the fields are those of `_Texts` in conv_exit.py.
 struct Texts {
   const void* hidden;     // (tokens, hidden)
   const int64_t* texts;   // where each begins, and the end of the last, (num_texts + 1)
@@ -37,37 +36,6 @@ struct Block {
   int64_t first, count, row;  // the first token, how many, and the row of the first among narrowed ones
 };
 
-// tanh(x), from exp(-2|x|). What is no number stays none, for the engine tells by it that a text is broken.
-INLINE Lanes tangent(Lanes x) {
-  const Lanes size = greater(x, -x), rest = exponential(-2.0f * size), found = (1.0f - rest) / (1.0f + rest);
-  return x == x ? (x < 0.0f ? -found : found) : x;
-}
-
-// x / 2 (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, to 2e-7.
-INLINE Lanes gelu(Lanes x) {
-  const Lanes z = greater(x, -x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-  Lanes sum = t * 1.061405429f - 1.453152027f;
-  sum = sum * t + 1.421413741f;
-  sum = sum * t - 0.284496736f;
-  sum = sum * t + 0.254829592f;
-  const Lanes rest = sum * t * exponential(-z * z);  // 1 - erf(z)
-  return 0.5f * x * (x < 0.0f ? rest : 2.0f - rest);
-}
-
-// `kColumns` columns of rows (stride apart) times a matrix (depth, width), plus a bias.
-template <int rows, class T>
-INLINE void product(const float* from, int64_t stride, const T* weight, int64_t depth, int64_t width,
-                    const float* bias, Lanes (&sums)[rows][kChunks]) {
-  for (int c = 0; c < kChunks; c++)
-    for (int r = 0; r < rows; r++) sums[r][c] = load(bias + c * kLanes);
-  for (int64_t d = 0; d < depth; d++) {
-    Lanes those[kChunks];
-    for (int c = 0; c < kChunks; c++) those[c] = load(weight + d * width + c * kLanes);
-    for (int r = 0; r < rows; r++)
-      for (int c = 0; c < kChunks; c++) sums[r][c] += from[r * stride + d] * those[c];
-  }
-}
-
 INLINE const float* as_floats(const float* from, int64_t, float*) { return from; }
 
 INLINE const float* as_floats(const BFloat16* from, int64_t count, float* room) {
@@ -78,7 +46,7 @@ INLINE const float* as_floats(const BFloat16* from, int64_t count, float* room) 
 template <int rows, class T>
 INLINE void narrow(const Exit& exit, const T* hidden, float* narrowed, float* room) {
   Lanes sums[rows][kChunks];
-  product<rows>(as_floats(hidden, rows * exit.hidden, room), exit.hidden, (const T*)exit.narrow, exit.hidden, kColumns,
+  product(as_floats(hidden, rows * exit.hidden, room), exit.hidden, (const T*)exit.narrow, exit.hidden, kColumns,
                 exit.narrow_bias, sums);
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < kChunks; c++) store(narrowed + r * kColumns + c * kLanes, gelu(sums[r][c]));
@@ -88,7 +56,7 @@ INLINE void narrow(const Exit& exit, const T* hidden, float* narrowed, float* ro
 template <int rows, class T>
 INLINE void convolve(const Exit& exit, const float* narrowed, float* near) {
   Lanes sums[rows][kChunks];
-  product<rows>(narrowed - exit.reach * kColumns, kColumns, (const T*)exit.convolution,
+  product(narrowed - exit.reach * kColumns, kColumns, (const T*)exit.convolution,
                 (2 * exit.reach + 1) * kColumns, kColumns, exit.convolution_bias, sums);
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < kChunks; c++) {
@@ -166,7 +134,7 @@ INLINE void answer(const Exit& exit, const Texts& texts, int64_t text, const flo
   for (int r = 0; r < count; r++) read_text(exit, texts, text + r, near, features + r * depth);
   for (int64_t column = 0; column < exit.dense_width; column += kColumns) {
     Lanes sums[count][kChunks];
-    product<count>(features, depth, (const T*)exit.dense + column, depth, exit.dense_width, exit.dense_bias + column,
+    product(features, depth, (const T*)exit.dense + column, depth, exit.dense_width, exit.dense_bias + column,
                    sums);
     for (int r = 0; r < count; r++)
       for (int c = 0; c < kChunks; c++) store(dense + r * exit.dense_width + column + c * kLanes, tangent(sums[r][c]));
