@@ -23,7 +23,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     for folder in args.folders:
-        lines = list(measured(folder, args.data_dir, sizes))
+        lines = list(of_folder(folder, args.data_dir, sizes))
         _forget(args.output, lines[0])
         for line in lines:
             append(args.output, line)
@@ -74,8 +74,8 @@ def _forget(path: Path, of: Line) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def measured(folder: str, data_dir: Path, sizes: list[int]) -> Iterator[Line]:
-    """A line for each size of a call."""
+def of_folder(folder: str, data_dir: Path, sizes: list[int]) -> Iterator[Line]:
+    """Lines of a certified model, on test texts of what it was made of."""
     plan, _ = parts_of(folder)
     test = replace(plan, data_dir=str(data_dir)).load().test
     if test is None:
@@ -85,16 +85,28 @@ def measured(folder: str, data_dir: Path, sizes: list[int]) -> Iterator[Line]:
     engine = geep.Engine.from_pretrained(folder, device="cpu")
     if engine.settings.speed == 0:
         raise SystemExit(f"{folder} runs all layers of every text; calibrate it first.")
+    yield from measured(engine, _pipeline(folder), plan.name, texts, sizes)
+
+
+def measured(
+    engine: geep.Engine, other: Callable[[list[Any]], object], data: str, texts: Sequence[Any], sizes: list[int]
+) -> Iterator[Line]:
+    """A line for each size of a call; `other` is what a call is compared with."""
+    ways = {
+        "certified": engine.predict_columns,
+        "full": lambda call: engine.predict_columns(call, speed=0.0),
+        "pipeline": other,
+    }
     for size in sizes:
         calls = [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
-        seconds = _interleaved({**_ways(engine), "pipeline": _pipeline(folder)}, calls)
+        seconds = _interleaved(ways, calls)
         answers = [engine.predict_columns(call).exit_layers for call in calls]
         mean = float(np.concatenate(answers).mean())
         saved = 1 - mean / engine.depths[-1]
         ms = {name: 1000 * value for name, value in seconds.items()}
         yield {
             "kind": "call",
-            "data": plan.name,
+            "data": data,
             "dtype": engine.deployment.dtype,
             "texts_per_call": size,
             "tokens_per_call": float(np.mean([engine.tokenize(call).batch.lengths.sum() for call in calls])),
@@ -106,13 +118,6 @@ def measured(folder: str, data_dir: Path, sizes: list[int]) -> Iterator[Line]:
             "steps_ms": {name: 1000 * value for name, value in _steps(engine, calls).items()},
             "machine": {"device": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         }
-
-
-def _ways(engine: geep.Engine) -> dict[str, Callable[[list[Any]], object]]:
-    return {
-        "certified": engine.predict_columns,
-        "full": lambda call: engine.predict_columns(call, speed=0.0),
-    }
 
 
 def _pipeline(folder: str) -> Callable[[list[Any]], object]:

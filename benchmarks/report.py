@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from sections.baselines import baseline_sections
+from sections.calls import small_call_sections
 from sections.choices import cheap_sections, choice_sections
 from sections.exits import exit_sections
 from sections.machines import machine_sections
@@ -69,6 +70,7 @@ def results_page(results: Path) -> str:
         *exit_sections(results),
         *choice_sections(results),
         *baseline_sections(results),
+        *small_call_sections(results),
         *call_sections(results),
         *machine_sections(results),
     ]
@@ -86,7 +88,7 @@ def results_page(results: Path) -> str:
 def answers(results: Path) -> str:
     """What the README says of results: questions and answers, without their tables."""
     told = [*race_sections(results)]
-    for sections in (promise_sections, exit_sections, call_sections, machine_sections):
+    for sections in (promise_sections, exit_sections, small_call_sections, machine_sections):
         told += [*islice(sections(results), 1)]
     page = "docs/results.md"
     return "\n".join(f"- [{each.question}]({page}#{anchor(each.question)}) {each.answer}" for each in told)

@@ -68,6 +68,11 @@ STEPS: dict[str, Step] = {
         (f"throughput.py --data-dir {{data}} --model-dir {_FOLDERS} --engines {_ENGINES} --minutes 3",),
         is_timed=True,
     ),
+    "calls": Step(
+        "where does the time of a small call go?",
+        (f"calls.py --data-dir {{data}} --folders {_FOLDERS} {{runs}}-int8/ag_news {{runs}}-int8/trec",),
+        is_timed=True,
+    ),
     "parts": Step(
         "what does each part, and each choice, save?",
         (f"ablation.py {_LOGITS}", f"choices.py {_LOGITS}"),

@@ -66,6 +66,7 @@ def test_the_documents_are_what_the_results_give() -> None:
         "searches",
         "families",
         "staircase",
+        "calls",
     ],
 )
 def test_every_script_tells_what_it_measures(name: str) -> None:
@@ -973,6 +974,61 @@ def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_p
         file.write(json.dumps(ours | {"group": "fastbert", "throughput": 80.0, "accuracy": 0.6}) + "\n")
     *_, section = race_sections(tmp_path)
     assert section.answer.startswith("Not always: 1 of them is both faster and as accurate.")
+
+
+# --- calls of few texts
+
+
+def test_a_small_call_is_taken_apart(rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = load("calls")
+    monkeypatch.setattr(calls, "SECONDS", 0.01)
+    settings = ExitSettings(speed=0.2, on_miss="continue", quantile=0.3, lexical_exit=True)
+    engine = make_engine(settings=settings)
+    texts, _ = toy_task(40, seed=1)
+    asked: list[int] = []
+
+    def other(call: list[str]) -> None:
+        asked.append(len(call))
+
+    lines = list(calls.measured(engine, other, "toy", texts, [1, 8]))
+    assert [line["texts_per_call"] for line in lines] == [1, 8]
+    assert set(asked) == {1, 8}
+    for line in lines:
+        steps = dict(line["steps_ms"])
+        whole = steps.pop("whole")
+        assert {"tokenise", "table", "embed", "layers", "exits", "rest"} <= set(steps)
+        assert all(value > 0 for value in steps.values())
+        assert sum(steps.values()) <= whole
+    alone, together = lines
+    layers = engine.predict_columns(texts).exit_layers
+    assert alone["mean_layers"] == alone["deepest"] == together["mean_layers"] == layers.mean()
+    assert together["deepest"] == layers.reshape(5, 8).max(1).mean()
+    saved = 1 - layers.mean() / engine.depths[-1]
+    assert alone["kept"] == pytest.approx((1 - alone["ms"]["certified"] / alone["ms"]["full"]) / saved)
+    # What is measured again takes the place of what was there; the lines of others stay.
+    path = tmp_path / "calls.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{**alone, "data": "other"}, *lines]))
+    calls._forget(path, alone)
+    assert [json.loads(line)["data"] for line in path.read_text().splitlines()] == ["other"]
+
+
+def test_small_calls_are_told_of(rivals: None, tmp_path: Path) -> None:
+    from sections.calls import small_call_sections
+
+    assert not list(small_call_sections(tmp_path))
+    line = {
+        "kind": "call", "data": "toy", "dtype": "int8", "texts_per_call": 1, "tokens_per_call": 9.0,
+        "mean_layers": 3.0, "deepest": 3.0, "layers": 12, "ms": {"certified": 2.0, "full": 4.0, "pipeline": 8.0},
+        "kept": 2 / 3, "steps_ms": {"layers": 1.0, "rest": 0.5, "whole": 2.0},
+        "machine": {"device": "a CPU", "threads": 2, "torch": "2"},
+    }  # fmt: skip
+    slow = {**line, "texts_per_call": 8, "ms": {"certified": 5.0, "full": 4.0, "pipeline": 8.0}, "kept": -1 / 3}
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (line, slow)))
+    fast, apart = small_call_sections(tmp_path)
+    assert "2.00 of 4.00, 4.00x, 67 %" in str(fast)
+    assert "67 % at 1, -33 % at 8 texts a call becomes time" in fast.answer
+    assert "Slower than full depth are 1 of 2" in fast.answer
+    assert "layers take 50 % of the time, exits 0 %" in apart.answer
 
 
 # --- the drawing of a window

@@ -271,7 +271,7 @@ def _small_calls(results: Path, races: list[tuple[str, list[Line]]]) -> Section:
         else ""
     )
     return Section(
-        "What do small calls get?",
+        "What do small calls get, beside FastBERT's?",
         (
             "Texts that come in calls of a size: texts a second, over the full depth of its own kind at that size "
             "(packed for GEEP, padded in arrival order for FastBERT), and the share of the layers saved that became "

@@ -31,6 +31,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "`benchmarks/guarantee.py`, `benchmarks/drift.py`; *lost*, in points, and *figure*: lowest 5 %, median, "
         "highest 5 %.",
     ),
+    "calls": ("Small calls", ("calls",), "`benchmarks/calls.py`: `ms` and `steps_ms` are milliseconds of a call."),
     "searches": ("Searches for a speed", ("searches",), "`benchmarks/searches.py`: every division."),
     "prediction": (
         "Prediction of exit layers",

@@ -187,11 +187,12 @@ class Run:
             live = self.backend.advance(live, layer, len(texts), continuing=due if ends else None)
             if due == stop:
                 continue
-            among = np.flatnonzero(unanswered[due:stop])
+            # `nonzero`, for at each exit of a small call `flatnonzero` would take as long as half of its arithmetic.
+            (among,) = unanswered[due:stop].nonzero()
             missed = self._judge(live, layer, texts, due, stop, among)
             unanswered[due:stop] = False
             unanswered[missed] = True
-            going = np.flatnonzero(unanswered)
+            (going,) = unanswered.nonzero()
             if not len(going):
                 return
             # Behind the last that goes on nobody runs: a prefix costs nothing.
@@ -241,7 +242,7 @@ class Run:
             return _NONE
         unsure = self.settings.uncertainty(logits, layer, multi_label=self.course.multi_label, lexical=guess)
         sure = (unsure < self.settings.speed).numpy()
-        hits, missed = np.flatnonzero(sure), np.flatnonzero(~sure)
+        (hits,), (missed,) = sure.nonzero(), (~sure).nonzero()
         self._answer(asked[hits], logits[torch.from_numpy(hits)], layer)
         return start + among[missed]
 
