@@ -192,7 +192,10 @@ def test_a_cell_is_measured_and_reported_and_not_measured_again(
     from sections.baselines import baseline_sections
 
     shutil.move(output, tmp_path / "certified.jsonl")
-    published, fewer = baseline_sections(tmp_path)
+    published, shared, fewer = baseline_sections(tmp_path)
+    # Of depths 1, 2 and 4 only 2 is a layer behind another: the shared exit on layer 1 against the exit at 2.
+    gain = one_step["shared_accuracy"][0] - one_step["accuracy"][1]
+    assert shared.parts[1].splitlines()[2] == f"| toy | `geep`, 1 | {one_step['accuracy'][1]:.2f}, {gain:+.2f} |"
     assert "recipe `fastbert`" not in published.parts[1]  # no such cell was run
     assert f"{shorter['accuracy'][0]:.2f}" in fewer.parts[1]
 

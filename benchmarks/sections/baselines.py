@@ -1,4 +1,4 @@
-"""Sections about what others published: FastBERT's and GEEP's own rules, and models of fewer layers."""
+"""Sections about what others published: FastBERT's and GEEP's own rules, the shared exit, models of fewer layers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def baseline_sections(results: Path) -> Iterator[Section]:
     lines = read(results / "certified.jsonl")
     if any(line.get("published") for line in lines):
         yield _published([line for line in lines if line.get("published")], read(PUBLISHED))
+    if shared := [line for line in lines if line.get("shared_accuracy")]:
+        yield _shared(shared)
     if shallow := [line for line in lines if not line.get("promises")]:
         yield _shallow(shallow, [line for line in lines if line["recipe"] == "fitted"])
 
@@ -73,6 +75,37 @@ def _published(lines: list[Line], cited: list[Line]) -> Section:
             table(["data set", "encoder", "what", *(f"speed {speed:g}" for speed in about["speeds"])], rows),
         ),
         f"Over these sets and speeds accuracy changes by: {told or '–'} points.",
+        "From `benchmarks/certified.py`.",
+    )
+
+
+def _shared(lines: list[Line]) -> Section:
+    """The last layer and the teacher on the output of each exit's layer, a layer more than the exit itself takes."""
+    taken = sorted({depth + 1 for line in lines for depth in line["depths"] if depth + 1 in line["depths"]})
+    rows, gains = [], {layers: [] for layers in taken}
+    for data, recipe in dict.fromkeys((line["data"], line["recipe"]) for line in lines):
+        cells = [line for line in lines if (line["data"], line["recipe"]) == (data, recipe)]
+        row = []
+        for layers in taken:
+            own, shared = (
+                fmean(cell[name][cell["depths"].index(depth)] for cell in cells)
+                for name, depth in (("accuracy", layers), ("shared_accuracy", layers - 1))
+            )
+            gains[layers].append(shared - own)
+            row.append(f"{own:.2f}, {shared - own:+.2f}")
+        rows.append([data, f"`{recipe}`, {len(cells)}", *row])
+    means = {layers: fmean(found) for layers, found in gains.items()}
+    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    return Section(
+        "Should the shared exit answer in an exit's place?",
+        (
+            "The paper's training makes last layer and teacher answer on the output of every exit's layer, too. They "
+            "may answer instead of the exit, for a layer more, so they are held against the exit one layer deeper: its "
+            "test accuracy, %, and what the shared exit has more at as many layers; mean over seeds.",
+            table(["data set", "recipe, seeds", *(f"{layers} layers" for layers in taken)], rows),
+        ),
+        f"At as many layers it has {span((each for found in gains.values() for each in found), points)} points more, "
+        f"on average most after {best} layers ({means[best]:+.2f}) and least after {worst} ({means[worst]:+.2f}).",
         "From `benchmarks/certified.py`.",
     )
 
