@@ -102,6 +102,20 @@ def test_a_score_on_an_edge_is_above_it() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_the_process_do_not_matter(dtype: torch.dtype) -> None:
+    table, batch = fitted(2, None, 3, 0), pack(draw(20, 7))
+    expected = ExitPredictor(table, kernel="none").predict(*batch, speed=0.5)
+    torch.set_default_dtype(dtype)
+    try:
+        found = ExitPredictor(table, kernel="cpp").predict(*batch, speed=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in vars(expected).items():
+        assert torch.equal(getattr(found, name), tensor)
+
+
+@compiled
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
@@ -110,6 +124,7 @@ def test_a_score_on_an_edge_is_above_it() -> None:
         ([3, 4], [1], "lengths must be >= 0 and sum to the number of tokens"),
         ([3, 4], [3], "lengths must be >= 0 and sum to the number of tokens"),
         ([3, 4], [4, -2], "lengths must be >= 0 and sum to the number of tokens"),
+        ([3, 4], [2**62, 2**62, 2**62, 2**62, 2], "their sum overflows 64 bits"),
     ],
 )
 def test_what_does_not_fit_is_refused(ids: list[int], lengths: list[int], message: str) -> None:

@@ -904,7 +904,7 @@ def certify(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     """Let the engine of the tiny results be certified; returns the lines of its race."""
     kept = {"kind": "accuracy", "data": "toy", "engine": "packed int8", "full_accuracy": 0.5, "accuracy": 0.5}
     kept |= {"layer_speedup": 2.0, "agreement": 0.9, "lexical_share": 0.1, "constant_accuracy": {"3": 0.5}}
-    kept |= {"certified": True, "quantile": 0.05}
+    kept |= {"certified": True, "quantile": 0.05, "texts": 900}
     with (folder / "accuracy.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(kept | changes) + "\n")
     return [json.loads(line) for line in (folder / "throughput-toy.jsonl").read_text("utf-8").splitlines()]
@@ -948,7 +948,24 @@ def test_an_answer_says_no_where_the_numbers_do(rivals: None, tmp_path: Path) ->
     (tmp_path / "throughput-toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slower), "utf-8")
     (section,) = race_sections(tmp_path)
     assert section.answer.startswith("Not always: ")
-    assert "the test split lost more on: toy in int8 1.00." in section.answer
+    assert "lost more on: toy in int8 1.00, in 0 of these 1 by more than chance may be." in section.answer
+    assert "| 49.00 (-1.00 ± 2.06) |" in section.parts[1]
+    certify(tmp_path, accuracy=0.4)
+    (section,) = race_sections(tmp_path)
+    assert "lost more on: toy in int8 10.00, in 1 of these 1 by more than chance may be." in section.answer
+
+
+def test_an_interval_holds_for_what_is_drawn(rivals: None) -> None:
+    from sections.race import chance_of
+
+    random, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        # Of 2,000 texts 6 % change their answer: 3 % from right to wrong, 2 % back, of 1 % both are wrong.
+        change = random.choice([-1, 1, 0, 2], p=[0.03, 0.02, 0.94, 0.01], size=2000)
+        gain = float((change == 1).mean() - (change == -1).mean())
+        line = {"accuracy": 0.8 + gain, "full_accuracy": 0.8, "texts": 2000, "agreement": float((change == 0).mean())}
+        held += abs(100 * gain + 1.0) <= chance_of(line)
+    assert 0.95 <= held / 300 < 1
 
 
 def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_path: Path) -> None:
@@ -984,7 +1001,7 @@ def test_the_summary_sets_other_ways_to_be_cheap_beside_ours(rivals: None, tmp_p
 
 def test_a_small_call_is_taken_apart(rivals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = load("calls")
-    monkeypatch.setattr(calls, "SECONDS", 0.01)
+    monkeypatch.setattr(calls, "SECONDS", 60)  # all calls
     settings = ExitSettings(speed=0.2, on_miss="continue", quantile=0.3, lexical_exit=True)
     engine = make_engine(settings=settings)
     texts, _ = toy_task(40, seed=1)
@@ -1022,7 +1039,7 @@ def test_small_calls_are_told_of(rivals: None, tmp_path: Path) -> None:
     line = {
         "kind": "call", "data": "toy", "dtype": "int8", "texts_per_call": 1, "tokens_per_call": 9.0,
         "mean_layers": 3.0, "deepest": 3.0, "layers": 12, "ms": {"certified": 2.0, "full": 4.0, "pipeline": 8.0},
-        "kept": 2 / 3, "steps_ms": {"layers": 1.0, "rest": 0.5, "whole": 2.0},
+        "kept": 2 / 3, "steps_ms": {"layers": 1.0, "embed": 0.2, "rest": 0.5, "whole": 2.0},
         "machine": {"device": "a CPU", "threads": 2, "torch": "2"},
     }  # fmt: skip
     slow = {**line, "texts_per_call": 8, "ms": {"certified": 5.0, "full": 4.0, "pipeline": 8.0}, "kept": -1 / 3}
@@ -1032,6 +1049,7 @@ def test_small_calls_are_told_of(rivals: None, tmp_path: Path) -> None:
     assert "67 % at 1, -33 % at 8 texts a call becomes time" in fast.answer
     assert "Slower than full depth are 1 of 2" in fast.answer
     assert "layers take 50 % of the time, exits 0 %" in apart.answer
+    assert "and what is none of these 35 %; in calls of 8" in apart.answer
 
 
 # --- the drawing of a window

@@ -88,6 +88,29 @@ def test_a_broken_row_is_broken_alone() -> None:
     assert torch.equal(broken[others], whole[others])
 
 
+def test_a_row_that_overflows_is_seen() -> None:
+    parts = draw(64, with_biases=False)
+    norm, up, down = parts["norm"], parts["up"], parts["down"]
+    between = Between((norm, None, 1e-12), (up, None), down, ("relu", ""), Rounding(parts["step"], parts["zero"]))
+    added, _ = between(torch.cat([1e30 * torch.randn(1, 64), torch.randn(1, 64)]))
+    assert not added[0].isfinite().any()
+    assert added[1].isfinite().all()
+
+
+def test_defaults_of_the_process_do_not_matter() -> None:
+    parts = draw(64, with_biases=False)
+    arguments = (parts["norm"], None, 1e-12), (parts["up"], None), parts["down"], ("relu", "")
+    rounding, sums = Rounding(parts["step"], parts["zero"]), torch.randn(8, 64)
+    expected = Between(*arguments, rounding)(sums.clone())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = Between(*arguments, rounding)(sums.clone())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @torch.no_grad()
 def test_a_layer_gives_the_same_with_it_and_without(activation: str) -> None:

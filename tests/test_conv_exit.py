@@ -135,6 +135,20 @@ def test_hidden_states_of_another_width_go_the_other_way() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_the_process_do_not_matter(dtype: torch.dtype) -> None:
+    found = make_exit(make_head(pairs=False), torch.float32)
+    hidden, spans = texts_of([4, 5])
+    expected = ask(found, hidden, spans)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            answered = ask(found, hidden, spans)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(answered, expected)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     found = make_exit(make_head(pairs=True), torch.float32)
     hidden, spans = texts_of([4, 5])
@@ -144,6 +158,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ask(found, hidden.bfloat16(), spans)
     with pytest.raises(ValueError, match="and 2 texts for 2"):
         found(hidden, spans.offsets, spans.offsets)
+    with pytest.raises(ValueError, match=r"one int64 row on a CPU, found torch.int32"):
+        found(hidden, spans.offsets.int(), spans.parts.offsets)
+    with pytest.raises(ValueError, match="The texts have 9 tokens, their halves 8"):
+        found(hidden, spans.offsets, spans.parts.offsets.clamp(max=8))
     head = make_head(pairs=False)
     parts = {name: (getattr(head, name).weight, getattr(head, name).bias) for name in ("narrow", "dense", "out")}
     with pytest.raises(ValueError, match=r"made for 64 channels .* Use `ConvHead`"):

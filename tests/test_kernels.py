@@ -139,6 +139,25 @@ def test_texts_beyond_the_positions_are_refused() -> None:
 
 
 @compiled
+def test_kernels_of_older_sources_are_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older:
+        """Lacks what was added since, as a library that was compiled before does."""
+
+        def __init__(self, path: str) -> None:
+            self.geep_attend = lambda: None
+            self.geep_runs_here = lambda: 1
+
+    monkeypatch.setattr(kernels.ctypes, "CDLL", Older)
+    kernels._library.cache_clear()
+    try:
+        assert not kernels.is_available()
+    finally:
+        monkeypatch.undo()
+        kernels._library.cache_clear()
+    assert kernels.is_available()
+
+
+@compiled
 def test_no_kernel_reads_what_is_not_there() -> None:
     layout, offsets = Layout(np.array([3, 4])), torch.tensor([0, 3, 7])
     with pytest.raises(ValueError, match="texts have 7 tokens, found rows for 6"):

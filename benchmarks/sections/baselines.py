@@ -18,7 +18,8 @@ def baseline_sections(results: Path) -> Iterator[Section]:
     lines = read(results / "certified.jsonl")
     if any(line.get("published") for line in lines):
         yield _published([line for line in lines if line.get("published")], read(PUBLISHED))
-    if shared := [line for line in lines if line.get("shared_accuracy")]:
+    shared = [line for line in lines if line.get("shared_accuracy")]
+    if any(_behind_another(line["depths"]) for line in shared):
         yield _shared(shared)
     if shallow := [line for line in lines if not line.get("promises")]:
         yield _shallow(shallow, [line for line in lines if line["recipe"] == "fitted"])
@@ -81,12 +82,15 @@ def _published(lines: list[Line], cited: list[Line]) -> Section:
 
 def _shared(lines: list[Line]) -> Section:
     """The last layer and the teacher on the output of each exit's layer, a layer more than the exit itself takes."""
-    taken = sorted({depth + 1 for line in lines for depth in line["depths"] if depth + 1 in line["depths"]})
+    taken = sorted({layers for line in lines for layers in _behind_another(line["depths"])})
     rows, gains = [], {layers: [] for layers in taken}
     for data, recipe in dict.fromkeys((line["data"], line["recipe"]) for line in lines):
         cells = [line for line in lines if (line["data"], line["recipe"]) == (data, recipe)]
         row = []
         for layers in taken:
+            if any(layers not in _behind_another(cell["depths"]) for cell in cells):
+                row.append("–")
+                continue
             own, shared = (
                 fmean(cell[name][cell["depths"].index(depth)] for cell in cells)
                 for name, depth in (("accuracy", layers), ("shared_accuracy", layers - 1))
@@ -94,7 +98,7 @@ def _shared(lines: list[Line]) -> Section:
             gains[layers].append(shared - own)
             row.append(f"{own:.2f}, {shared - own:+.2f}")
         rows.append([data, f"`{recipe}`, {len(cells)}", *row])
-    means = {layers: fmean(found) for layers, found in gains.items()}
+    means = {layers: fmean(found) for layers, found in gains.items() if found}
     best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     return Section(
         "Should the shared exit answer in an exit's place?",
@@ -108,6 +112,11 @@ def _shared(lines: list[Line]) -> Section:
         f"on average most after {best} layers ({means[best]:+.2f}) and least after {worst} ({means[worst]:+.2f}).",
         "From `benchmarks/certified.py`.",
     )
+
+
+def _behind_another(depths: list[int]) -> list[int]:
+    """Depths one layer deeper than another one."""
+    return [depth for depth in depths if depth - 1 in depths]
 
 
 def _shallow(lines: list[Line], fitted: list[Line]) -> Section:

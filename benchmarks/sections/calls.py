@@ -38,7 +38,7 @@ def _taken(lines: list[Line]) -> Section:
             f"{times(line['ms']['pipeline'] / line['ms']['certified'])}, {_kept(line)}"
             for line in found
         ]
-        rows.append([data, dtype, *(f"{line['mean_layers']:.2f}" for line in found[:1] if line), *cells])
+        rows.append([data, dtype, f"{next(line for line in found if line)['mean_layers']:.2f}", *cells])
     kept = [
         f"{span((line['kept'] for line in lines if line['texts_per_call'] == size), _share)} at {size}"
         for size in sizes
@@ -76,15 +76,15 @@ def _apart(lines: list[Line]) -> Section:
         for line in lines
     ]
 
-    def share(step: str, size: int) -> str:
+    def share(size: int, *steps: str) -> str:
         of_size = [line["steps_ms"] for line in lines if line["texts_per_call"] == size]
-        return span((each.get(step, 0.0) / each["whole"] for each in of_size), _share)
+        return span((sum(each.get(step, 0.0) for step in steps) / each["whole"] for each in of_size), _share)
 
     sizes = sorted({line["texts_per_call"] for line in lines})
     told = [
-        f"in calls of {size} layers take {share('layers', size)} of the time, exits {share('exits', size)}, the table "
-        f"{share('table', size)}, the tokenizer {share('tokenise', size)} and what is none of these "
-        f"{share('rest', size)}"
+        f"in calls of {size} layers take {share(size, 'layers')} of the time, exits {share(size, 'exits')}, the table "
+        f"{share(size, 'table')}, the tokenizer {share(size, 'tokenise')} and what is none of these "
+        f"{share(size, 'embed', 'select', 'rest')}"
         for size in (sizes[0], sizes[-1])
     ]
     answer = "; ".join(told)

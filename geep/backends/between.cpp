@@ -30,7 +30,9 @@ INLINE void normalise(const Between& between, float* row) {
     const Lanes x = load(row + i) - mean;
     squares += x * x;
   }
-  const Lanes scale = all(1.0f / std::sqrt(total(squares) / hidden + between.eps));
+  // Where squares overflow nothing is left of the row, and that must be seen.
+  const float variance = total(squares) / hidden + between.eps;
+  const Lanes scale = all(variance < 3.4e38f ? 1.0f / std::sqrt(variance) : std::nanf(""));
   for (int64_t i = 0; i < hidden; i += kLanes)
     store(row + i, (load(row + i) - mean) * scale * load(between.norm + i) + load(between.norm_bias + i));
 }

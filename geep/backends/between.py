@@ -52,7 +52,7 @@ class Between:
             weight.contiguous(),
             torch.zeros_like(weight) if bias is None else bias.contiguous(),
             up[0].t().contiguous(),
-            torch.zeros(WIDE) if up[1] is None else up[1].contiguous(),
+            torch.zeros_like(up[0][:, 0]) if up[1] is None else up[1].contiguous(),
             down.t().contiguous(),
         )
         self._rounding = rounding
@@ -83,7 +83,7 @@ class Between:
             The normalised sums plus what the float32 channels add to them, (num_rows, hidden), and the normalised ones
             in 8 bits.
         """
-        rounded = torch.empty(sums.shape, dtype=torch.uint8)
+        rounded = torch.empty_like(sums, dtype=torch.uint8)
         places = sums.data_ptr(), rounded.data_ptr(), len(sums)
         kernels.needed().geep_between(ctypes.byref(self._between), *places, torch.get_num_threads())
         return sums, rounded

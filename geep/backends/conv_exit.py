@@ -62,7 +62,9 @@ class ConvExit:
         reach, features = convolution[0].shape[1] // COLUMNS // 2, (8 if tells_texts_apart else 2) * COLUMNS
         widths = ((COLUMNS, (2 * reach + 1) * COLUMNS), (len(dense[0]) // COLUMNS * COLUMNS, features))
         found = tuple(convolution[0].shape), tuple(dense[0].shape)
-        if channels != COLUMNS or found != widths or hidden % kernels.LANES or dtype not in kernels.DTYPES:
+        biased = all(bias.shape == weight.shape[:1] for weight, bias in (narrow, convolution, dense, out))
+        fits = found == widths and biased and out[0].shape[1] == len(dense[0])
+        if channels != COLUMNS or not fits or hidden % kernels.LANES or dtype not in kernels.DTYPES:
             raise ValueError(
                 f"The exit's kernel is made for {COLUMNS} channels and hidden states of {kernels.DTYPES}, a multiple "
                 f"of {kernels.LANES} wide; found {channels} channels, {hidden} wide in {dtype}. Use `ConvHead`."
@@ -101,14 +103,25 @@ class ConvExit:
         library, num_texts = kernels.needed(), len(offsets) - 1
         kernels.check_rows(len(hidden), int(offsets[-1]))
         parts = 2 if self.tells_texts_apart else 1
+        self._check(offsets, halves)
         if hidden.dtype != self.dtype or hidden.shape[1] != self.hidden or len(halves) != parts * num_texts + 1:
             raise ValueError(
                 f"The exit reads hidden states {self.hidden} wide in {self.dtype} of {parts} texts each, found "
                 f"{hidden.shape[1]} wide in {hidden.dtype} and {len(halves) - 1} texts for {num_texts}."
             )
-        hidden, out = hidden.contiguous(), torch.empty(num_texts, self.num_labels)
+        hidden, out = hidden.contiguous(), torch.empty(num_texts, self.num_labels, dtype=torch.float32, device="cpu")
         texts = _Texts(hidden.data_ptr(), offsets.data_ptr(), halves.data_ptr(), num_texts, out.data_ptr())
         kind = kernels.KINDS[self.dtype, False]
         if library.geep_conv_exit(ctypes.byref(self._exit), ctypes.byref(texts), kind, torch.get_num_threads()):
             raise MemoryError(f"An exit of {num_texts} texts found no memory for what it reads of them.")
         return out
+
+    def _check(self, offsets: Tensor, halves: Tensor) -> None:
+        """The kernel reads where these say."""
+        for each in (offsets, halves):
+            if each.dtype != torch.int64 or each.device.type != "cpu" or not each.is_contiguous():
+                raise ValueError(
+                    f"Expected where texts begin in one int64 row on a CPU, found {each.dtype} on {each.device}."
+                )
+        if int(halves[-1]) != int(offsets[-1]):
+            raise ValueError(f"The texts have {int(offsets[-1])} tokens, their halves {int(halves[-1])}.")

@@ -60,6 +60,14 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not library.geep_runs_here():
         return None
+    try:
+        _declare(library)
+    except AttributeError:  # compiled from older sources
+        return None
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.geep_attend.argtypes = (ctypes.POINTER(_Attention), ctypes.c_int, ctypes.c_int)
     pointers, sizes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_int64, ctypes.c_int64)
     library.geep_round.argtypes = (*pointers, *sizes, *pointers, ctypes.c_int)
@@ -69,7 +77,6 @@ def _library() -> ctypes.CDLL | None:
     library.geep_between.argtypes = (ctypes.c_void_p, *pointers, ctypes.c_int64, ctypes.c_int)
     library.geep_between.restype = None
     library.geep_round.restype = library.geep_neighbours.restype = library.geep_pool.restype = None
-    return library
 
 
 def is_available() -> bool:
@@ -80,8 +87,8 @@ def is_available() -> bool:
 def why_not_available() -> str:
     """What to tell a user whose installation lacks the kernels."""
     return (
-        "geep was installed without its CPU kernels, expected them for full speed (a layer takes up to 1.4 times "
-        "as long); install a C++ compiler (g++ or clang++, with OpenMP) and geep once more."
+        "geep was installed without its CPU kernels, or with older ones, expected them for full speed (a layer takes "
+        "up to 1.4 times as long); install a C++ compiler (g++ or clang++, with OpenMP) and geep once more."
     )
 
 

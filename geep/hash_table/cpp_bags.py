@@ -86,9 +86,9 @@ def reduce_bags(symbols: Tensor, lengths: Tensor, bags: Bags, layers: Tensor) ->
     if any(each.dtype != torch.int64 or each.ndim != 1 or each.device.type != "cpu" for each in (symbols, lengths)):
         return None
     num_texts, width = lengths.numel(), bags.rows.shape[1]
-    found = BagSums(
-        torch.empty(num_texts, dtype=torch.int64), torch.empty(num_texts), torch.empty(num_texts, width - 1)
-    )
+    # Of the tensors that came, for torch's defaults of dtype and device are the process's.
+    rows = bags.rows
+    found = BagSums(symbols.new_empty(num_texts), rows.new_empty(num_texts), rows.new_empty(num_texts, width - 1))
     slot_keys, slot_values = bags.table.slots
     symbols, lengths, layers = symbols.contiguous(), lengths.contiguous(), layers.contiguous()
     table = _Bags(

@@ -285,7 +285,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 def with_key_weight(keys: Keys, rows: Tensor) -> Tensor:
     """Put a column before `rows` that is 1 for every key and 0 for the neutral row: its sum counts a text's keys."""
-    weight = torch.ones(keys.num_rows, 1, device=rows.device)
+    weight = rows.new_ones(keys.num_rows, 1)
     weight[-1] = 0
     return torch.cat([weight, rows], 1)
 

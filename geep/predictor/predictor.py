@@ -262,6 +262,8 @@ class ExitPredictor:
             if others := {each.device.type for each in (input_ids, lengths)} - {"cpu"}:
                 raise ValueError(f"Found texts on {sorted(others)}, the table on a CPU; move one of them.")
         check_texts(input_ids, lengths, self.table.keys.vocab_size)
+        if self._kernel == "cpp":
+            raise ValueError("The lengths of the texts are no numbers of tokens: their sum overflows 64 bits.")
         # Triton is no dependency of geep: only who predicts with its kernel needs it.
         from geep.hash_table.triton_bags import reduce_bags
 
