@@ -9,16 +9,16 @@ namespace {
 
 constexpr int kChunks = 2;  // of a product at once, and all that the channels in float32 are
 constexpr int64_t kWidth = kChunks * kLanes;
-constexpr int kBlock = 8;   // rows at once; `pad_rows` gives no remainder
+constexpr int kBlock = 8;  // rows at once; `pad_rows` gives no remainder
 
 // The fields are those of `_Between` in between.py.
 struct Between {
   const float *norm, *norm_bias;
   float eps;
-  const float *up, *up_bias, *down;     // (hidden, kWidth), (kWidth), (kWidth, hidden)
-  const float *inverse_step, *zero;     // of the rounding, (hidden)
-  int64_t hidden;                       // a multiple of `kWidth`
-  int64_t activation;                   // 0: gelu, 1: gelu by tanh, 2: relu
+  const float *up, *up_bias, *down;  // (hidden, kWidth), (kWidth), (kWidth, hidden)
+  const float *inverse_step, *zero;  // of the rounding, (hidden)
+  int64_t hidden;                    // a multiple of `kWidth`
+  int64_t activation;                // 0: gelu, 1: gelu by tanh, 2: relu
 };
 
 INLINE void normalise(const Between& between, float* row) {

@@ -77,12 +77,13 @@ class Between:
         """Normalise and round; the sums are changed.
 
         Args:
-            sums: Of attention's output and the layer's input, float32, (num_rows, hidden), contiguous, on a CPU.
+            sums: Of attention's output and the layer's input, float32, (num_rows, hidden), on a CPU.
 
         Returns:
             The normalised sums plus what the float32 channels add to them, (num_rows, hidden), and the normalised ones
             in 8 bits.
         """
+        sums = sums.contiguous()
         rounded = torch.empty_like(sums, dtype=torch.uint8)
         places = sums.data_ptr(), rounded.data_ptr(), len(sums)
         kernels.needed().geep_between(ctypes.byref(self._between), *places, torch.get_num_threads())

@@ -47,7 +47,7 @@ template <int rows, class T>
 INLINE void narrow(const Exit& exit, const T* hidden, float* narrowed, float* room) {
   Lanes sums[rows][kChunks];
   product(as_floats(hidden, rows * exit.hidden, room), exit.hidden, (const T*)exit.narrow, exit.hidden, kColumns,
-                exit.narrow_bias, sums);
+          exit.narrow_bias, sums);
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < kChunks; c++) store(narrowed + r * kColumns + c * kLanes, gelu(sums[r][c]));
 }
@@ -56,8 +56,8 @@ INLINE void narrow(const Exit& exit, const T* hidden, float* narrowed, float* ro
 template <int rows, class T>
 INLINE void convolve(const Exit& exit, const float* narrowed, float* near) {
   Lanes sums[rows][kChunks];
-  product(narrowed - exit.reach * kColumns, kColumns, (const T*)exit.convolution,
-                (2 * exit.reach + 1) * kColumns, kColumns, exit.convolution_bias, sums);
+  product(narrowed - exit.reach * kColumns, kColumns, (const T*)exit.convolution, (2 * exit.reach + 1) * kColumns,
+          kColumns, exit.convolution_bias, sums);
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < kChunks; c++) {
       const int64_t at = r * kColumns + c * kLanes;
@@ -134,8 +134,7 @@ INLINE void answer(const Exit& exit, const Texts& texts, int64_t text, const flo
   for (int r = 0; r < count; r++) read_text(exit, texts, text + r, near, features + r * depth);
   for (int64_t column = 0; column < exit.dense_width; column += kColumns) {
     Lanes sums[count][kChunks];
-    product(features, depth, (const T*)exit.dense + column, depth, exit.dense_width, exit.dense_bias + column,
-                   sums);
+    product(features, depth, (const T*)exit.dense + column, depth, exit.dense_width, exit.dense_bias + column, sums);
     for (int r = 0; r < count; r++)
       for (int c = 0; c < kChunks; c++) store(dense + r * exit.dense_width + column + c * kLanes, tangent(sums[r][c]));
   }

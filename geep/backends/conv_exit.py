@@ -101,9 +101,8 @@ class ConvExit:
             MemoryError: If there is no memory for what lies between.
         """
         library, num_texts = kernels.needed(), len(offsets) - 1
-        kernels.check_rows(len(hidden), int(offsets[-1]))
         parts = 2 if self.tells_texts_apart else 1
-        self._check(offsets, halves)
+        kernels.check_rows(len(hidden), _num_tokens(offsets, halves))
         if hidden.dtype != self.dtype or hidden.shape[1] != self.hidden or len(halves) != parts * num_texts + 1:
             raise ValueError(
                 f"The exit reads hidden states {self.hidden} wide in {self.dtype} of {parts} texts each, found "
@@ -116,12 +115,15 @@ class ConvExit:
             raise MemoryError(f"An exit of {num_texts} texts found no memory for what it reads of them.")
         return out
 
-    def _check(self, offsets: Tensor, halves: Tensor) -> None:
-        """The kernel reads where these say."""
-        for each in (offsets, halves):
-            if each.dtype != torch.int64 or each.device.type != "cpu" or not each.is_contiguous():
-                raise ValueError(
-                    f"Expected where texts begin in one int64 row on a CPU, found {each.dtype} on {each.device}."
-                )
-        if int(halves[-1]) != int(offsets[-1]):
-            raise ValueError(f"The texts have {int(offsets[-1])} tokens, their halves {int(halves[-1])}.")
+
+def _num_tokens(offsets: Tensor, halves: Tensor) -> int:
+    """Tokens of texts, after a look at what says where they lie, for the kernel reads there."""
+    for each in (offsets, halves):
+        if each.dtype != torch.int64 or each.device.type != "cpu" or not each.is_contiguous():
+            raise ValueError(
+                f"Expected where texts begin in one int64 row on a CPU, found {each.dtype} on {each.device}."
+            )
+    num_tokens = int(offsets[-1])
+    if halves is not offsets and int(halves[-1]) != num_tokens:
+        raise ValueError(f"The texts have {num_tokens} tokens, their halves {int(halves[-1])}.")
+    return num_tokens
