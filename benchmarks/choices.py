@@ -57,6 +57,8 @@ CHOICES: dict[str, ChoiceMade] = {
     "as geep train does": ChoiceMade(),
     "single tokens": ChoiceMade("keys", profile={"ngram_order": 1}),
     "up to 3 tokens": ChoiceMade("keys", profile={"ngram_order": 3}),
+    "at most 1,000 n-grams": ChoiceMade("keys", profile={"max_ngrams": 1_000}),
+    "at most 100 n-grams": ChoiceMade("keys", profile={"max_ngrams": 100}),
     "counts (the paper's)": ChoiceMade("table", profile={"kind": "counts"}),
     "regression": ChoiceMade("table", profile={"kind": "fitted"}),
     "training rows": ChoiceMade("learned from", learned_from="teaching"),

@@ -15,6 +15,7 @@ from conftest import (
     FRESH,
     HELDOUT,
     TRAIN,
+    VOCAB,
     make_engine,
     make_model,
     random_texts,
@@ -90,6 +91,15 @@ def test_a_kind_and_a_criterion_may_be_asked_for(trained: Engine) -> None:
         assert not found.settings.agreement
     with pytest.raises(ValueError, match="Unknown criterion 'luck'"):
         profile(trained, TRAIN, HELDOUT, criterion="luck")
+
+
+def test_a_table_keeps_the_most_frequent_ngrams(trained: Engine) -> None:
+    whole, few = (profile(trained, TRAIN, HELDOUT, **limit).engine.predictor for limit in ({}, {"max_ngrams": 3}))
+    assert whole is not None
+    assert few is not None
+    assert len(few.table.keys.ngrams) == 3 < len(whole.table.keys.ngrams)
+    counts = whole.table.counts[len(VOCAB) : -1, 0].sum(1).sort(descending=True).values
+    assert few.table.counts[len(VOCAB) : -1, 0].sum(1).sort(descending=True).values.tolist() == counts[:3].tolist()
 
 
 def test_speed_0_is_the_full_model_alone_whatever_is_fused(trained: Engine, profiled: ProfileResult) -> None:

@@ -29,6 +29,10 @@ def cheap_sections(results: Path) -> Iterator[Section]:
 def _choices(lines: list[Line]) -> Section:
     found = {(line["data"], line["choice"]): line for line in lines}
     sets, choices = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+    # What was measured later stands beside what it is about.
+    abouts = list(dict.fromkeys(line["about"] for line in lines))
+    about = {line["choice"]: line["about"] for line in lines}
+    choices = sorted(choices, key=lambda choice: abouts.index(about[choice]))
     full = lines[0]["full_layers"]
     # Of the others exits are others, too, and with them the layers that are to be ranked.
     ranked = {line["choice"] for line in lines if line["about"] in ("", "keys", "table")}
@@ -50,7 +54,7 @@ def _choices(lines: list[Line]) -> Section:
 
     rows = [
         [
-            next(line["about"] for line in lines if line["choice"] == choice) or "–",
+            about[choice] or "–",
             choice,
             *(value for data in sets for value in cell(data, choice)),
         ]

@@ -21,7 +21,7 @@ from geep.calibration.runs import ExitRun, Outcomes, check_labels
 from geep.data import Split
 from geep.engine import Engine, ExitSettings
 from geep.exits import AGREEMENT, ExitProfile, probabilities_of
-from geep.predictor import PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
+from geep.predictor import MAX_NGRAMS, PREDICTORS, ExitPredictor, Lexical, TextExits, fit_predictor
 from geep.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def profile(
     kind: str | None = None,
     criterion: str = AGREEMENT,
     ngram_order: int = 2,
+    max_ngrams: int = MAX_NGRAMS,
     progress: Progress = no_progress,
 ) -> ProfileResult:
     """Run all exits over texts and learn temperatures, criterion, exit table and lexical exit from them.
@@ -121,6 +122,7 @@ def profile(
         kind: Row of `PREDICTORS`; None: the one whose scores rank the held-out texts best.
         criterion: "agreement", or a row of `CRITERIA`.
         ngram_order: Longest n-gram of the table's keys.
+        max_ngrams: Most n-grams that get a row in the table: the most frequent ones.
         progress: Told what is being done, how much is done and how much there is.
 
     Raises:
@@ -163,6 +165,7 @@ def profile(
             special_ids=sorted(set(engine.tokenizer.all_special_ids)),
             multi_label=many,
             ngram_order=ngram_order,
+            max_ngrams=max_ngrams,
             lexical=lexical,
             separator_id=separator_id,
         )

@@ -13,6 +13,7 @@ from .fitting import (
 from .keys import Keys as Keys, text_hashes as text_hashes
 from .predictor import ExitPrediction as ExitPrediction, ExitPredictor as ExitPredictor
 from .table import (
+    MAX_NGRAMS as MAX_NGRAMS,
     ExitTable as ExitTable,
     FittedTable as FittedTable,
     Levels as Levels,

@@ -22,7 +22,7 @@ from geep.predictor.keys import Keys, text_hashes, with_key_weight
 from geep.predictor.linear import SIGMOIDS, SOFTMAX, fit_best, for_choosing
 from geep.predictor.parts import parts_of
 from geep.predictor.predictor import ExitPredictor
-from geep.predictor.table import ExitTable, FittedTable, Levels, Lexical, ScoreRows, check_exits
+from geep.predictor.table import MAX_NGRAMS, ExitTable, FittedTable, Levels, Lexical, ScoreRows, check_exits
 
 ABSENT_LOGIT = -30.0
 """Lexical logit of a label that no training text has: a probability of 1e-13, finite so that sums stay finite."""
@@ -251,7 +251,7 @@ def fit_predictor(
     multi_label: bool = False,
     ngram_order: int = 2,
     min_count: int = 2,
-    max_ngrams: int = 200_000,
+    max_ngrams: int = MAX_NGRAMS,
     num_bins: int = 16,
     lexical: Lexical | None = None,
     separator_id: int | None = None,

@@ -12,6 +12,9 @@ from geep.hash_table import HashTable
 from geep.predictor.keys import Keys, check_texts, text_of_rows
 from geep.predictor.parts import frequent_ngrams, parts_of
 
+MAX_NGRAMS = 200_000
+"""N-grams that get a row, unless others are asked for."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExitTable:
@@ -60,7 +63,7 @@ class ExitTable:
         special_ids: Iterable[int],
         ngram_order: int = 2,
         min_count: int = 2,
-        max_ngrams: int = 200_000,
+        max_ngrams: int = MAX_NGRAMS,
         separator_id: int | None = None,
     ) -> ExitTable:
         """Count the keys of texts whose exits are known.
