@@ -33,7 +33,7 @@ bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/hash_table.py --device cuda
 	$(MAKE) bench
 
-$(VENV)/.demo: pyproject.toml constraints.txt geep/backends/kernels.cpp geep/backends/conv_exit.cpp geep/backends/between.cpp geep/backends/lanes.h geep/hash_table/bags.cpp
+$(VENV)/.demo: pyproject.toml constraints.txt geep/backends/kernels.cpp geep/backends/conv_exit.cpp geep/backends/between.cpp geep/backends/few_tokens.cpp geep/backends/calls.h geep/backends/lanes.h geep/hash_table/bags.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geep needs Python 3.11 or newer, found %d.%d; run: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -43,7 +43,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt geep/backends/kernels.cpp geep/backends/conv_exit.cpp geep/backends/between.cpp geep/backends/lanes.h geep/hash_table/bags.cpp
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt geep/backends/kernels.cpp geep/backends/conv_exit.cpp geep/backends/between.cpp geep/backends/few_tokens.cpp geep/backends/calls.h geep/backends/lanes.h geep/hash_table/bags.cpp
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	@touch $@

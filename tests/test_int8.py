@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from geep.backends import PackedBackend, int8, onednn
-from geep.backends.int8 import SITES, ActivationRanges, Int8Layer, Int8Linear, observe
+from geep.backends.int8 import SITES, ActivationRanges, Int8Layer, Int8Linear, observe, rounded_linear
 from geep.backends.layout import Layout
 from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLayer, FusedLinear, pad_rows
 from geep.backends.packed_layer import packed_layers
@@ -75,7 +75,7 @@ def test_an_8_bit_linear_layer_is_off_by_rounding_only(seed: int, width: int, ou
     spread = torch.logspace(-2, 2, width)
     x = (torch.randn(rows, width, generator=generator) + 0.7) * spread
     low, high = x.amin(0), x.amax(0)
-    linear = Int8Linear.of(weight, bias, (low, high))
+    linear = Int8Linear.of(rounded_linear(weight, bias, (low, high)))
     with torch.no_grad():
         found = linear(linear.quantise(x))
     step_x = (high.clamp(min=0) - low.clamp(max=0)) / 255
@@ -87,7 +87,9 @@ def test_an_8_bit_linear_layer_is_off_by_rounding_only(seed: int, width: int, ou
 
 @torch.no_grad()
 def test_values_outside_the_observed_range_are_cut_to_it() -> None:
-    linear = Int8Linear.of(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
+    linear = Int8Linear.of(
+        rounded_linear(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
+    )
     found = linear(linear.quantise(torch.tensor([[-100.0, 0.0, 100.0]])))
     assert torch.allclose(found, torch.tensor([[-1.0, 0.0, 2.0]]), atol=0.02)
 
@@ -101,7 +103,9 @@ def test_weights_have_7_bits_where_the_cpu_would_overflow(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    linear = Int8Linear.of(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
+    linear = Int8Linear.of(
+        rounded_linear(torch.eye(3), torch.zeros(3), (torch.full((3,), -1.0), torch.full((3,), 2.0)))
+    )
     # A step of the inputs is folded into the weights: the largest of each output is the largest there is.
     assert torch.allclose(linear.weight_scale * largest, torch.full((3,), 3 / 255))
 

@@ -1,53 +1,20 @@
 // What stands between two 8-bit products of a layer, in one call: the norm of the sum behind attention, its rounding for
 // the first wide product, and the way through those wide channels that stay in float32 (`FLOAT_CHANNELS` of int8.py).
 
-#include <cmath>
-
+#include "calls.h"
 #include "lanes.h"
 
 namespace {
 
 constexpr int kChunks = 2;  // of a product at once, and all that the channels in float32 are
-constexpr int64_t kWidth = kChunks * kLanes;
+static_assert(kWidth == kChunks * kLanes);
 constexpr int kBlock = 8;  // rows at once; `pad_rows` gives no remainder
-
-// The fields are those of `_Between` in between.py.
-struct Between {
-  const float *norm, *norm_bias;
-  float eps;
-  const float *up, *up_bias, *down;  // (hidden, kWidth), (kWidth), (kWidth, hidden)
-  const float *inverse_step, *zero;  // of the rounding, (hidden)
-  int64_t hidden;                    // a multiple of `kWidth`
-  int64_t activation;                // 0: gelu, 1: gelu by tanh, 2: relu
-};
-
-INLINE void normalise(const Between& between, float* row) {
-  const int64_t hidden = between.hidden;
-  Lanes sum = {}, squares = {};
-  for (int64_t i = 0; i < hidden; i += kLanes) sum += load(row + i);
-  const Lanes mean = all(total(sum) / hidden);
-  for (int64_t i = 0; i < hidden; i += kLanes) {
-    const Lanes x = load(row + i) - mean;
-    squares += x * x;
-  }
-  // Where squares overflow nothing is left of the row, and that must be seen.
-  const float variance = total(squares) / hidden + between.eps;
-  const Lanes scale = all(variance < 3.4e38f ? 1.0f / std::sqrt(variance) : std::nanf(""));
-  for (int64_t i = 0; i < hidden; i += kLanes)
-    store(row + i, (load(row + i) - mean) * scale * load(between.norm + i) + load(between.norm_bias + i));
-}
-
-INLINE Lanes activated(Lanes x, int64_t kind) {
-  if (kind == 0) return gelu(x);
-  if (kind == 1) return 0.5f * x * (1.0f + tangent(0.79788456f * (x + 0.044715f * x * x * x)));
-  return x != x ? x : greater(x, Lanes{});
-}
 
 template <int rows>
 INLINE void pass(const Between& between, float* sums, uint8_t* rounded) {
   const int64_t hidden = between.hidden;
   for (int r = 0; r < rows; r++) {
-    normalise(between, sums + r * hidden);
+    normalise(sums + r * hidden, hidden, between.norm, between.norm_bias, between.eps);
     round_row(sums + r * hidden, rounded + r * hidden, hidden, between.inverse_step, between.zero);
   }
   Lanes wide[rows][kChunks];

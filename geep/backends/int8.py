@@ -28,6 +28,7 @@ from torch import Tensor
 
 from geep.backends.attention import PackedAttention
 from geep.backends.between import Between
+from geep.backends.few_tokens import FewTokens, RoundedLinear
 from geep.backends.kernels import Rounding
 from geep.backends.layout import Layout
 from geep.backends.onednn import FUSED_ACTIVATIONS, FusedLinear, pad_rows
@@ -36,6 +37,9 @@ from geep.folder import RANGES_NAME, digest_tensors, named_by, publish
 
 FLOAT_CHANNELS = 32
 """Channels between the two wide linear layers that stay in float32: the widest of each layer."""
+
+FEW_TOKENS = 32
+"""Tokens up to which a layer is one call (12x384 on two AMD EPYC cores): of more, oneDNN's products are faster."""
 
 SITES = ("qkv", "out", "up", "down")
 """The linear layers of an encoder layer, by the names of `PackedLayer`; their inputs are what is observed."""
@@ -168,6 +172,18 @@ def check_form(layer: PackedLayer) -> None:
         )
 
 
+def rounded_linear(weight: Tensor, bias: Tensor | None, observed: Range) -> RoundedLinear:
+    """Round a float32 layer (out, in) for inputs in these ranges, one for each input channel."""
+    scale, zero = _steps(observed)
+    folded = weight * scale
+    most = largest_weight()
+    weight_scale = folded.abs().amax(1).clamp(min=1e-12) / most
+    rounded = (folded / weight_scale[:, None]).round_().clamp_(-most, most)
+    # x = scale (q - zero), so the zero points add the same to every row.
+    shifted = (0 if bias is None else bias) - (rounded * weight_scale[:, None]) @ zero
+    return RoundedLinear(rounded.to(torch.int8), weight_scale, shifted, Rounding(1 / scale, zero + 0.5))
+
+
 @dataclass(frozen=True, slots=True)
 class Int8Linear:
     """A linear layer on 8-bit inputs.
@@ -183,20 +199,14 @@ class Int8Linear:
     quantise: Rounding  # of float32 inputs (num_tokens, in)
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, observed: Range) -> Self:
-        """Quantise a float32 layer (out, in) for inputs in these ranges, one for each input channel."""
-        scale, zero = _steps(observed)
-        folded = weight * scale
-        most = largest_weight()
-        weight_scale = folded.abs().amax(1).clamp(min=1e-12) / most
-        rounded = (folded / weight_scale[:, None]).round_().clamp_(-most, most)
+    def of(cls, rounded: RoundedLinear) -> Self:
+        """Lay out rounded weights."""
         return cls(
-            weight=torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None),
-            weight_scale=weight_scale,
-            weight_zero=torch.zeros(len(weight), dtype=torch.int64),
-            # x = scale (q - zero), so the zero points add the same to every row.
-            bias=(0 if bias is None else bias) - (rounded * weight_scale[:, None]) @ zero,
-            quantise=Rounding(1 / scale, zero + 0.5),
+            weight=torch.ops.onednn.qlinear_prepack(rounded.weight, None),
+            weight_scale=rounded.scale,
+            weight_zero=torch.zeros(len(rounded.weight), dtype=torch.int64),
+            bias=rounded.bias,
+            quantise=rounded.quantise,
         )
 
     def __call__(self, q: Tensor) -> Tensor:
@@ -236,6 +246,7 @@ class Int8Layer:
     float_up: FusedLinear  # to the channels that stay in float32
     float_down: FusedLinear  # back from them
     between: Between | None  # from behind attention to the second wide product; None: our kernel does not run this
+    few: FewTokens | None  # all of it in one call, for few tokens; None: as above
     layer: PackedLayer
 
     @classmethod
@@ -273,29 +284,39 @@ class Int8Layer:
         step, zero = _steps(down_range)
         down_weight = layer.down[0].clone()
         down_weight[:, in_float] = 0
-        up = Int8Linear.of(*layer.up, observed["up"])
+        rounded = {
+            "qkv": rounded_linear(*layer.qkv, observed["qkv"]),
+            "out": rounded_linear(*layer.out, observed["out"]),
+            "up": rounded_linear(*layer.up, observed["up"]),
+            "down": rounded_linear(down_weight, layer.down[1], down_range),
+        }
+        linears = {site: Int8Linear.of(each) for site, each in rounded.items()}
+        attention = PackedAttention.of(layer.qkv, layer.num_heads, layer.mixer)
         float_up = layer.up[0][in_float], None if layer.up[1] is None else layer.up[1][in_float]
         float_down, norm = layer.down[0][:, in_float], layer.attention_norm
         fused = FUSED_ACTIVATIONS[layer.activation_name]
         between = None
         if norm is not None and Between.runs(len(float_down), len(in_float), fused):
-            between = Between((norm.weight, norm.bias, norm.eps), float_up, float_down, fused, up.quantise)
+            between = Between((norm.weight, norm.bias, norm.eps), float_up, float_down, fused, linears["up"].quantise)
+        few = None
+        if between is not None and FewTokens.runs(attention, len(float_down), width):
+            few = FewTokens(rounded, attention, between, (float(step[0]), int(zero[0])), layer.output_norm)
         return cls(
-            qkv=Int8Linear.of(*layer.qkv, observed["qkv"]),
-            attention=PackedAttention.of(layer.qkv, layer.num_heads, layer.mixer),
-            out=Int8Linear.of(*layer.out, observed["out"]),
-            up=up,
-            down=Int8Linear.of(down_weight, layer.down[1], down_range),
+            **linears,
+            attention=attention,
             wide_step=float(step[0]),
             wide_zero=int(zero[0]),
             float_up=FusedLinear.of(*float_up),
             float_down=FusedLinear.of(float_down, None),
             between=between,
+            few=few,
             layer=layer,
         )
 
     def __call__(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Run the layer on packed tokens (num_tokens, hidden), float32 in and out."""
+        if self.few is not None and len(hidden) <= FEW_TOKENS:
+            return self.few(hidden, layout)
         num_tokens, hidden, layer = len(hidden), pad_rows(hidden), self.layer
         mixed = self.attention(self.qkv(self.qkv.quantise(hidden)), layout, self.out.quantise)
         sums, fused = self.out.plus(mixed, hidden), FUSED_ACTIVATIONS[layer.activation_name]

@@ -4,6 +4,7 @@
 // Plain C++ with the vector extensions of GCC and Clang; no header of Python or torch. `geep/backends/kernels.py` calls
 // what is exported at the end. Threads are those of the OpenMP that torch has loaded already.
 
+#include "calls.h"
 #include "lanes.h"
 
 namespace {
@@ -32,22 +33,6 @@ INLINE void transpose(Lanes (&rows)[kLanes]) {
 }
 
 // ---- Attention ----
-
-// What all texts and heads of a call share; the fields are those of `_Attention` in kernels.py.
-struct Attention {
-  const void* qkv;         // (tokens, 3, heads, head)
-  void* out;               // (tokens, heads, head)
-  const int64_t* offsets;  // (texts + 1)
-  int64_t num_texts, longest, num_heads, head;
-  float scale;
-  const float* bias;  // added to scores by distance: (bias_heads, columns), distance 0 in the middle; or null
-  int64_t bias_heads, columns;
-  const float *by_content, *by_position;  // by distance, too: what a query and what a key is multiplied with, each
-                                          // (heads, head, columns); or null
-  const float* turns;  // of queries and keys: (positions, 2, head), cosines, then sines by their signs; or null
-  int64_t window;      // largest distance at which tokens see each other; -1: any
-  const float *inverse_step, *zero;  // of 8-bit results, (heads * head); or null
-};
 
 template <class In>
 INLINE Lanes turned(const In* from, const float* turn, int64_t head) {

@@ -76,6 +76,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.geep_conv_exit.argtypes = (*pointers, ctypes.c_int, ctypes.c_int)
     library.geep_between.argtypes = (ctypes.c_void_p, *pointers, ctypes.c_int64, ctypes.c_int)
     library.geep_between.restype = None
+    library.geep_few_tokens.argtypes = (*pointers, *pointers, *sizes, ctypes.c_int)
     library.geep_round.restype = library.geep_neighbours.restype = library.geep_pool.restype = None
 
 
@@ -140,6 +141,26 @@ class Rounding:
         return out
 
 
+def describe(num_heads: int, head: int, mixing: Mixing, rounding: Rounding | None) -> _Attention:
+    """What all calls of an attention share, where its kernel reads it; the tensors have to stay."""
+    call = _Attention(
+        num_heads=num_heads,
+        head=head,
+        scale=head**-0.5 if mixing.scale is None else mixing.scale,
+        window=-1 if mixing.window is None else mixing.window,
+    )
+    if mixing.bias is not None:
+        call.bias, call.bias_heads, call.columns = mixing.bias.data_ptr(), *mixing.bias.shape
+    if mixing.distances is not None:
+        call.by_content, call.by_position = (vectors.data_ptr() for vectors in mixing.distances)
+        call.columns = mixing.distances[0].shape[2]
+    if mixing.turns is not None:
+        call.turns = mixing.turns.data_ptr()
+    if rounding is not None:
+        call.inverse_step, call.zero = rounding.inverse_step.data_ptr(), rounding.zero.data_ptr()
+    return call
+
+
 def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, rounding: Rounding | None = None) -> Tensor:
     """Let every token look at its text.
 
@@ -172,26 +193,9 @@ def attend(qkv: Tensor, layout: Layout, num_heads: int, mixing: Mixing, *, round
     out = torch.empty(num_tokens, width, dtype=dtype)
     out[layout.num_tokens :].zero_()
     qkv = qkv.contiguous()
-    call = _Attention(
-        qkv=qkv.data_ptr(),
-        out=out.data_ptr(),
-        offsets=layout.offsets.ctypes.data,
-        num_texts=len(layout.lengths),
-        longest=layout.longest,
-        num_heads=num_heads,
-        head=head,
-        scale=head**-0.5 if mixing.scale is None else mixing.scale,
-        window=-1 if mixing.window is None else mixing.window,
-    )
-    if mixing.bias is not None:
-        call.bias, call.bias_heads, call.columns = mixing.bias.data_ptr(), *mixing.bias.shape
-    if mixing.distances is not None:
-        call.by_content, call.by_position = (vectors.data_ptr() for vectors in mixing.distances)
-        call.columns = mixing.distances[0].shape[2]
-    if mixing.turns is not None:
-        call.turns = mixing.turns.data_ptr()
-    if rounding is not None:
-        call.inverse_step, call.zero = rounding.inverse_step.data_ptr(), rounding.zero.data_ptr()
+    call = describe(num_heads, head, mixing, rounding)
+    call.qkv, call.out, call.offsets = qkv.data_ptr(), out.data_ptr(), layout.offsets.ctypes.data
+    call.num_texts, call.longest = len(layout.lengths), layout.longest
     kind = KINDS[qkv.dtype, rounding is not None]
     if library.geep_attend(ctypes.byref(call), kind, torch.get_num_threads()):
         raise MemoryError(f"Attention of a text of {layout.longest} tokens found no memory for its scores.")

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -169,6 +170,29 @@ INLINE void round_row(const float* from, uint8_t* to, int64_t width, const float
     store(to + i, lesser(greater(x, Lanes{}), all(255.0f)));
   }
   for (; i < width; i++) to[i] = (uint8_t)std::min(std::max(from[i] * inverse_step[i] + zero[i], 0.0f), 255.0f);
+}
+
+// A row normalised in place, as a layer norm does.
+INLINE void normalise(float* row, int64_t hidden, const float* weight, const float* bias, float eps) {
+  Lanes sum = {}, squares = {};
+  for (int64_t i = 0; i < hidden; i += kLanes) sum += load(row + i);
+  const Lanes mean = all(total(sum) / hidden);
+  for (int64_t i = 0; i < hidden; i += kLanes) {
+    const Lanes x = load(row + i) - mean;
+    squares += x * x;
+  }
+  // Where squares overflow nothing is left of the row, and that must be seen.
+  const float variance = total(squares) / hidden + eps;
+  const Lanes scale = all(variance < 3.4e38f ? 1.0f / std::sqrt(variance) : std::nanf(""));
+  for (int64_t i = 0; i < hidden; i += kLanes)
+    store(row + i, (load(row + i) - mean) * scale * load(weight + i) + load(bias + i));
+}
+
+// Activations by number: 0 gelu, 1 gelu by tanh, 2 relu.
+INLINE Lanes activated(Lanes x, int64_t kind) {
+  if (kind == 0) return gelu(x);
+  if (kind == 1) return 0.5f * x * (1.0f + tangent(0.79788456f * (x + 0.044715f * x * x * x)));
+  return x != x ? x : greater(x, Lanes{});
 }
 
 }  // namespace

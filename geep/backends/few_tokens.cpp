@@ -1,0 +1,160 @@
+// An 8-bit layer on few tokens in one call. On few tokens a product takes as long as it takes to read its weights, and
+// the calls of which a layer is made take longer than that. Products are exact sums of whole numbers (AVX-512 VNNI); the
+// steps between them are those of `Int8Layer.__call__` in int8.py.
+
+#include "calls.h"
+#include "lanes.h"
+
+// A linear layer; the fields are those of `_Linear` in few_tokens.py.
+struct Linear {
+  const int8_t* weight;  // by sixteen columns: (width / 16, depth / 4, 16, 4)
+  const float *scale, *bias;
+  int64_t depth, width;  // multiples of 4 and 64
+};
+
+// The fields are those of `_Layer` in few_tokens.py.
+struct Layer {
+  Linear qkv, out, up, down;
+  const float *inverse_step, *zero;  // of what the layer reads, (hidden)
+  const Attention* attention;        // all but what a call brings
+  const Between* between;
+  float wide_inverse_step, wide_zero;  // of the wide part; a half is added to the zero point, so that cutting rounds
+  const float *norm, *norm_bias;
+  float eps;
+};
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
+
+namespace {
+
+constexpr int kChunks = 4;
+constexpr int64_t kColumns = kChunks * kLanes;
+
+bool has_vnni() {
+  static const bool found = has_512() && __builtin_cpu_supports("avx512vnni");
+  return found;
+}
+
+enum class Then { kStore, kAdd, kActivate };
+
+// What becomes of a product's sums.
+struct Goal {
+  float* numbers;      // (rows, width): where they go; with kAdd they hold what is added
+  uint8_t* rounded;    // the same in 8 bits
+  int64_t activation;  // as of `activated`
+  float inverse_step, zero;
+};
+
+// Some rows times sixty-four columns.
+template <int rows, Then then>
+VNNI void product(const Linear& linear, const uint8_t* from, int64_t column, const Goal& goal) {
+  __m512i sums[rows][kChunks];
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_setzero_si512();
+  const int8_t* weight = linear.weight + column * linear.depth;
+  for (int64_t d = 0; d < linear.depth; d += 4) {
+    __m512i those[kChunks];
+    for (int c = 0; c < kChunks; c++)
+      those[c] = _mm512_loadu_si512(weight + c * kLanes * linear.depth + d * kLanes);
+    for (int r = 0; r < rows; r++) {
+      int32_t four;
+      std::memcpy(&four, from + r * linear.depth + d, sizeof four);
+      const __m512i x = _mm512_set1_epi32(four);
+      for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, those[c]);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) {
+      const int64_t i = column + c * kLanes, at = r * linear.width + i;
+      Lanes x = __builtin_convertvector((Ints)sums[r][c], Lanes) * load(linear.scale + i) + load(linear.bias + i);
+      if constexpr (then == Then::kAdd) x += load(goal.numbers + at);
+      if constexpr (then == Then::kActivate) {
+        x = activated(x, goal.activation) * goal.inverse_step + goal.zero;
+        store(goal.rounded + at, lesser(greater(x, Lanes{}), all(255.0f)));
+      } else {
+        store(goal.numbers + at, x);
+      }
+    }
+}
+
+template <Then then>
+VNNI void columns_of(const Linear& linear, const uint8_t* from, int64_t rows, int64_t column, Goal goal) {
+  for (int64_t row = 0; row < rows;) {
+    switch (std::min<int64_t>(rows - row, kRows)) {
+#define CASE(n)                                          \
+  case n:                                                \
+    product<n, then>(linear, from, column, goal);        \
+    break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+    }
+    row += kRows;
+    from += kRows * linear.depth;
+    goal.numbers += then == Then::kActivate ? 0 : kRows * linear.width;
+    goal.rounded += then == Then::kActivate ? kRows * linear.width : 0;
+  }
+}
+
+template <Then then>
+void multiply(const Linear& linear, const uint8_t* from, int64_t rows, const Goal& goal, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
+  for (int64_t column = 0; column < linear.width; column += kColumns)
+    columns_of<then>(linear, from, rows, column, goal);
+}
+
+VNNI void normalise_rows(const Layer& layer, float* numbers, int64_t rows) {
+  const int64_t hidden = layer.qkv.depth;
+  for (int64_t row = 0; row < rows; row++)
+    normalise(numbers + row * hidden, hidden, layer.norm, layer.norm_bias, layer.eps);
+}
+
+}  // namespace
+
+extern "C" {
+
+int geep_has_vnni() { return has_vnni(); }
+
+// Runs a layer on tokens (rows, hidden) of texts that begin at `offsets`. Returns 0, or 1 where there is no memory.
+int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const int64_t* offsets, int64_t num_texts,
+                    int64_t longest, int num_threads) {
+  const int64_t rows = offsets[num_texts], width = layer->qkv.depth, wide = layer->up.width;
+  const int64_t size = rows * (3 * width * 4 + 3 * width + wide);
+  char* room = (char*)std::aligned_alloc(64, (size + 63) / 64 * 64);
+  if (!room) return 1;
+  float* qkv = (float*)room;
+  uint8_t *read = (uint8_t*)(qkv + rows * 3 * width), *mixed = read + rows * width, *rounded = mixed + rows * width;
+  uint8_t* activated = rounded + rows * width;
+  geep_round(hidden, read, rows, width, layer->inverse_step, layer->zero, num_threads);
+  multiply<Then::kStore>(layer->qkv, read, rows, {qkv, nullptr, 0, 0, 0}, num_threads);
+  Attention call = *layer->attention;
+  call.qkv = qkv;
+  call.out = mixed;
+  call.offsets = offsets;
+  call.num_texts = num_texts;
+  call.longest = longest;
+  const int failed = geep_attend(&call, 2, num_threads);
+  if (!failed) {
+    std::memcpy(out, hidden, rows * width * sizeof(float));
+    multiply<Then::kAdd>(layer->out, mixed, rows, {out, nullptr, 0, 0, 0}, num_threads);
+    geep_between(layer->between, out, rounded, rows, num_threads);
+    const Goal goal{nullptr, activated, layer->between->activation, layer->wide_inverse_step, layer->wide_zero};
+    multiply<Then::kActivate>(layer->up, rounded, rows, goal, num_threads);
+    multiply<Then::kAdd>(layer->down, activated, rows, {out, nullptr, 0, 0, 0}, num_threads);
+    normalise_rows(*layer, out, rows);
+  }
+  std::free(room);
+  return failed;
+}
+
+}  // extern "C"
+
+#else
+
+extern "C" {
+int geep_has_vnni() { return 0; }
+int geep_few_tokens(const Layer*, const float*, float*, const int64_t*, int64_t, int64_t, int) { return 1; }
+}
+
+#endif
