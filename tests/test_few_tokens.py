@@ -1,4 +1,4 @@
-"""An 8-bit layer on few tokens, in one call, gives what the layer's steps give."""
+"""A layer on few tokens, in one call, gives what the layer's steps give, in 8 bits and in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from conftest import make_model
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from geep.backends import PackedBackend, TokenBatch, kernels
-from geep.backends.few_tokens import FewTokens
-from geep.backends.int8 import FEW_TOKENS, Int8Layer, observe
+from geep.backends import PackedBackend, TokenBatch, int8, kernels, onednn
+from geep.backends.few_tokens import FewFloatTokens, FewTokens
+from geep.backends.int8 import Int8Layer, observe
 from geep.backends.layout import Layout
-from geep.backends.packed_layer import packed_layers
+from geep.backends.onednn import FusedLayer
+from geep.backends.packed_layer import PackedLayer, packed_layers
 
-pytestmark = pytest.mark.skipif(
-    not kernels.is_available() or not kernels.needed().geep_has_vnni(), reason="not compiled, or a CPU without VNNI"
+is_there = kernels.is_available()
+in_8_bits = pytest.mark.skipif(
+    not is_there or not kernels.needed().geep_has_vnni(), reason="not compiled, or a CPU without VNNI"
 )
+in_bfloat16 = pytest.mark.skipif(
+    not is_there or not kernels.needed().geep_has_bfloat16(), reason="not compiled, or a CPU without bfloat16"
+)
+KINDS = [pytest.param("int8", marks=in_8_bits), pytest.param("bfloat16", marks=in_bfloat16)]
+either = pytest.mark.parametrize("kind", KINDS)
 
-SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+HIDDEN = 64
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": 192, "num_attention_heads": 4}
 FAMILIES = ("bert", "distilbert", "mpnet", "deberta-v2")
 
 
@@ -35,29 +43,42 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def made(family: str = "bert", **changes: Any) -> tuple[Int8Layer, Tensor]:
-    """A layer, and tokens like those it was made for."""
-    sizes = {"dim": 64, "hidden_dim": 192, "n_heads": 4} if family == "distilbert" else SIZES
-    model = make_model(family, **sizes, **changes)
-    (layer, *_), tokens = packed_layers(model), torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
-    ranges = observe([layer], [(tokens, Layout(np.full(20, 10, dtype=np.int64)))])
-    return Int8Layer.of(layer, ranges, 0), tokens
+def plain(family: str = "bert", **changes: Any) -> PackedLayer:
+    sizes = {"dim": HIDDEN, "hidden_dim": 192, "n_heads": 4} if family == "distilbert" else SIZES
+    return packed_layers(make_model(family, **sizes, **changes))[0]
 
 
-def by_steps(layer: Int8Layer, hidden: Tensor, layout: Layout) -> Tensor:
-    return replace(layer, few=None)(hidden, layout)
+def made(kind: str, layer: PackedLayer) -> tuple[Int8Layer | FusedLayer, Tensor]:
+    """The layer in a kind of numbers, and tokens like those it was made for."""
+    tokens = torch.randn(200, HIDDEN, generator=torch.Generator().manual_seed(1))
+    if kind == "bfloat16":
+        found: Int8Layer | FusedLayer = FusedLayer.of(layer.to(torch.bfloat16))
+        tokens = tokens.bfloat16()
+    else:
+        found = Int8Layer.of(layer, observe([layer], [(tokens, Layout(np.full(20, 10, dtype=np.int64)))]), 0)
+    assert found.few is not None
+    return found, tokens
 
 
+def few(layer: Int8Layer | FusedLayer, hidden: Tensor, layout: Layout) -> Tensor:
+    assert layer.few is not None
+    return layer.few(hidden, layout)
+
+
+def laid_out(*lengths: int) -> Layout:
+    return Layout(np.array(lengths, dtype=np.int64))
+
+
+@in_8_bits
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_one_call_equals_the_steps(family: str, threads: int) -> None:
-    layer, tokens = made(family)
-    assert layer.few is not None
+def test_in_8_bits_one_call_equals_the_steps(family: str, threads: int) -> None:
+    layer, tokens = made("int8", plain(family))
     rows, apart = 0, 0
-    for lengths in ([1], [5, 0, 8], [6], [7, 6], [12, 1, 1], [0, 3, 0], [FEW_TOKENS]):
-        layout = Layout(np.array(lengths, dtype=np.int64))
+    for lengths in ([1], [5, 0, 8], [6], [7, 6], [12, 1, 1], [0, 3, 0], [32]):
+        layout = laid_out(*lengths)
         hidden = tokens[: layout.num_tokens]
-        found, expected = layer.few(hidden, layout), by_steps(layer, hidden, layout)
+        found, expected = few(layer, hidden, layout), replace(layer, few=None)(hidden, layout)
         assert found.shape == expected.shape
         difference = (found - expected).norm(dim=1) / expected.norm(dim=1)
         assert difference.max() < 0.05
@@ -66,81 +87,129 @@ def test_one_call_equals_the_steps(family: str, threads: int) -> None:
     assert apart <= 0.05 * rows
 
 
+@in_bfloat16
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_in_bfloat16_one_call_is_as_near_the_layer_as_its_steps(family: str, threads: int) -> None:
+    reference = plain(family)
+    layer, tokens = made("bfloat16", reference)
+    for lengths in ([1], [5, 0, 8], [6], [7, 6], [12, 1, 1], [0, 3, 0], [60]):
+        layout = laid_out(*lengths)
+        hidden = tokens[: layout.num_tokens]
+        found, steps = few(layer, hidden, layout), replace(layer, few=None)(hidden, layout)
+        expected = reference(hidden.float(), layout)
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= 1.2 * (steps - expected).norm() < 0.02 * expected.norm()
+
+
+@either
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @torch.no_grad()
-def test_every_activation_is_the_layers(activation: str) -> None:
-    layer, tokens = made(hidden_act=activation)
-    assert layer.few is not None
-    layout = Layout(np.array([20], dtype=np.int64))
-    found, expected = layer.few(tokens[:20], layout), by_steps(layer, tokens[:20], layout)
-    assert (found - expected).norm() < 0.01 * expected.norm()
+def test_every_activation_is_the_layers(kind: str, activation: str) -> None:
+    reference = plain(hidden_act=activation)
+    layer, tokens = made(kind, reference)
+    layout = laid_out(20)
+    found, expected = few(layer, tokens[:20], layout), replace(layer, few=None)(tokens[:20], layout)
+    assert (found - expected).float().norm() < 0.01 * expected.float().norm()
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+@either
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6))
 @settings(deadline=None, max_examples=30)
 @torch.no_grad()
-def test_texts_alone_are_as_together(lengths: list[int]) -> None:
-    layer, tokens = made()
-    assert layer.few is not None
-    layout = Layout(np.array(lengths, dtype=np.int64))
-    together = layer.few(tokens[: layout.num_tokens], layout)
+def test_texts_alone_are_as_together(kind: str, lengths: list[int]) -> None:
+    layer, tokens = made(kind, plain())
+    layout = laid_out(*lengths)
+    together = few(layer, tokens[: layout.num_tokens], layout)
     for start, stop in zip(layout.offsets.tolist(), layout.offsets.tolist()[1:], strict=False):
-        alone = layer.few(tokens[start:stop], Layout(np.array([stop - start], dtype=np.int64)))
-        assert torch.equal(alone, together[start:stop])
+        assert torch.equal(few(layer, tokens[start:stop], laid_out(stop - start)), together[start:stop])
 
 
+@either
 @torch.no_grad()
-def test_a_broken_text_is_broken_alone() -> None:
-    layer, tokens = made()
-    assert layer.few is not None
-    layout, hidden = Layout(np.array([4, 5, 6], dtype=np.int64)), tokens[:15].clone()
-    whole = layer.few(hidden, layout)
+def test_a_broken_text_is_broken_alone(kind: str) -> None:
+    layer, tokens = made(kind, plain())
+    layout, hidden = laid_out(4, 5, 6), tokens[:15].clone()
+    whole = few(layer, hidden, layout)
     hidden[6, 3] = torch.nan
-    broken = layer.few(hidden, layout)
+    broken = few(layer, hidden, layout)
     assert broken[6].isnan().all()
     assert torch.equal(broken[:4], whole[:4])
     assert torch.equal(broken[9:], whole[9:])
     assert hidden[6].isnan().sum() == 1  # what came is not changed
 
 
+@either
 @torch.no_grad()
-def test_rows_of_no_text_become_zeros_and_missing_ones_are_refused() -> None:
-    layer, tokens = made()
-    assert layer.few is not None
-    layout = Layout(np.array([4, 5], dtype=np.int64))
-    assert not layer.few(tokens[:12], layout)[9:].any()
+def test_rows_of_no_text_become_zeros_and_missing_ones_are_refused(kind: str) -> None:
+    layer, tokens = made(kind, plain())
+    layout = laid_out(4, 5)
+    assert not few(layer, tokens[:12], layout)[9:].any()
     with pytest.raises(ValueError, match="texts have 9 tokens, found rows for 8"):
-        layer.few(tokens[:8], layout)
-    assert layer.few(tokens[:0], Layout(np.zeros(2, dtype=np.int64))).shape == (0, 64)
+        few(layer, tokens[:8], layout)
+    assert few(layer, tokens[:0], laid_out(0, 0)).shape == (0, HIDDEN)
 
 
+@either
 @torch.no_grad()
-def test_both_sides_of_the_border_answer_alike() -> None:
-    model = make_model(**SIZES)
-    tokens = torch.randint(10, 100, (3 * FEW_TOKENS,)).numpy()
-    batch = TokenBatch(tokens, None, np.full(3, FEW_TOKENS, dtype=np.int64))
-    plain = PackedBackend.build(model, dtype="float32")
-    ranges = observe(packed_layers(model), [(plain.start(batch).hidden, Layout(batch.lengths))])
-    backend = PackedBackend.build(model, dtype="int8", ranges=ranges)
+def test_texts_beyond_the_positions_are_refused(kind: str) -> None:
+    layer, tokens = made(kind, plain("mpnet"))
+    assert layer.attention.mixing is not None
+    reach = layer.attention.mixing.reach
+    assert reach is not None
+    many = torch.zeros(reach + 1, HIDDEN, dtype=tokens.dtype)
+    with pytest.raises(ValueError, match=f"positions for {reach} tokens, got a text of {reach + 1}; cut it"):
+        few(layer, many, laid_out(reach + 1))
+
+
+@either
+@torch.no_grad()
+def test_both_sides_of_the_border_answer_alike(kind: str) -> None:
+    most = int8.FEW_TOKENS if kind == "int8" else onednn.FEW_TOKENS
+    length = 32
+    model, count = make_model(**SIZES), most // length + 2
+    tokens = torch.randint(10, 100, (count * length,), generator=torch.Generator().manual_seed(0)).numpy()
+    batch = TokenBatch(tokens, None, np.full(count, length, dtype=np.int64))
+    hidden = PackedBackend.build(model, dtype="float32").start(batch).hidden
+    ranges = observe(packed_layers(model), [(hidden, Layout(batch.lengths))]) if kind == "int8" else None
+    backend = PackedBackend.build(model, dtype=kind, ranges=ranges)
 
     def ran(some: TokenBatch) -> Tensor:
         live = backend.start(some)
         for layer in (1, 2, 3, 4):
             live = backend.advance(live, layer, len(some))
-        return live.hidden
+        return live.hidden.float()
 
     together = ran(batch)
-    for text in range(3):
+    for text in range(count):
         alone = ran(batch.select(np.array([text])))
-        there = together[text * FEW_TOKENS : (text + 1) * FEW_TOKENS]
+        there = together[text * length : (text + 1) * length]
         assert (alone - there).norm() < 0.05 * there.norm()
 
 
-def test_layers_that_it_is_not_made_for_go_the_other_way() -> None:
-    layer, _ = made()
+@in_8_bits
+def test_8_bit_layers_that_it_is_not_made_for_go_the_other_way() -> None:
+    layer, _ = made("int8", plain())
+    assert isinstance(layer, Int8Layer)
     assert FewTokens.runs(layer.attention, 64, 192)
     assert not FewTokens.runs(layer.attention, 96, 192)
     assert not FewTokens.runs(layer.attention, 64, 96)
     assert not FewTokens.runs(replace(layer.attention, mixing=None), 64, 192)
+
+
+@in_bfloat16
+def test_bfloat16_layers_that_it_is_not_made_for_go_the_other_way() -> None:
+    reference = plain().to(torch.bfloat16)
+    attention = FusedLayer.of(reference).attention
+    gelu = ("gelu", "none")
+    assert FewFloatTokens.runs(reference, attention, gelu)
+    assert not FewFloatTokens.runs(plain(), attention, gelu)  # float32
+    assert not FewFloatTokens.runs(reference, attention, ("swish", ""))
+    assert not FewFloatTokens.runs(replace(reference, norm_first=True), attention, gelu)
+    assert not FewFloatTokens.runs(replace(reference, gate=reference.up), attention, gelu)
+    assert not FewFloatTokens.runs(reference, replace(attention, mixing=None), gelu)
+    assert FusedLayer.of(packed_layers(make_model("modernbert"))[1].to(torch.bfloat16)).few is None
     with pytest.raises(ValueError, match="does not run this attention"):
-        FewTokens({}, replace(layer.attention, mixing=None), layer.between, (0.1, 3), layer.layer.output_norm)
+        FewFloatTokens(reference, replace(attention, mixing=None), gelu)
+    with pytest.raises(ValueError, match="normalise behind attention"):
+        FewFloatTokens(replace(reference, attention_norm=None), attention, gelu)

@@ -1,6 +1,7 @@
-// An 8-bit layer on few tokens in one call. On few tokens a product takes as long as it takes to read its weights, and
-// the calls of which a layer is made take longer than that. Products are exact sums of whole numbers (AVX-512 VNNI); the
-// steps between them are those of `Int8Layer.__call__` in int8.py.
+// A layer on few tokens in one call, in 8 bits or bfloat16. On few tokens a product takes as long as it takes to read its
+// weights, and the calls of which a layer is made take longer than that. 8-bit products are exact sums of whole numbers
+// (AVX-512 VNNI), those of bfloat16 are summed in float32 (AVX-512 BF16). The steps between them, and what is rounded
+// where, are those of `Int8Layer.__call__` in int8.py and `FusedLayer.__call__` in onednn.py.
 
 #include "calls.h"
 #include "lanes.h"
@@ -23,8 +24,28 @@ struct Layer {
   float eps;
 };
 
+// The same in bfloat16; the fields are those of `_FloatLinear`, `_Norm` and `_FloatLayer`.
+struct FloatLinear {
+  const BFloat16* weight;  // by sixteen columns: (width / 16, depth / 2, 16, 2)
+  const float* bias;
+  int64_t depth, width;  // multiples of 2 and 64
+};
+
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+struct FloatLayer {
+  FloatLinear qkv, out, up, down;
+  const Attention* attention;
+  Norm middle, last;
+  int64_t activation;  // as of `activated`
+};
+
 #if defined(__x86_64__)
 #include <immintrin.h>
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
 
 namespace {
@@ -34,6 +55,11 @@ constexpr int64_t kColumns = kChunks * kLanes;
 
 bool has_vnni() {
   static const bool found = has_512() && __builtin_cpu_supports("avx512vnni");
+  return found;
+}
+
+bool has_bfloat16() {
+  static const bool found = has_512() && __builtin_cpu_supports("avx512bf16");
   return found;
 }
 
@@ -110,11 +136,105 @@ VNNI void normalise_rows(const Layer& layer, float* numbers, int64_t rows) {
     normalise(numbers + row * hidden, hidden, layer.norm, layer.norm_bias, layer.eps);
 }
 
+// Some rows times sixty-four columns. With kAdd `to` holds what is added.
+template <int rows, Then then>
+BF16 void product(const FloatLinear& linear, const BFloat16* from, int64_t column, BFloat16* to, int64_t activation) {
+  __m512 sums[rows][kChunks];
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_loadu_ps(linear.bias + column + c * kLanes);
+  const BFloat16* weight = linear.weight + column * linear.depth;
+  for (int64_t d = 0; d < linear.depth; d += 2) {
+    __m512bh those[kChunks];
+    for (int c = 0; c < kChunks; c++)
+      those[c] = (__m512bh)_mm512_loadu_si512(weight + c * kLanes * linear.depth + d * kLanes);
+    for (int r = 0; r < rows; r++) {
+      int32_t two;
+      std::memcpy(&two, from + r * linear.depth + d, sizeof two);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+      for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], x, those[c]);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) {
+      BFloat16* at = to + r * linear.width + column + c * kLanes;
+      Lanes x = (Lanes)sums[r][c];
+      if constexpr (then == Then::kAdd) x += load(at);
+      if constexpr (then == Then::kActivate) x = activated(x, activation);
+      store(at, x);
+    }
+}
+
+template <Then then>
+BF16 void columns_of(const FloatLinear& linear, const BFloat16* from, int64_t rows, int64_t column, BFloat16* to,
+                     int64_t activation) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    switch (std::min<int64_t>(rows - row, kRows)) {
+#define CASE(n)                                                                                                     \
+  case n:                                                                                                           \
+    product<n, then>(linear, from + row * linear.depth, column, to + row * linear.width, activation);               \
+    break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+    }
+  }
+}
+
+template <Then then>
+void multiply(const FloatLinear& linear, const BFloat16* from, int64_t rows, BFloat16* to, int num_threads,
+              int64_t activation = 0) {
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
+  for (int64_t column = 0; column < linear.width; column += kColumns)
+    columns_of<then>(linear, from, rows, column, to, activation);
+}
+
+// `room` holds a row.
+BF16 void normalise_rows(const Norm& norm, BFloat16* numbers, int64_t rows, int64_t hidden, float* room) {
+  for (int64_t row = 0; row < rows; row++) {
+    BFloat16* at = numbers + row * hidden;
+    for (int64_t i = 0; i < hidden; i += kLanes) store(room + i, load(at + i));
+    normalise(room, hidden, norm.weight, norm.bias, norm.eps);
+    for (int64_t i = 0; i < hidden; i += kLanes) store(at + i, load(room + i));
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 int geep_has_vnni() { return has_vnni(); }
+
+int geep_has_bfloat16() { return has_bfloat16(); }
+
+// As `geep_few_tokens`, in bfloat16.
+int geep_few_tokens_bfloat16(const FloatLayer* layer, const BFloat16* hidden, BFloat16* out, const int64_t* offsets,
+                             int64_t num_texts, int64_t longest, int num_threads) {
+  const int64_t rows = offsets[num_texts], width = layer->qkv.depth, wide = layer->up.width;
+  const int64_t size = width * 4 + rows * (3 * width + 2 * width + wide) * 2;
+  char* room = (char*)std::aligned_alloc(64, (size + 63) / 64 * 64);
+  if (!room) return 1;
+  float* row = (float*)room;
+  BFloat16 *qkv = (BFloat16*)(row + width), *mixed = qkv + rows * 3 * width, *middle = mixed + rows * width;
+  BFloat16* activated = middle + rows * width;
+  multiply<Then::kStore>(layer->qkv, hidden, rows, qkv, num_threads);
+  Attention call = *layer->attention;
+  call.qkv = qkv;
+  call.out = mixed;
+  call.offsets = offsets;
+  call.num_texts = num_texts;
+  call.longest = longest;
+  const int failed = geep_attend(&call, 1, num_threads);
+  if (!failed) {
+    std::memcpy(middle, hidden, rows * width * sizeof(BFloat16));
+    multiply<Then::kAdd>(layer->out, mixed, rows, middle, num_threads);
+    normalise_rows(layer->middle, middle, rows, width, row);
+    multiply<Then::kActivate>(layer->up, middle, rows, activated, num_threads, layer->activation);
+    std::memcpy(out, middle, rows * width * sizeof(BFloat16));
+    multiply<Then::kAdd>(layer->down, activated, rows, out, num_threads);
+    normalise_rows(layer->last, out, rows, width, row);
+  }
+  std::free(room);
+  return failed;
+}
 
 // Runs a layer on tokens (rows, hidden) of texts that begin at `offsets`. Returns 0, or 1 where there is no memory.
 int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const int64_t* offsets, int64_t num_texts,
@@ -154,6 +274,10 @@ int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const i
 
 extern "C" {
 int geep_has_vnni() { return 0; }
+int geep_has_bfloat16() { return 0; }
+int geep_few_tokens_bfloat16(const FloatLayer*, const BFloat16*, BFloat16*, const int64_t*, int64_t, int64_t, int) {
+  return 1;
+}
 int geep_few_tokens(const Layer*, const float*, float*, const int64_t*, int64_t, int64_t, int) { return 1; }
 }
 

@@ -76,6 +76,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.geep_conv_exit.argtypes = (*pointers, ctypes.c_int, ctypes.c_int)
     library.geep_between.argtypes = (ctypes.c_void_p, *pointers, ctypes.c_int64, ctypes.c_int)
     library.geep_between.restype = None
+    library.geep_few_tokens_bfloat16.argtypes = (*pointers, *pointers, *sizes, ctypes.c_int)
     library.geep_few_tokens.argtypes = (*pointers, *pointers, *sizes, ctypes.c_int)
     library.geep_round.restype = library.geep_neighbours.restype = library.geep_pool.restype = None
 
