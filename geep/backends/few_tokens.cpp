@@ -240,7 +240,7 @@ int geep_few_tokens_bfloat16(const FloatLayer* layer, const BFloat16* hidden, BF
 int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const int64_t* offsets, int64_t num_texts,
                     int64_t longest, int num_threads) {
   const int64_t rows = offsets[num_texts], width = layer->qkv.depth, wide = layer->up.width;
-  const int64_t size = rows * (3 * width * 4 + 3 * width + wide);
+  const int64_t size = std::max<int64_t>(rows * (3 * width * 4 + 3 * width + wide), 64);
   char* room = (char*)std::aligned_alloc(64, (size + 63) / 64 * 64);
   if (!room) return 1;
   float* qkv = (float*)room;
