@@ -152,6 +152,17 @@ def test_rows_of_no_text_become_zeros_and_missing_ones_are_refused(kind: str) ->
 
 @either
 @torch.no_grad()
+def test_other_hidden_states_are_refused(kind: str) -> None:
+    layer, tokens = made(kind, plain())
+    other = torch.bfloat16 if kind == "int8" else torch.float32
+    with pytest.raises(ValueError, match=f"numbers of {tokens.dtype} a token, found 64 of {other}"):
+        few(layer, tokens[:4].to(other), laid_out(4))
+    with pytest.raises(ValueError, match="reads 64 numbers .* found 32"):
+        few(layer, tokens[:4, :32], laid_out(4))
+
+
+@either
+@torch.no_grad()
 def test_texts_beyond_the_positions_are_refused(kind: str) -> None:
     layer, tokens = made(kind, plain("mpnet"))
     assert layer.attention.mixing is not None
@@ -173,6 +184,7 @@ def test_both_sides_of_the_border_answer_alike(kind: str) -> None:
     hidden = PackedBackend.build(model, dtype="float32").start(batch).hidden
     ranges = observe(packed_layers(model), [(hidden, Layout(batch.lengths))]) if kind == "int8" else None
     backend = PackedBackend.build(model, dtype=kind, ranges=ranges)
+    assert all(getattr(layer, "few", None) is not None for layer in backend.layers)
 
     def ran(some: TokenBatch) -> Tensor:
         live = backend.start(some)

@@ -43,7 +43,7 @@ struct FloatLayer {
   int64_t activation;  // as of `activated`
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)  // GCC 9 knows no products in bfloat16
 #include <immintrin.h>
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
@@ -65,13 +65,30 @@ bool has_bfloat16() {
 
 enum class Then { kStore, kAdd, kActivate };
 
-// What becomes of a product's sums.
+// Where a product's sums go.
 struct Goal {
   float* numbers;      // (rows, width): where they go; with kAdd they hold what is added
   uint8_t* rounded;    // the same in 8 bits
   int64_t activation;  // as of `activated`
   float inverse_step, zero;
 };
+
+// What becomes of a product's sums. Apart, for clang hands no vectors from functions for one kind of CPU to such for all.
+template <int rows, Then then>
+INLINE void finish(const Linear& linear, const Ints (&sums)[rows][kChunks], int64_t column, const Goal& goal) {
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) {
+      const int64_t i = column + c * kLanes, at = r * linear.width + i;
+      Lanes x = __builtin_convertvector(sums[r][c], Lanes) * load(linear.scale + i) + load(linear.bias + i);
+      if constexpr (then == Then::kAdd) x += load(goal.numbers + at);
+      if constexpr (then == Then::kActivate) {
+        x = activated(x, goal.activation) * goal.inverse_step + goal.zero;
+        store(goal.rounded + at, lesser(greater(x, Lanes{}), all(255.0f)));
+      } else {
+        store(goal.numbers + at, x);
+      }
+    }
+}
 
 // Some rows times sixty-four columns.
 template <int rows, Then then>
@@ -91,18 +108,9 @@ VNNI void product(const Linear& linear, const uint8_t* from, int64_t column, con
       for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, those[c]);
     }
   }
-  for (int r = 0; r < rows; r++)
-    for (int c = 0; c < kChunks; c++) {
-      const int64_t i = column + c * kLanes, at = r * linear.width + i;
-      Lanes x = __builtin_convertvector((Ints)sums[r][c], Lanes) * load(linear.scale + i) + load(linear.bias + i);
-      if constexpr (then == Then::kAdd) x += load(goal.numbers + at);
-      if constexpr (then == Then::kActivate) {
-        x = activated(x, goal.activation) * goal.inverse_step + goal.zero;
-        store(goal.rounded + at, lesser(greater(x, Lanes{}), all(255.0f)));
-      } else {
-        store(goal.numbers + at, x);
-      }
-    }
+  Ints found[rows][kChunks];
+  std::memcpy(found, sums, sizeof found);
+  finish<rows, then>(linear, found, column, goal);
 }
 
 template <Then then>
@@ -136,6 +144,19 @@ VNNI void normalise_rows(const Layer& layer, float* numbers, int64_t rows) {
     normalise(numbers + row * hidden, hidden, layer.norm, layer.norm_bias, layer.eps);
 }
 
+template <int rows, Then then>
+INLINE void finish(const FloatLinear& linear, const Lanes (&sums)[rows][kChunks], int64_t column, BFloat16* to,
+                   int64_t activation) {
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < kChunks; c++) {
+      BFloat16* at = to + r * linear.width + column + c * kLanes;
+      Lanes x = sums[r][c];
+      if constexpr (then == Then::kAdd) x += load(at);
+      if constexpr (then == Then::kActivate) x = activated(x, activation);
+      store(at, x);
+    }
+}
+
 // Some rows times sixty-four columns. With kAdd `to` holds what is added.
 template <int rows, Then then>
 BF16 void product(const FloatLinear& linear, const BFloat16* from, int64_t column, BFloat16* to, int64_t activation) {
@@ -154,14 +175,9 @@ BF16 void product(const FloatLinear& linear, const BFloat16* from, int64_t colum
       for (int c = 0; c < kChunks; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], x, those[c]);
     }
   }
-  for (int r = 0; r < rows; r++)
-    for (int c = 0; c < kChunks; c++) {
-      BFloat16* at = to + r * linear.width + column + c * kLanes;
-      Lanes x = (Lanes)sums[r][c];
-      if constexpr (then == Then::kAdd) x += load(at);
-      if constexpr (then == Then::kActivate) x = activated(x, activation);
-      store(at, x);
-    }
+  Lanes found[rows][kChunks];
+  std::memcpy(found, sums, sizeof found);
+  finish<rows, then>(linear, found, column, to, activation);
 }
 
 template <Then then>
@@ -188,12 +204,15 @@ void multiply(const FloatLinear& linear, const BFloat16* from, int64_t rows, BFl
 }
 
 // `room` holds a row.
-BF16 void normalise_rows(const Norm& norm, BFloat16* numbers, int64_t rows, int64_t hidden, float* room) {
-  for (int64_t row = 0; row < rows; row++) {
-    BFloat16* at = numbers + row * hidden;
+INLINE void normalise_row(const Norm& norm, BFloat16* at, int64_t hidden, float* room) {
     for (int64_t i = 0; i < hidden; i += kLanes) store(room + i, load(at + i));
     normalise(room, hidden, norm.weight, norm.bias, norm.eps);
     for (int64_t i = 0; i < hidden; i += kLanes) store(at + i, load(room + i));
+}
+
+BF16 void normalise_rows(const Norm& norm, BFloat16* numbers, int64_t rows, int64_t hidden, float* room) {
+  for (int64_t row = 0; row < rows; row++) {
+    normalise_row(norm, numbers + row * hidden, hidden, room);
   }
 }
 

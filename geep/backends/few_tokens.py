@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +105,7 @@ class _OneCall:
         self._reach = attention.mixing.reach
         self._attention = kernels.describe(attention.num_heads, hidden // attention.num_heads, attention.mixing, mixed)
         self._kept: list[Tensor] = []
+        self._hidden = hidden
 
     def _place(self, tensor: Tensor) -> int:
         """Keep a tensor, and say where it lies."""
@@ -114,6 +116,9 @@ class _OneCall:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
         return self._place(norm.weight.float()), self._place(bias.float()), norm.eps
 
+    dtype: ClassVar[torch.dtype]
+    """Of hidden states."""
+
     def _run(self, *arguments: int) -> int:
         raise NotImplementedError
 
@@ -121,9 +126,15 @@ class _OneCall:
         """Run the layer on packed tokens (num_tokens, hidden), in its dtype, on a CPU.
 
         Raises:
-            ValueError: If the texts have more tokens than there are, or one has more than there are positions for.
+            ValueError: If hidden states are others, the texts have more tokens than there are, or one has more than
+                there are positions for.
             MemoryError: If there is no memory for what lies between.
         """
+        if hidden.dtype != self.dtype or hidden.shape[1] != self._hidden:
+            raise ValueError(
+                f"The layer reads {self._hidden} numbers of {self.dtype} a token, found {hidden.shape[1]} of "
+                f"{hidden.dtype}."
+            )
         kernels.check_rows(len(hidden), layout.num_tokens)
         if self._reach is not None:
             check_reach(layout.longest, self._reach)
@@ -146,6 +157,8 @@ class FewTokens(_OneCall):
         wide: Step and zero point of the wide part.
         norm: Of the layer's output.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -192,6 +205,8 @@ class FewFloatTokens(_OneCall):
         attention: Its attention.
         activation: Of the wide part, a key of `ACTIVATIONS`.
     """
+
+    dtype = torch.bfloat16
 
     def __init__(self, layer: PackedLayer, attention: PackedAttention, activation: tuple[str, str]) -> None:
         if layer.attention_norm is None:
