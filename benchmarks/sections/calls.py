@@ -57,8 +57,8 @@ def _taken(lines: list[Line]) -> Section:
             table(["data set", "dtype", f"mean layer, {sizes[0]} a call", *(f"{size} a call" for size in sizes)], rows),
         ),
         f"Of the layers saved {', '.join(kept)} texts a call becomes time: the deepest text of a call decides how "
-        f"many layers run, and on few tokens a layer takes more for each of them. A call of {sizes[0]} is {over} as fast "
-        f"as the pipeline's. Slower than full depth are {slower} of {len(lines)}.",
+        f"many layers run, and on few tokens a layer takes more for each of them. A call of {sizes[0]} is {over} "
+        f"as fast as the pipeline's. Slower than full depth are {slower} of {len(lines)}.",
         "From `benchmarks/calls.py`. All columns: [small calls](results/calls.md).",
     )
 

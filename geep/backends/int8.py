@@ -2,7 +2,8 @@
 
 Every linear layer multiplies unsigned 8-bit activations by signed 8-bit weights (oneDNN; VNNI where the CPU has it).
 The ranges of the activations are observed once, on texts (`observe`), so but for rounding a text's answer does not
-depend on the texts beside it, as it does where ranges are taken from each batch. Three choices keep the answers close to float32's:
+depend on the texts beside it, as it does where ranges are taken from each batch. Three choices keep the answers close
+to float32's:
 
 - Each input channel has its own scale and zero point. Scales are folded into the weights, zero points into the bias,
   so this costs nothing at run time. (In BERT a few channels are far wider than the others.)
