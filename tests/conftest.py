@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: a second thread gains nothing, and makes two test runs on one machine wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -337,3 +337,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def profiled(trained: Engine) -> ProfileResult:
     """Its exit table, criterion and temperatures."""
     return profile(trained, TRAIN, HELDOUT)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Torch's threads, which our kernels take too: one, and two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,14 +20,6 @@ pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="the kernels 
 
 HIDDEN = 48
 LENGTHS = st.lists(st.one_of(st.integers(0, 14), st.sampled_from([23, 24, 25, 70])), max_size=9)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def make_head(*, pairs: bool, num_labels: int = 3, hidden: int = HIDDEN) -> ConvHead:

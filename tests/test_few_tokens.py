@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,14 +32,6 @@ either = pytest.mark.parametrize("kind", KINDS)
 HIDDEN = 64
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": 192, "num_attention_heads": 4}
 FAMILIES = ("bert", "distilbert", "mpnet", "deberta-v2")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def plain(family: str = "bert", **changes: Any) -> PackedLayer:

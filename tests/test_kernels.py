@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,15 +54,6 @@ def mixer_named(name: str, head: int) -> Mixer:
         window = int(name.split()[-1]) if "window" in name else None
         return Rotary.of(torch.polar(torch.ones_like(angles), angles), window, torch.float32)
     return DotProduct(0.07 if name == "scaled dot" else None)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Run on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @compiled

@@ -216,6 +216,17 @@ BF16 void normalise_rows(const Norm& norm, BFloat16* numbers, int64_t rows, int6
   }
 }
 
+// A layer's attention on what a call brings; `kind` as of `geep_attend`.
+int attend(Attention call, const void* qkv, void* out, const int64_t* offsets, int64_t num_texts, int64_t longest,
+           int kind, int num_threads) {
+  call.qkv = qkv;
+  call.out = out;
+  call.offsets = offsets;
+  call.num_texts = num_texts;
+  call.longest = longest;
+  return geep_attend(&call, kind, num_threads);
+}
+
 }  // namespace
 
 extern "C" {
@@ -235,13 +246,7 @@ int geep_few_tokens_bfloat16(const FloatLayer* layer, const BFloat16* hidden, BF
   BFloat16 *qkv = (BFloat16*)(row + width), *mixed = qkv + rows * 3 * width, *middle = mixed + rows * width;
   BFloat16* activated = middle + rows * width;
   multiply<Then::kStore>(layer->qkv, hidden, rows, qkv, num_threads);
-  Attention call = *layer->attention;
-  call.qkv = qkv;
-  call.out = mixed;
-  call.offsets = offsets;
-  call.num_texts = num_texts;
-  call.longest = longest;
-  const int failed = geep_attend(&call, 1, num_threads);
+  const int failed = attend(*layer->attention, qkv, mixed, offsets, num_texts, longest, 1, num_threads);
   if (!failed) {
     std::memcpy(middle, hidden, rows * width * sizeof(BFloat16));
     multiply<Then::kAdd>(layer->out, mixed, rows, middle, num_threads);
@@ -267,13 +272,7 @@ int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const i
   uint8_t* activated = rounded + rows * width;
   geep_round(hidden, read, rows, width, layer->inverse_step, layer->zero, num_threads);
   multiply<Then::kStore>(layer->qkv, read, rows, {qkv, nullptr, 0, 0, 0}, num_threads);
-  Attention call = *layer->attention;
-  call.qkv = qkv;
-  call.out = mixed;
-  call.offsets = offsets;
-  call.num_texts = num_texts;
-  call.longest = longest;
-  const int failed = geep_attend(&call, 2, num_threads);
+  const int failed = attend(*layer->attention, qkv, mixed, offsets, num_texts, longest, 2, num_threads);
   if (!failed) {
     std::memcpy(out, hidden, rows * width * sizeof(float));
     multiply<Then::kAdd>(layer->out, mixed, rows, {out, nullptr, 0, 0, 0}, num_threads);
