@@ -39,8 +39,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import geep
 from geep.backends import TokenBatch
+from geep.data import DataPlan
 from geep.evaluation.race import cpu_name
-from geep.training import parts_of
+from geep.folder import Provenance
 
 RESULTS = Path(__file__).parent / "results" / "calls.jsonl"
 
@@ -77,7 +78,7 @@ def _forget(path: Path, of: Line) -> None:
 
 def of_folder(folder: str, data_dir: Path, sizes: list[int]) -> Iterator[Line]:
     """Lines of a certified model, on test texts of what it was made of."""
-    plan, _ = parts_of(folder)
+    plan = DataPlan(**Provenance.read(folder).data)
     test = replace(plan, data_dir=str(data_dir)).load().test
     if test is None:
         raise SystemExit(f"{plan.name} has no test split.")

@@ -154,6 +154,16 @@ def plain(value: float) -> str:
     return f"{value:.2f}"
 
 
+def share(value: float) -> str:
+    """A share in whole per cent."""
+    return f"{100 * value:.0f} %"
+
+
+def kept_share(line: Line) -> str:
+    """Of the layers that calls of a size save, the share that became time; a dash where none were saved."""
+    return "–" if line["kept"] is None else share(line["kept"])
+
+
 def points(value: float) -> str:
     """A difference in points, with its sign."""
     return f"{value:+.2f}"

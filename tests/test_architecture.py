@@ -18,6 +18,7 @@ import geep._version
 PACKAGE = Path(geep._version.__file__).parent
 
 FLOORS = {
+    "compiled": 0,
     "modeling": 1,
     "hash_table": 1,
     "scheduler": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tables import Line, Section, of_kind, read, span, table, times
+from tables import Line, Section, describe, kept_share, of_kind, read, share, span, table, times
 
 STEPS = {
     "tokenise": "tokenizer",
@@ -35,13 +35,12 @@ def _taken(lines: list[Line]) -> Section:
             "–"
             if line is None
             else f"{line['ms']['certified']:.2f} of {line['ms']['full']:.2f}, "
-            f"{times(line['ms']['pipeline'] / line['ms']['certified'])}, {_kept(line)}"
+            f"{times(line['ms']['pipeline'] / line['ms']['certified'])}, {kept_share(line)}"
             for line in found
         ]
         rows.append([data, dtype, f"{next(line for line in found if line)['mean_layers']:.2f}", *cells])
     kept = [
-        f"{span((line['kept'] for line in lines if line['texts_per_call'] == size), _share)} at {size}"
-        for size in sizes
+        f"{span((line['kept'] for line in lines if line['texts_per_call'] == size), share)} at {size}" for size in sizes
     ]
     over = span(
         (line["ms"]["pipeline"] / line["ms"]["certified"] for line in lines if line["texts_per_call"] == sizes[0]),
@@ -53,7 +52,7 @@ def _taken(lines: list[Line]) -> Section:
         (
             "Milliseconds of a call as certified, of those at full depth in the same dtype; how many times faster than "
             "Hugging Face's pipeline on the same full model in float32, padded; and the share of the layers saved that "
-            f"became time. Machine: {_machine(lines[0]['machine'])}.",
+            f"became time. Machine: {describe({**lines[0]['machine'], 'dtype': 'dtypes as named'})}.",
             table(["data set", "dtype", f"mean layer, {sizes[0]} a call", *(f"{size} a call" for size in sizes)], rows),
         ),
         f"Of the layers saved {', '.join(kept)} texts a call becomes time: the deepest text of a call decides how "
@@ -76,15 +75,15 @@ def _apart(lines: list[Line]) -> Section:
         for line in lines
     ]
 
-    def share(size: int, *steps: str) -> str:
+    def share_of(size: int, *steps: str) -> str:
         of_size = [line["steps_ms"] for line in lines if line["texts_per_call"] == size]
-        return span((sum(each.get(step, 0.0) for step in steps) / each["whole"] for each in of_size), _share)
+        return span((sum(each.get(step, 0.0) for step in steps) / each["whole"] for each in of_size), share)
 
     sizes = sorted({line["texts_per_call"] for line in lines})
     told = [
-        f"in calls of {size} layers take {share(size, 'layers')} of the time, exits {share(size, 'exits')}, the table "
-        f"{share(size, 'table')}, the tokenizer {share(size, 'tokenise')} and what is none of these "
-        f"{share(size, 'embed', 'select', 'rest')}"
+        f"in calls of {size} layers take {share_of(size, 'layers')} of the time, exits {share_of(size, 'exits')}, the "
+        f"table {share_of(size, 'table')}, the tokenizer {share_of(size, 'tokenise')} and what is none of these "
+        f"{share_of(size, 'embed', 'select', 'rest')}"
         for size in (sizes[0], sizes[-1])
     ]
     answer = "; ".join(told)
@@ -98,15 +97,3 @@ def _apart(lines: list[Line]) -> Section:
         f"{answer[0].upper()}{answer[1:]}.",
         "From `benchmarks/calls.py`.",
     )
-
-
-def _machine(found: Line) -> str:
-    return f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
-
-
-def _kept(line: Line) -> str:
-    return "–" if line["kept"] is None else _share(line["kept"])
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"

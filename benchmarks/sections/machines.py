@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tables import Line, Section, describe, figure, of_kind, read, span, table, times
+from tables import Line, Section, describe, figure, of_kind, read, share, span, table, times
 
 NO_GPU = "Not yet measured on a GPU; `make bench-gpu` measures and writes this section."
 
@@ -68,7 +68,7 @@ def _gpu(lines: list[Line]) -> Section:
             table(["texts a call", "full depth, texts/s", *(f"{head}, {miss}" for head, miss in ways)], rows),
         ),
         f"{small}At {sizes[-1]:,} texts "
-        f"{span((line['realised'] for line in large), lambda share: f'{100 * share:.0f} %')} of the layers saved "
+        f"{span((line['realised'] for line in large), share)} of the layers saved "
         f"becomes time.{told}{'.' if told else ''}",
         "From `benchmarks/gpu.py`. All rows: [on a GPU](results/gpu.md).",
     )

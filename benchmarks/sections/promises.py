@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from tables import Line, Section, figure, percent, plain, points, read, span, table
+from tables import Line, Section, figure, percent, plain, points, read, share, span, table
 
 LEFT_OUT = "training rows left out"
 DIVIDED = "a third"  # of held-out rows, to choose settings on: what `geep calibrate` does
@@ -121,9 +121,9 @@ def _criteria(lines: list[Line]) -> Section:
             "judge an exit fitted on one half of held-out texts, judged on the other, mean of several halvings.",
             table(["criterion", *sets], rows),
         ),
-        f"The learned score (`agreement`) runs {span(saved, lambda share: f'{100 * share:.0f} %')} fewer layers than "
+        f"The learned score (`agreement`) runs {span(saved, share)} fewer layers than "
         f"the {best}; without the table among its features it would run "
-        f"{span(other, lambda share: f'{100 * share:.0f} %')} more.",
+        f"{span(other, share)} more.",
         "From `benchmarks/prediction.py`. All rows: [prediction](results/prediction.md).",
     )
 

@@ -14,11 +14,13 @@ from tables import (
     certified_races,
     describe,
     figure,
+    kept_share,
     let_go,
     of_kind,
     percent,
     points,
     read,
+    share,
     span,
     system_of,
     table,
@@ -118,7 +120,7 @@ def _faster(results: Path, rows: list[Row]) -> Section:
             "–" if row.rival is None else row.rival["name"] + row.rival_points,
             times(row.over_rival),
             "none as good" if row.depth is None else f"{times(row.over_depth)} ({row.depth} layers)",
-            f"{100 * row.kept['lexical_share']:.0f} %",
+            share(row.kept["lexical_share"]),
         ]
         for row in rows
     ]
@@ -267,7 +269,7 @@ def _small_calls(results: Path, races: list[tuple[str, list[Line]]]) -> Section:
         lines = [at.get((data, system, size)) for size in sizes]
         layers = span((line["layer_speedup"] for line in lines if line), times)
         cells = [
-            "–" if line is None else f"{line['throughput']:,.0f}, {times(line['speedup'])}, {_kept(line)}"
+            "–" if line is None else f"{line['throughput']:,.0f}, {times(line['speedup'])}, {kept_share(line)}"
             for line in lines
         ]
         rows.append([data, system, layers, *cells])
@@ -276,7 +278,7 @@ def _small_calls(results: Path, races: list[tuple[str, list[Line]]]) -> Section:
     met = [(line, theirs[d, n]) for (d, _, n), line in ours.items() if (d, n) in theirs]
     less = sum((line["kept"] or 0.0) < (other["kept"] or 0.0) for line, other in met)
     kept = [
-        f"{span((line['kept'] for (_, _, n), line in ours.items() if n == size), _share)} at {size}" for size in sizes
+        f"{span((line['kept'] for (_, _, n), line in ours.items() if n == size), share)} at {size}" for size in sizes
     ]
     first = [line["kept"] for (_, _, size), line in ours.items() if size == sizes[0]]
     halved, few = sum(share < 0.5 for share in first), len(first)
@@ -301,20 +303,12 @@ def _small_calls(results: Path, races: list[tuple[str, list[Line]]]) -> Section:
     )
 
 
-def _kept(line: Line) -> str:
-    return "–" if line["kept"] is None else _share(line["kept"])
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
 def _time_goes(results: Path, races: list[tuple[str, list[Line]]]) -> Section:
     names = {"tokenise": "tokenise, %", "plan": "predict, %", "schedule": "schedule, %", "run": "layers and exits, %"}
     found = [(data, row) for data, lines in races for row in of_kind(lines, "parts", line="geep")]
     use = [line for _, lines in races for line in of_kind(lines, "utilisation") if line["utilisation"] is not None]
     by_dtype = {
-        dtype: span((line["utilisation"] for line in use if line["engine"].endswith(dtype)), _share)
+        dtype: span((line["utilisation"] for line in use if line["engine"].endswith(dtype)), share)
         for dtype in sorted({line["engine"].split()[-1] for line in use})
     }
     rows = [[data, row["engine"], *(percent(row["shares"][name]) for name in names)] for data, row in found]

@@ -13,27 +13,27 @@ struct Linear {
   int64_t depth, width;  // multiples of 4 and 64
 };
 
-// The fields are those of `_Layer` in few_tokens.py.
+// The fields are those of `_Norm`.
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+// The fields are those of `_Layer`.
 struct Layer {
   Linear qkv, out, up, down;
   const float *inverse_step, *zero;  // of what the layer reads, (hidden)
   const Attention* attention;        // all but what a call brings
   const Between* between;
   float wide_inverse_step, wide_zero;  // of the wide part; a half is added to the zero point, so that cutting rounds
-  const float *norm, *norm_bias;
-  float eps;
+  Norm last;
 };
 
-// The same in bfloat16; the fields are those of `_FloatLinear`, `_Norm` and `_FloatLayer`.
+// The same in bfloat16; the fields are those of `_FloatLinear` and `_FloatLayer`.
 struct FloatLinear {
   const BFloat16* weight;  // by sixteen columns: (width / 16, depth / 2, 16, 2)
   const float* bias;
   int64_t depth, width;  // multiples of 2 and 64
-};
-
-struct Norm {
-  const float *weight, *bias;
-  float eps;
 };
 
 struct FloatLayer {
@@ -138,10 +138,9 @@ void multiply(const Linear& linear, const uint8_t* from, int64_t rows, const Goa
     columns_of<then>(linear, from, rows, column, goal);
 }
 
-VNNI void normalise_rows(const Layer& layer, float* numbers, int64_t rows) {
-  const int64_t hidden = layer.qkv.depth;
+VNNI void normalise_rows(const Norm& norm, float* numbers, int64_t rows, int64_t hidden) {
   for (int64_t row = 0; row < rows; row++)
-    normalise(numbers + row * hidden, hidden, layer.norm, layer.norm_bias, layer.eps);
+    normalise(numbers + row * hidden, hidden, norm.weight, norm.bias, norm.eps);
 }
 
 template <int rows, Then then>
@@ -280,7 +279,7 @@ int geep_few_tokens(const Layer* layer, const float* hidden, float* out, const i
     const Goal goal{nullptr, activated, layer->between->activation, layer->wide_inverse_step, layer->wide_zero};
     multiply<Then::kActivate>(layer->up, rounded, rows, goal, num_threads);
     multiply<Then::kAdd>(layer->down, activated, rows, {out, nullptr, 0, 0, 0}, num_threads);
-    normalise_rows(*layer, out, rows);
+    normalise_rows(layer->last, out, rows, width);
   }
   std::free(room);
   return failed;

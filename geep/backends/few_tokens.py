@@ -30,6 +30,12 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of few_tokens.cpp."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "bias")), ("eps", ctypes.c_float))
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of few_tokens.cpp."""
 
@@ -37,8 +43,7 @@ class _Layer(ctypes.Structure):
         *((name, _Linear) for name in ("qkv", "out", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("inverse_step", "zero", "attention", "between")),
         *((name, ctypes.c_float) for name in ("wide_inverse_step", "wide_zero")),
-        *((name, ctypes.c_void_p) for name in ("norm", "norm_bias")),
-        ("eps", ctypes.c_float),
+        ("last", _Norm),
     )
 
 
@@ -49,12 +54,6 @@ class _FloatLinear(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, ctypes.c_int64) for name in ("depth", "width")),
     )
-
-
-class _Norm(ctypes.Structure):
-    """`Norm` of few_tokens.cpp."""
-
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "bias")), ("eps", ctypes.c_float))
 
 
 class _FloatLayer(ctypes.Structure):
@@ -112,9 +111,9 @@ class _OneCall:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
-    def _norm(self, norm: Norm) -> tuple[int, int, float]:
+    def _norm(self, norm: Norm) -> _Norm:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        return self._place(norm.weight.float()), self._place(bias.float()), norm.eps
+        return _Norm(self._place(norm.weight.float()), self._place(bias.float()), norm.eps)
 
     dtype: ClassVar[torch.dtype]
     """Of hidden states."""
@@ -179,7 +178,7 @@ class FewTokens(_OneCall):
             between.address,
             1 / wide[0],
             wide[1] + 0.5,
-            *self._norm(norm),
+            self._norm(norm),
         )
 
     def _linear(self, linear: RoundedLinear) -> _Linear:
@@ -215,7 +214,7 @@ class FewFloatTokens(_OneCall):
         self._layer = _FloatLayer(
             *(self._linear(*linear) for linear in (layer.qkv, layer.out, layer.up, layer.down)),
             ctypes.addressof(self._attention),
-            *(_Norm(*self._norm(norm)) for norm in (layer.attention_norm, layer.output_norm)),
+            *(self._norm(norm) for norm in (layer.attention_norm, layer.output_norm)),
             ACTIVATIONS[activation],
         )
 

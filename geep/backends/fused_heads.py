@@ -17,7 +17,7 @@ _GELU, _TANH = FUSED_ACTIVATIONS["gelu"], ("tanh", "")
 
 
 # Tokens up to which our own kernel, one call in float32, is faster than oneDNN's products, of which an exit is four: by
-# dtype of the hidden states (12x384 on two AMD EPYC cores; a text alone takes a sixth of the time).
+# dtype of the hidden states (12x384 on two AMD EPYC cores).
 _FEW_TOKENS = {torch.float32: 384, torch.bfloat16: 192}
 
 

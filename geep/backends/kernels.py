@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from geep.backends.layout import Layout, check_reach
+from geep.compiled import load_compiled
 
 HEADS = (16, 32, 64)
 """Widths of an attention head for which `attend` is compiled."""
@@ -51,20 +51,8 @@ class _Attention(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they were not compiled, or not for this machine."""
-    found = find_spec("geep.backends._kernels")
-    if found is None or found.origin is None:
-        return None
-    try:
-        library = ctypes.CDLL(found.origin)
-    except OSError:
-        return None
-    if not library.geep_runs_here():
-        return None
-    try:
-        _declare(library)
-    except AttributeError:  # compiled from older sources
-        return None
-    return library
+    library = load_compiled("geep.backends._kernels", _declare)
+    return library if library is not None and library.geep_runs_here() else None
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from geep.compiled import load_compiled
 from geep.hash_table.bags import Bags, BagSums
 
 
@@ -47,15 +47,11 @@ class _Texts(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it was not compiled."""
-    found = find_spec("geep.hash_table._bags")
-    if found is None or found.origin is None:
-        return None
-    try:
-        library = ctypes.CDLL(found.origin)
-    except OSError:
-        return None
+    return load_compiled("geep.hash_table._bags", _declare)
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.geep_reduce_bags.argtypes = (ctypes.POINTER(_Bags), ctypes.POINTER(_Texts), ctypes.c_int)
-    return library
 
 
 def is_available() -> bool:
